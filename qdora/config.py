@@ -297,8 +297,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] =
     Raises: InputError: file missing or not YAML; unknown key, wrong type, impossible combination.
     """
     tree = read_yaml(path)
-    for override in overrides:
-        _apply(tree, override)
+    apply_overrides(tree, overrides)
     return check_config(tree, kind, str(path))
 
 
@@ -354,14 +353,19 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     node[last] = value
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"--set {override!r}: expected key=value, for example training.max_steps=20")
-    try:
-        set_key(tree, key.strip(), yaml.load(value, _Loader))
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set each `a.b=c`, the value in YAML.
+
+    Raises: InputError: an override is not of that form.
+    """
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {override!r}: expected key=value, for example training.max_steps=20")
+        try:
+            set_key(tree, key.strip(), yaml.load(value, _Loader))
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from None
 
 
 def _explain(kind: type[Section], detail: ErrorDetails) -> str:

@@ -1,0 +1,42 @@
+"""The magnitude of an adapted layer: one trained number per output row (DoRA, arXiv:2402.09353 §4).
+
+A magnitude near 1 stored in bfloat16 does not train: its spacing there is 2⁻⁸ and every
+step of an optimizer rounds away.  So the parameter is the offset from the frozen start:
+m = initial + offset, with the offset in bfloat16 around 0, where the spacing is fine.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qdora.adapters.direction import adapter_parameter
+
+
+class Magnitude(nn.Module):
+    """m = initial + offset.
+
+    Attributes:
+        offset_O: (O,) parameter, zero at the start.
+        initial_O: (O,) frozen, at least float32: the row norms of W, or a loaded magnitude.
+    """
+
+    initial_O: torch.Tensor
+
+    def __init__(self, initial_O: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        self.register_buffer("initial_O", initial_O, persistent=False)
+        self.offset_O = adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))
+
+    def value(self) -> torch.Tensor:
+        """m: (O,), dtype of `initial_O`, differentiable in the offset."""
+        return self.initial_O + self.offset_O.to(self.initial_O.dtype)
+
+    def load(self, m_O: torch.Tensor) -> None:
+        """Start from a given magnitude: it becomes the frozen part, exactly, and the offset zero."""
+        self.initial_O.copy_(m_O)
+        with torch.no_grad():
+            self.offset_O.zero_()
+
+    def extra_repr(self) -> str:
+        return f"{self.offset_O.shape[0]}, {self.offset_O.dtype}"

@@ -1,0 +1,79 @@
+"""`export`: the adapter merged into 16-bit weights, and checked with plain transformers."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from transformers import PreTrainedModel
+
+from qdora.adapters.peft_format import load_adapter
+from qdora.commands.base import load_configured
+from qdora.commands.target import add_target_arguments, resolve_target
+from qdora.errors import InputError
+from qdora.export.merge import merged_onto
+from qdora.export.verify import verify_export
+from qdora.export.write import DTYPES, merge_and_export
+from qdora.models.resolve import open_checkpoint
+
+VERIFIED_POSITIONS = (4, 64)
+"""Sequences and tokens on which logits are compared."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    add_target_arguments(parser)
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--dtype", default="fp16", choices=sorted(DTYPES), help="of the written weights")
+    parser.add_argument(
+        "--onto",
+        default="nf4",
+        choices=("nf4", "original"),
+        help="merge onto the dequantized weights that the adapter was trained on, or onto the original ones",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
+    parser.add_argument("--no-verify", action="store_true", help="do not load the result to check it")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Entry of the command."""
+    target = resolve_target(arguments, data=None)
+    if target.adapter is None:
+        raise InputError("name an adapter with --adapter, or a run with --run")
+    settings = target.config.model
+    model, tokenizer = load_configured(settings, progress=True)
+    load_adapter(model, target.adapter)
+    originals = None
+    if arguments.onto == "original":
+        checkpoint = open_checkpoint(settings.path, settings.revision)
+        if checkpoint.quantization is not None:
+            raise InputError(f"{settings.path}: holds no original weights, they are stored quantized")
+        originals = merged_onto(model, checkpoint.tensors(), DTYPES[arguments.dtype])
+    folder = merge_and_export(
+        model,
+        tokenizer,
+        arguments.output,
+        arguments.dtype,
+        tensors=originals,
+        overwrite=arguments.overwrite,
+    )
+    print(f"merged weights: {folder}")
+    if arguments.no_verify:
+        return
+    if arguments.onto == "original":
+        # What the export must reproduce is the adapter on the unquantized base.
+        model, _ = load_configured(settings.model_copy(update={"base": "dense"}))
+        load_adapter(model, target.adapter)
+    result = verify_export(folder, model, _tokens(model))
+    print(
+        f"verified: plain transformers loads it; logits differ by {result.relative_error:.1e} relative "
+        f"(bound {result.bound:.0e}), the same next token at {100 * result.same_next_token:.1f}% of "
+        f"{result.positions} positions"
+    )
+
+
+def _tokens(model: PreTrainedModel) -> torch.Tensor:
+    """Seeded tokens: any text would do, and a folder may come without a tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(vocabulary, VERIFIED_POSITIONS, generator=generator)

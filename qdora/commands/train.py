@@ -1,0 +1,256 @@
+"""`train`: from a configuration to a run directory with a trained adapter."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.adapters.fingerprint import base_fingerprint
+from qdora.adapters.inject import InjectionReport, inject
+from qdora.adapters.peft_format import save_adapter
+from qdora.analysis.plots import plot_loss
+from qdora.commands.base import load_configured
+from qdora.commands.score import score_model
+from qdora.config import RunConfig, load_config
+from qdora.data.prepare import PreparedData, prepare
+from qdora.errors import InputError
+from qdora.parallel.processes import Processes
+from qdora.run import RunDirectory, make_manifest
+from qdora.training.checkpoint import load_checkpoint, newest_usable, save_checkpoint
+from qdora.training.loop import Callbacks, Trainer
+from qdora.training.metrics import StepMetrics, append_metrics, keep_until, read_metrics
+from qdora.training.progress import TrainingBar
+
+# What may differ between a run and its continuation: nothing that enters a number before the stop.
+_FREE_TO_CHANGE = (
+    "training.max_steps",
+    "training.epochs",
+    "training.save_every",
+    "training.keep_checkpoints",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="continue the run in output.dir: its newest usable checkpoint, or the one given",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Entry of the command."""
+    train(load_config(arguments.config, arguments.set), resume=arguments.resume)
+
+
+def train(config: RunConfig, resume: str | None = None, processes: Processes | None = None) -> RunDirectory:
+    """Train as configured; nothing is written before everything has been checked.
+
+    Args:
+        config: the whole run.
+        resume: None for a new run, `auto`, or a checkpoint folder.
+        processes: joined already, when several runs share them.
+    Raises: InputError: anything that the configuration or its files get wrong.
+        InterruptedRunError: stopped on request, after a checkpoint.
+    """
+    processes = processes or Processes.start(config.training.trackers, config.output.dir)
+    directory = RunDirectory(config.output.dir)
+    if resume is None:
+        directory.refuse_if_used(config.output.overwrite)
+    say = _say if processes.is_main else _silent
+    model, tokenizer = load_configured(config.model, device=processes.device, progress=processes.is_main)
+    data = prepare(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
+    _say_data(data, say)
+    report = inject(model, config.adapter, seed=config.training.seed)
+    say(str(report))
+    trainer = Trainer(
+        model, data.train, config.training, processes, data.pad_id, evaluate_every=config.evaluation.every
+    )
+    settings = _settings(config, model, data)
+    start = _restore(trainer, directory, resume, settings, say)
+    processes.wait()
+    if processes.is_main:
+        _open_directory(
+            directory, config, start, resume, _facts(model, data, report, trainer), processes.count
+        )
+    _train(trainer, directory, config, settings, start, tokenizer, data)
+    if processes.is_main:
+        save_adapter(model, directory.adapter)
+        steps = read_metrics(directory.metrics_file)
+        plot_loss(
+            {config.adapter.method: steps}, directory.loss_plot, f"Training loss, {directory.path.name}"
+        )
+        print(_summary(directory, report, steps))
+    processes.wait()
+    return directory
+
+
+def _train(
+    trainer: Trainer,
+    directory: RunDirectory,
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    start: int,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+) -> None:
+    processes = trainer.processes
+    accelerator = processes.accelerator
+    if config.training.trackers:
+        accelerator.init_trackers("qdora", config=_flat(config.model_dump(mode="json")))
+    with TrainingBar(trainer.total_steps, start, shown=processes.is_main) as bar:
+
+        def log(metrics: StepMetrics) -> None:
+            append_metrics(directory.metrics_file, metrics)
+            bar.show(metrics)
+            accelerator.log(dataclasses.asdict(metrics), step=metrics.step)
+
+        def save(step: int) -> None:
+            save_checkpoint(
+                directory.checkpoints,
+                step,
+                trainer.optimizer.state(),
+                settings,
+                keep=config.training.keep_checkpoints,
+                save_adapter=lambda folder: save_adapter(trainer.model, folder),
+            )
+
+        def evaluate(step: int) -> None:
+            scores = score_model(trainer.model, tokenizer, data.test, config, processes, show_progress=False)
+            if processes.is_main:
+                for score in scores:
+                    bar.say(f"step {step}: {score}")
+                    accelerator.log({f"{score.task}/{score.metric}": score.score}, step=step)
+
+        trainer.run(start, Callbacks(log=log, save=save, evaluate=evaluate))
+    if config.training.trackers:
+        processes.end()
+
+
+def _restore(
+    trainer: Trainer,
+    directory: RunDirectory,
+    resume: str | None,
+    settings: Mapping[str, Any],
+    say: Any,
+) -> int:
+    """Steps already done, with the trainer put back to where they ended."""
+    if resume is None:
+        return 0
+    if resume == "auto":
+        found = newest_usable(directory.checkpoints, settings, say)
+    else:
+        found = load_checkpoint(Path(resume), settings)
+    if found is None:
+        say(f"{directory.path}: no usable checkpoint; starting from the beginning")
+        return 0
+    step, tensors = found
+    try:
+        trainer.optimizer.load_state(tensors)
+    except ValueError as error:
+        raise InputError(f"the checkpoint of step {step} does not fit this model: {error}") from None
+    say(f"resuming after step {step}")
+    return step
+
+
+def _open_directory(
+    directory: RunDirectory,
+    config: RunConfig,
+    start: int,
+    resume: str | None,
+    facts: dict[str, Any],
+    count: int,
+) -> None:
+    if resume is None:
+        directory.clear()
+    if start == 0:
+        directory.start(config, make_manifest(config, processes=count, facts=facts))
+    keep_until(directory.metrics_file, start)
+
+
+def _facts(
+    model: PreTrainedModel, data: PreparedData, report: InjectionReport, trainer: Trainer
+) -> dict[str, Any]:
+    return {
+        "base": {"fingerprint": base_fingerprint(model), "parameters": report.total},
+        "data": {
+            "fingerprints": data.fingerprints,
+            "train": len(data.train),
+            "test": len(data.test),
+            "leaked_questions_removed": data.leaked,
+            "rows_skipped": len(data.skipped),
+        },
+        "trainable_parameters": report.trainable,
+        "steps": trainer.total_steps,
+        "compute_dtype": str(model.get_input_embeddings()(torch.zeros(1, dtype=torch.long)).dtype)
+        if trainer.processes.device.type == "cpu"
+        else str(model.dtype),
+    }
+
+
+def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> dict[str, Any]:
+    """Everything that a continued run must share with the one that wrote a checkpoint."""
+    tree = config.model_dump(mode="json")
+    flat = _flat({key: tree[key] for key in ("model", "adapter", "training")})
+    settings = {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
+    settings["data.train"] = data.fingerprints["train"]
+    settings["data.prompt"] = config.data.prompt
+    settings["base"] = base_fingerprint(model)
+    return settings
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys, for trackers and comparisons."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return flat
+
+
+def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepMetrics]) -> str:
+    seconds = sum(m.seconds for m in steps)
+    rows = [
+        ("steps", len(steps)),
+        ("final loss", f"{steps[-1].loss:.4f}" if steps else "none"),
+        ("trainable parameters", f"{report.trainable:,} ({report.percentage:.2f}%)"),
+        ("tokens/s", f"{sum(m.tokens for m in steps) / seconds:,.0f}" if seconds else "none"),
+        ("peak memory", f"{max((m.peak_memory_bytes for m in steps), default=0) / 2**30:.2f} GiB"),
+        ("adapter", directory.adapter),
+        ("loss plot", directory.loss_plot),
+    ]
+    return tabulate(rows, tablefmt="plain")
+
+
+def _say_data(data: PreparedData, say: Any) -> None:
+    say(
+        f"{len(data.train)} training examples, {len(data.test)} test examples; "
+        f"{data.leaked} training examples removed because their question is a test question"
+    )
+    for row in data.skipped[:5]:
+        say(f"skipped {row.origin}: {row.reason}")
+    if len(data.skipped) > 5:
+        say(f"... {len(data.skipped)} rows skipped in all")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _silent(text: str) -> None:
+    pass

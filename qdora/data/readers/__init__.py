@@ -1,0 +1,1 @@
+"""Readers: local files and hub datasets as rows that know where they came from."""

@@ -1,0 +1,152 @@
+"""Greedy batched generation.
+
+Shapes: B prompts of a batch, P the longest prompt in it, T = P + generated tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qdora.errors import InputError
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the model wrote after one prompt.
+
+    Attributes:
+        text: decoded, without special tokens.
+        tokens: generated tokens, EOS included.
+        stopped: whether it ended with EOS rather than at the limit.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[Mapping[int, Generation]], None] | None = None,
+    synced: bool = False,
+) -> list[Generation]:
+    """Continue every prompt greedily, until EOS or the limit.
+
+    Prompts are taken longest first, so that the batch that needs the most memory comes first.
+    The model's own generation settings (sampling, penalties, lengths) do not apply; of them only
+    the EOS ids are used, next to the tokenizer's.  Modules are in eval mode meanwhile.
+
+    Args:
+        prompts: token ids, any lengths.
+        pad_id: fills prompts up on the left, under an attention mask of 0.
+        max_new_tokens: most tokens generated after a prompt.
+        batch_size: prompts generated together.
+        progress: called after each batch with its generations by index into `prompts`.
+        synced: the processes share one sharded model, and each goes on calling it until all are
+            done.  All must then have equally many prompts.
+    Returns: one generation per prompt, in the order of `prompts`.
+    Raises: InputError: as `check_prompts`.
+    """
+    check_prompts(model, prompts, max_new_tokens)
+    eos_ids = eos_token_ids(model, tokenizer)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=eos_ids or None,
+    )
+    done: dict[int, Generation] = {}
+    with _only(model, config), torch.no_grad():
+        for indices in _batches(prompts, batch_size):
+            batch = [prompts[index] for index in indices]
+            outputs = _generate_batch(model, batch, pad_id, synced)
+            read = {i: _read(ids, eos_ids, tokenizer) for i, ids in zip(indices, outputs, strict=True)}
+            done.update(read)
+            if progress is not None:
+                progress(read)
+    return [done[index] for index in range(len(prompts))]
+
+
+def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Refuse, before any work, what would fail or go wrong silently in the middle of it.
+
+    Raises: InputError: a prompt has no tokens, or prompt and answer together exceed the model's context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise InputError(f"prompt {index} has no tokens; nothing can be generated from it")
+        needed = len(prompt) + max_new_tokens
+        if context is not None and needed > context:
+            raise InputError(
+                f"prompt {index} has {len(prompt)} tokens and up to {max_new_tokens} are generated "
+                f"(evaluation.max_new_tokens): {needed} tokens, but the model's context is {context}"
+            )
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's and those of the model's generation config."""
+    of_model = getattr(model.generation_config, "eos_token_id", None)
+    of_model = of_model if isinstance(of_model, (list, tuple)) else [of_model]
+    return sorted({int(i) for i in (tokenizer.eos_token_id, *of_model) if i is not None})
+
+
+@contextmanager
+def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Eval mode and this generation config, then everything as it was, module by module."""
+    modes = [(module, module.training) for module in model.modules()]
+    own_config = model.generation_config
+    # Passing a config to generate() is not enough: it fills what is None there from the model's own.
+    model.generation_config = config
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own_config
+        for module, training in modes:
+            module.training = training
+
+
+def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _generate_batch(
+    model: PreTrainedModel, batch: Sequence[Sequence[int]], pad_id: int, synced: bool
+) -> list[list[int]]:
+    """The generated ids of each row, EOS and what fills the row after it included."""
+    longest = max(len(prompt) for prompt in batch)
+    padding = [longest - len(prompt) for prompt in batch]
+    ids_BP = [[pad_id] * pad + list(prompt) for pad, prompt in zip(padding, batch, strict=True)]
+    mask_BP = [[0] * pad + [1] * (longest - pad) for pad in padding]
+    call = cast("Callable[..., torch.Tensor]", model.generate)
+    ids_BT = call(
+        input_ids=torch.tensor(ids_BP, device=model.device),
+        attention_mask=torch.tensor(mask_BP, device=model.device),
+        synced_gpus=synced,
+    )
+    rows: list[list[int]] = ids_BT[:, longest:].tolist()
+    return rows
+
+
+def _read(ids: list[int], eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+    end = next((position for position, token in enumerate(ids) if token in eos_ids), None)
+    kept = ids if end is None else ids[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Generation(str(text), len(kept) + (end is not None), end is not None)

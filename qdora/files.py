@@ -1,0 +1,111 @@
+"""Files that are either written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qdora.errors import InputError
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Write under a temporary name in the same folder, flush to the device, rename.
+
+    Args:
+        path: the final name; its folder is made where missing.
+        write: writes the file at the path it is given.
+    Raises: InputError: the device is full, or the folder cannot be written; `path` is as before.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            _flush(temporary)
+            temporary.replace(path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text as `write_file` does."""
+    write_file(path, lambda temporary: _write_text(temporary, text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON as `write_file` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value.
+
+    Raises: InputError: missing, unreadable or not JSON; the file is named.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Fill a temporary sibling folder; flushed and renamed to `path` if the block succeeds.
+
+    A folder that stood at `path` is replaced only then.
+
+    Raises: InputError: the device is full, or the folder cannot be written; nothing is left behind.
+    """
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        replaced = temporary.with_name(temporary.name + ".replaced")
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            for file in [*temporary.rglob("*"), temporary]:
+                _flush(file)
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except Exception as error:
+        # safetensors reports the operating system's refusals as an exception of its own.
+        if "SafetensorError" in type(error).__name__ and "os error" in str(error).lower():
+            raise InputError(f"{path}: cannot be written: {error}") from error
+        raise

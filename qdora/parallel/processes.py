@@ -1,0 +1,109 @@
+"""The processes of a run as the training loop sees them: a rank, a count, sums and gathered objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from qdora.errors import InputError
+
+
+class Processes:
+    """Data parallelism over accelerate's processes, one of them where nothing was launched.
+
+    Adapters are small, so their gradients are summed in one float32 vector after the last
+    micro-batch; the frozen base never travels.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.rank: int = accelerator.process_index
+        self.count: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    @classmethod
+    def start(cls, trackers: Iterable[str] = (), project_dir: str | None = None) -> Processes:
+        """Join the processes that `accelerate launch` started.
+
+        Raises: InputError: the launch configuration asks for a kind of sharding or precision that
+            is not supported.
+        """
+        for variable, what in _UNSUPPORTED.items():
+            if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+                raise InputError(
+                    f"the launch configuration asks for {what} ({variable}); "
+                    f"allowed: distributed_type NO, MULTI_GPU or MULTI_CPU"
+                )
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision not in ("no", ""):
+            raise InputError(
+                f"the launch configuration asks for mixed precision {precision!r}; the compute dtype is "
+                f"set by model.dtype: allowed in the launch configuration is mixed_precision 'no'"
+            )
+        return cls(
+            Accelerator(
+                cpu=not torch.cuda.is_available(),
+                mixed_precision="no",
+                log_with=list(trackers) or None,
+                project_dir=project_dir,
+            )
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return bool(self.accelerator.is_main_process)
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extras: torch.Tensor) -> torch.Tensor:
+        """Sum the gradients over the processes, in place, and a small vector with them.
+
+        A process whose share of the batch was empty adds zeros.
+
+        Args:
+            parameters: their gradients are float32.
+            extras: (K,) float64 or float32 numbers that travel along.
+        Returns: (K,) the summed extras, in float64.
+        """
+        if self.count == 1:
+            return extras.double()
+        parameters = list(parameters)
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, dtype=torch.float32)
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        flat = self.accelerator.reduce(flat, reduction="sum")
+        offset = 0
+        for p in parameters:
+            assert p.grad is not None
+            p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
+            offset += p.numel()
+        summed: torch.Tensor = self.accelerator.reduce(extras.double().to(self.device), reduction="sum")
+        return summed.cpu()
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """All processes' items, in order of rank, on every process."""
+        if self.count == 1:
+            return items
+        gathered: list[Any] = gather_object(items)
+        return gathered
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        """Close trackers and leave the process group."""
+        self.accelerator.end_training()
+
+
+_UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}

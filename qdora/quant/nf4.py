@@ -1,0 +1,144 @@
+"""A frozen weight in 4-bit NormalFloat (QLoRA, arXiv:2305.14314 §3), by bitsandbytes' kernels.
+
+The module owns its packed bytes and its statistics.  bitsandbytes' own parameter class
+repacks the bytes on some CPUs and loses the statistics when the parameter is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import nn
+
+from qdora.quant.weight import align_rows, rows_per_tile
+
+ABSMAX_BLOCK = 256
+"""NF4 scales that share one scale of the second quantization."""
+
+
+class NF4Weight(nn.Module):
+    """A frozen (out, in) weight as NF4 codes and block scales.
+
+    Attributes:
+        packed: (out, in / 2) uint8, two codes a byte, the flattened matrix in row order.
+        absmax: (out * in / block,) block scales; uint8 codes where doubly quantized, else float32.
+        nested_absmax, nested_code, offset: the statistics of the second quantization, or None.
+        block_size: weights that share one scale.
+    """
+
+    packed: nn.Parameter
+    absmax: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    nested_code: torch.Tensor | None
+    offset: torch.Tensor | None
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: tuple[int, int],
+        *,
+        block_size: int = 64,
+        nested_absmax: torch.Tensor | None = None,
+        nested_code: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
+        nested_block_size: int = ABSMAX_BLOCK,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        if self.in_features % 2:
+            raise ValueError(f"NF4 packs two weights a byte; in_features must be even, got {shape[1]}")
+        self.block_size = block_size
+        self.nested_block_size = nested_block_size
+        self.packed = nn.Parameter(packed.view(self.out_features, self.in_features // 2), requires_grad=False)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("nested_code", nested_code)
+        self.register_buffer("offset", offset)
+
+    @classmethod
+    def quantize(
+        cls, w_OI: torch.Tensor, *, block_size: int = 64, double_quantization: bool = True
+    ) -> NF4Weight:
+        """Quantize a floating-point weight, on its own device.
+
+        Args:
+            w_OI: (out, in), in even.
+        Raises: ValueError: `in` is odd.
+        """
+        packed, state = bnb.quantize_4bit(
+            w_OI.contiguous(), blocksize=block_size, compress_statistics=double_quantization, quant_type="nf4"
+        )
+        shape = (w_OI.shape[0], w_OI.shape[1])
+        return cls.from_quant_state(packed, state, shape)
+
+    @classmethod
+    def from_quant_state(
+        cls, packed: torch.Tensor, state: bnb.QuantState, shape: tuple[int, int]
+    ) -> NF4Weight:
+        """Take over what bitsandbytes quantized, here or in a saved model.
+
+        Raises: ValueError: the codes are not NF4.
+        """
+        if state.quant_type != "nf4":
+            raise ValueError(f"only NF4 weights are supported, got {state.quant_type!r}")
+        nested = state.state2 if state.nested else None
+        return cls(
+            packed,
+            state.absmax,
+            shape,
+            block_size=state.blocksize,
+            nested_absmax=nested.absmax if nested else None,
+            nested_code=nested.code if nested else None,
+            offset=state.offset if nested else None,
+            nested_block_size=nested.blocksize if nested else ABSMAX_BLOCK,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def scales(self) -> torch.Tensor:
+        """(out * in / block,) float32 block scales."""
+        if self.nested_absmax is None or self.offset is None:
+            return self.absmax
+        scales: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+            self.absmax, self.nested_absmax, self.nested_code, self.nested_block_size, torch.float32
+        )
+        return scales.add_(self.offset)
+
+    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """As `FrozenWeight.tiles`, dequantized."""
+        scales = self.scales()
+        packed_flat = self.packed.detach().view(-1)
+        wanted = rows_per_tile(self.out_features, self.in_features, dtype, self.device)
+        step = align_rows(wanted, self.in_features, self.block_size)
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            yield slice(start, stop), self._dequantize(packed_flat, scales, start, stop, dtype)
+
+    def _dequantize(
+        self, packed_flat: torch.Tensor, scales: torch.Tensor, start: int, stop: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        first, last = start * self.in_features, stop * self.in_features
+        # The kernels know three dtypes; float64 serves the exactness tests only.
+        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        w_tile: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            packed_flat[first // 2 : last // 2],
+            scales[first // self.block_size : -(-last // self.block_size)],
+            self.block_size,
+            "nf4",
+            (stop - start, self.in_features),
+            kernel_dtype,
+        )
+        return w_tile.to(dtype)
+
+    def extra_repr(self) -> str:
+        double = "double" if self.nested_absmax is not None else "single"
+        return f"{self.out_features}x{self.in_features}, nf4, block {self.block_size}, {double} quantization"

@@ -1,0 +1,155 @@
+"""The run directory: what lies where, and the manifest that says how it came about."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qdora.config import RunConfig, dump_config, load_config
+from qdora.errors import InputError
+from qdora.files import read_json, write_json, write_text
+
+_VERSIONED = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors", "qdora")
+
+
+class RunDirectory:
+    """Paths inside a run directory, and the files that describe the run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.manifest_file = self.path / "manifest.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.loss_plot = self.path / "loss.png"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+        self.evaluation = self.path / "evaluation"
+        self.base_evaluation = self.path / "evaluation-base"
+
+    def holds_run(self) -> bool:
+        """Whether a run has been started here."""
+        return self.config_file.exists() or self.metrics_file.exists() or self.checkpoints.exists()
+
+    def refuse_if_used(self, overwrite: bool) -> None:
+        """A run is never written over unless that was asked for.
+
+        Raises: InputError: there is one, or something that is not a folder.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output.dir {self.path}: exists and is not a folder")
+        if self.holds_run() and not overwrite:
+            raise InputError(
+                f"output.dir {self.path} already holds a run; continue it with --resume, replace it "
+                f"with --set output.overwrite=true, or choose another output.dir"
+            )
+
+    def clear(self) -> None:
+        """Remove a run's files and no others."""
+        for file in (self.config_file, self.manifest_file, self.metrics_file, self.loss_plot):
+            file.unlink(missing_ok=True)
+        for folder in (self.adapter, self.checkpoints, self.evaluation, self.base_evaluation):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def start(self, config: RunConfig, manifest: dict[str, Any]) -> None:
+        """Write the resolved configuration and the manifest."""
+        write_json(self.manifest_file, manifest)
+        write_text(self.config_file, dump_config(config))
+
+    def config(self) -> RunConfig:
+        """The configuration that the run was started with.
+
+        Raises: InputError: there is no run here.
+        """
+        if not self.config_file.is_file():
+            raise InputError(f"{self.path}: not a run directory, it has no config.yaml")
+        return load_config(self.config_file)
+
+    def manifest(self) -> dict[str, Any]:
+        """What `start` wrote.
+
+        Raises: InputError: missing or not JSON.
+        """
+        manifest: dict[str, Any] = read_json(self.manifest_file)
+        return manifest
+
+    def finished_adapter(self) -> Path:
+        """Folder of the trained adapter.
+
+        Raises: InputError: the run has none; its newest checkpoint is named where there is one.
+        """
+        if (self.adapter / "adapter_model.safetensors").is_file():
+            return self.adapter
+        steps = sorted(self.checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+        hint = f"; its newest checkpoint is {steps[-1]}" if steps else ""
+        raise InputError(f"{self.path}: the run has no adapter, it was not finished{hint}")
+
+
+def make_manifest(config: RunConfig, *, processes: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a reader needs to repeat a run, or to see why theirs differs.
+
+    Args:
+        config: its seeds are repeated here.
+        processes: world size.
+        facts: fingerprints and counts of base and data.
+    """
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(sys.argv),
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "git_commit": git_commit(),
+        "machine": machine(),
+        "processes": processes,
+        "seeds": {"training": config.training.seed, "data": config.data.train.seed},
+        **facts,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide numbers."""
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree, with `+changes` where it differs; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(folder, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores in use and accelerators."""
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,187 @@
+"""The training loop: a batch, its micro-batches, one optimizer step, and who is told.
+
+The loop knows nothing of evaluation or files beyond the callbacks that it is given.  Every
+random draw of a step follows from seed, step and rank, so a resumed run needs no random state.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qdora.config import TrainingConfig
+from qdora.data.batches import BatchPlan, collate
+from qdora.data.tokenize import TokenizedExample
+from qdora.errors import InputError, InterruptedRunError
+from qdora.parallel.processes import Processes
+from qdora.training.loss import check_output_layer, completion_loss
+from qdora.training.metrics import StepMetrics, peak_memory
+from qdora.training.optimizer import AdapterOptimizer
+from qdora.training.schedule import learning_rate
+from qdora.training.signals import StopRequest
+
+
+class DivergedError(InputError):
+    """The loss or its gradient is not finite; the message names step and batch."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Who is told what.
+
+    Attributes:
+        log: after every step, on the main process.
+        save: writes a checkpoint after so many steps, on the main process.
+        evaluate: after so many steps, on every process.
+    """
+
+    log: Callable[[StepMetrics], None]
+    save: Callable[[int], None]
+    evaluate: Callable[[int], None]
+
+
+class Trainer:
+    """Trains the trainable parameters of a model on tokenized examples.
+
+    Args:
+        model: causal language model whose trainable parameters are the adapter.
+        examples: the training set, the same list on every process.
+        config: steps, batch, rates.
+        processes: the processes that share each batch.
+        pad_id: token that fills a batch.
+        evaluate_every: steps between evaluations; None for none.
+    Raises: InputError: the batch does not divide over the processes, or the model's output layer
+        is not supported.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[TokenizedExample],
+        config: TrainingConfig,
+        processes: Processes,
+        pad_id: int,
+        evaluate_every: int | None = None,
+    ) -> None:
+        check_output_layer(model)
+        shares = config.gradient_accumulation * processes.count
+        if config.batch_size % shares:
+            raise InputError(
+                f"training.batch_size {config.batch_size} does not divide over {processes.count} processes "
+                f"x {config.gradient_accumulation} micro-batches; allowed: multiples of {shares}"
+            )
+        self.model, self.examples, self.config = model, examples, config
+        self.processes, self.pad_id, self.evaluate_every = processes, pad_id, evaluate_every
+        self.plan = BatchPlan([len(e.input_ids) for e in examples], config.batch_size, config.seed)
+        self.total_steps = count_steps(config, self.plan.steps_per_epoch)
+        self.parameters: dict[str, nn.Parameter] = {
+            name: p for name, p in model.named_parameters() if p.requires_grad
+        }
+        self.optimizer = AdapterOptimizer(self.parameters, config)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def run(self, start: int, callbacks: Callbacks) -> None:
+        """Train from step `start` (steps already done) to the end.
+
+        Raises: DivergedError: a loss is not finite.
+            InterruptedRunError: asked to stop; a checkpoint was written.
+        """
+        self.model.train()
+        with StopRequest() as stop:
+            for step in range(start, self.total_steps):
+                metrics, signal_number = self._step(step, stop)
+                if self.processes.is_main:
+                    callbacks.log(metrics)
+                done = step + 1
+                last = done == self.total_steps
+                if signal_number and not last:
+                    self._save(done, callbacks)
+                    raise InterruptedRunError(
+                        f"stopped after step {done} of {self.total_steps}, a checkpoint was written; "
+                        f"continue with --resume",
+                        128 + signal_number,
+                    )
+                if last or (self.config.save_every and done % self.config.save_every == 0):
+                    self._save(done, callbacks)
+                if self.evaluate_every and done % self.evaluate_every == 0 and not last:
+                    callbacks.evaluate(done)
+                    self.model.train()
+        self.model.eval()
+
+    def _save(self, done: int, callbacks: Callbacks) -> None:
+        if self.processes.is_main:
+            callbacks.save(done)
+        self.processes.wait()
+
+    def _step(self, step: int, stop: StopRequest) -> tuple[StepMetrics, int | None]:
+        started = time.perf_counter()
+        batch = [self.examples[i] for i in self.plan.batch(step)]
+        labels = sum(len(e.input_ids) - e.prompt_length for e in batch)
+        torch.manual_seed(_step_seed(self.config.seed, step, self.processes.rank))
+        self.optimizer.zero_grad()
+        loss = 0.0
+        for micro_batch in self._own_micro_batches(batch):
+            collated = collate(micro_batch, self.pad_id)
+            device = self.processes.device
+            # Divided by the labels of the whole batch: the sum over micro-batches and processes
+            # is the mean over tokens, however unevenly they are spread.
+            share = (
+                completion_loss(self.model, collated.input_ids_BT.to(device), collated.labels_BT.to(device))
+                / labels
+            )
+            share.backward()
+            loss += float(share.detach())
+        # One process's signal stops all of them, after the same step.
+        extras = torch.tensor([loss, float(stop.number is not None)], dtype=torch.float64)
+        loss, stopping = self.processes.sum_gradients(self.parameters.values(), extras).tolist()
+        grad_norm = float(
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm or math.inf)
+        )
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            origins = ", ".join(e.origin for e in batch)
+            raise DivergedError(
+                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; no update was made. "
+                f"Lower training.learning_rate or look at the batch: {origins}"
+            )
+        rate = learning_rate(self.config, step, self.total_steps)
+        self.optimizer.step(rate)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(e.input_ids) for e in batch)
+        metrics = StepMetrics(
+            step=step + 1,
+            loss=loss,
+            lr=rate,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            peak_memory_bytes=peak_memory(self.processes.device),
+            seconds=seconds,
+        )
+        return metrics, (stop.number or int(signal.SIGTERM)) if stopping else None
+
+    def _own_micro_batches(self, batch: list[TokenizedExample]) -> list[list[TokenizedExample]]:
+        """This process's micro-batches: neighbours in length together, so that little is padding."""
+        ordered = sorted(batch, key=lambda e: len(e.input_ids))
+        size = self.config.batch_size // (self.config.gradient_accumulation * self.processes.count)
+        chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        return chunks[self.processes.rank :: self.processes.count]
+
+
+def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps is not None:
+        return config.max_steps
+    assert config.epochs is not None
+    return max(1, math.ceil(config.epochs * steps_per_epoch))
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 1_009 + rank

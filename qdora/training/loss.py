@@ -1,0 +1,85 @@
+"""The loss: cross entropy on completion tokens, logits only where there are labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from qdora.errors import InputError
+
+IGNORED = -100
+"""Label of a position without loss."""
+
+CHUNK_BYTES = 256 << 20
+"""Memory of the float32 logits that exist at one time."""
+
+# Settings by which a model changes its logits after the output layer.
+_LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def check_output_layer(model: PreTrainedModel) -> None:
+    """The loss applies the output layer itself, so that layer must be all there is.
+
+    Raises: InputError: the model changes its logits afterwards.
+    """
+    for setting in _LOGIT_SETTINGS:
+        if getattr(model.config.get_text_config(), setting, None):
+            raise InputError(f"models with {setting} are not supported for training")
+
+
+def completion_loss(
+    model: PreTrainedModel, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor
+) -> torch.Tensor:
+    """Summed cross entropy of the labelled tokens.
+
+    The batch is right-padded: under the causal mask nothing real attends to padding, so no
+    attention mask is needed and the attention kernels' causal path is used.
+
+    Args:
+        model: a causal language model; its frozen output layer is applied to labelled positions only.
+        input_ids_BT: (B, T) int64.
+        labels_BT: (B, T) int64, aligned with the inputs, -100 where there is no loss.
+    Returns: scalar float32, the sum over tokens, in nats.
+    """
+    hidden_BTI = model.get_decoder()(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    targets_BT = labels_BT[:, 1:]
+    labelled_BT = targets_BT != IGNORED
+    hidden_NI = hidden_BTI[:, :-1][labelled_BT]
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NI, targets_BT[labelled_BT], model.get_output_embeddings()
+    )
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross entropy after a frozen output layer; only one chunk's logits exist at a time.
+
+    The output layer is frozen, so the gradient of the hidden states is all that backward
+    needs, and it is at hand as soon as a chunk's logits are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NI: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -> torch.Tensor:
+        needs_grad = ctx.needs_input_grad[0]
+        grad_NI = torch.empty_like(hidden_NI) if needs_grad else None
+        total = hidden_NI.new_zeros((), dtype=torch.float32)
+        step = max(1, CHUNK_BYTES // (4 * int(head.out_features)))  # type: ignore[arg-type]
+        for start in range(0, len(hidden_NI), step):
+            rows = slice(start, start + step)
+            chunk_NI = hidden_NI[rows].detach().requires_grad_(needs_grad)
+            with torch.set_grad_enabled(needs_grad):
+                loss = F.cross_entropy(head(chunk_NI).float(), targets_N[rows], reduction="sum")
+            total += loss.detach()
+            if grad_NI is not None:
+                (grad_NI[rows],) = torch.autograd.grad(loss, chunk_NI)
+        ctx.save_for_backward(*(() if grad_NI is None else (grad_NI,)))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_NI,) = ctx.saved_tensors
+        return grad_NI * grad.to(grad_NI.dtype), None, None

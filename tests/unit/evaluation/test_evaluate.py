@@ -1,0 +1,202 @@
+"""Evaluation end to end on a tiny model, in one process and in several."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import qdora.evaluation.evaluate as evaluation
+from qdora.data.example import Example
+from qdora.errors import InputError
+from qdora.evaluation.evaluate import evaluate
+from qdora.evaluation.generation import Generation
+from qdora.evaluation.scores import Scores
+
+EXAMPLES = [
+    Example(
+        f"What is {a} + {b}?",
+        f"{a} + {b} = {a + b}\nThe answer is {a + b}.",
+        str(a + b),
+        "synthetic",
+        f"s:{i}",
+    )
+    for i, (a, b) in enumerate([(1, 2), (30, 4), (5, 600), (7, 8), (9, 1000), (11, 12), (1300, 1400)])
+]
+SETTINGS: dict[str, Any] = {
+    "prompt": "question_answer",
+    "max_new_tokens": 6,
+    "batch_size": 2,
+    "show_progress": False,
+}
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
+    """Replace generation by given outputs, by question."""
+
+    def install(outputs: dict[str, str]) -> None:
+        def answer(
+            model: object, tokenizer: Any, prompts: Sequence[Sequence[int]], progress: Any, **_: object
+        ) -> list[Generation]:
+            texts = [tokenizer.decode(ids) for ids in prompts]
+            chosen = [next(o for q, o in outputs.items() if q in text) for text in texts]
+            generations = [Generation(text, len(text), text != "cut") for text in chosen]
+            progress(dict(enumerate(generations)))
+            return generations
+
+        monkeypatch.setattr(evaluation, "generate", answer)
+
+    return install
+
+
+def in_processes(
+    count: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]
+) -> list[list[Scores]]:
+    """`evaluate` in threads that stand for processes, with a gather that waits for all."""
+    barrier = threading.Barrier(count, timeout=60)
+    slots: list[list[Any]] = [[] for _ in range(count)]
+    results: list[list[Scores]] = [[] for _ in range(count)]
+
+    def process(rank: int) -> None:
+        def gather(own: list[Any]) -> list[Any]:
+            slots[rank] = own
+            barrier.wait()
+            joined = [item for slot in slots for item in slot]
+            barrier.wait()
+            return joined
+
+        own_model, own_tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
+        results[rank] = evaluate(
+            own_model, own_tokenizer, examples, rank=rank, world_size=count, gather=gather, **SETTINGS
+        )
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_scores_add_up(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, says: Callable[[dict[str, str]], None]
+) -> None:
+    """Catches: a score without its scorers, counts that disagree with the predictions, lost provenance."""
+    says(
+        {
+            "1 + 2?": "It is $3",
+            "30 + 4?": "34.",
+            "5 + 600?": "no idea",
+            "7 + 8": "cut",
+            "": "The answer is 0.",
+        }
+    )
+    (scores,) = evaluate(model, tokenizer, EXAMPLES, **SETTINGS)
+    assert (scores.task, scores.metric, scores.scorer) == ("synthetic", "exact_match", "normalized")
+    assert (scores.correct, scores.total, scores.score) == (2, 7, 2 / 7)
+    assert scores.stderr == pytest.approx((2 / 7 * 5 / 7 / 7) ** 0.5)
+    assert scores.interval[0] < 2 / 7 < scores.interval[1]
+    assert {name: result.correct for name, result in scores.per_scorer.items()} == {
+        "normalized": 2,
+        "published": 1,
+    }
+    assert scores.per_scorer["normalized"].no_answer == 2
+    assert scores.cut_off == 1
+    assert scores.generated_tokens == sum(p.tokens for p in scores.predictions)
+    assert [p.origin for p in scores.predictions] == [e.origin for e in EXAMPLES]
+    first = scores.predictions[0]
+    assert (first.extracted, first.gold, first.correct) == ("$3", "3", True)
+    assert first.prompt == "###Question:\nWhat is 1 + 2?\n###Answer:\n"
+    assert scores.decoding == {
+        "method": "greedy",
+        "prompt": "question_answer",
+        "max_new_tokens": 6,
+        "batch_size": 2,
+        "processes": 1,
+        "eos_token_ids": [tokenizer.eos_token_id],
+    }
+
+
+def test_tasks_are_scored_apart(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, says: Callable[[dict[str, str]], None]
+) -> None:
+    """Catches: a mix reported as one number, or judged by one task's rule."""
+    says({"Q1": "true", "Q2": "It is 5.0", "Q3": "false"})
+    examples = [
+        Example("Q1", "the correct answer is true", "true", "boolq", "b:1"),
+        Example("Q2", "5", "5", "mine", "m:1"),
+        Example("Q3", "the correct answer is true", "true", "boolq", "b:2"),
+    ]
+    boolq, mine = evaluate(model, tokenizer, examples, **SETTINGS)
+    assert (boolq.task, boolq.correct, boolq.total, list(boolq.per_scorer)) == (
+        "boolq",
+        1,
+        2,
+        ["first_answer_word"],
+    )
+    assert (mine.task, mine.correct, mine.total) == ("mine", 1, 1)
+
+
+def test_own_choice_task_takes_its_words_from_the_golds(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, says: Callable[[dict[str, str]], None]
+) -> None:
+    """Catches: no answer words, so that all is wrong; "choice1" found in "choice10"."""
+    says({"Q1": "choice10", "Q2": "choice1"})
+    examples = [
+        Example(f"Q{i}", "", answer, "mine", f"m:{i}") for i, answer in [(1, "choice10"), (2, "choice1")]
+    ]
+    (scores,) = evaluate(model, tokenizer, examples, kind="choice", **SETTINGS)
+    assert scores.correct == 2
+    with pytest.raises(InputError, match="two different gold answers"):
+        evaluate(model, tokenizer, examples[:1], kind="choice", **SETTINGS)
+
+
+@pytest.mark.parametrize(("count", "examples"), [(2, EXAMPLES), (3, EXAMPLES), (3, EXAMPLES[:2])])
+def test_processes_agree_with_one(
+    count: int, examples: list[Example], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Catches: examples lost or counted twice, and processes that return different scores."""
+    (alone,) = evaluate(model, tokenizer, examples, **SETTINGS)
+    together = [scores for (scores,) in in_processes(count, model, tokenizer, examples)]
+    assert len(alone.predictions) == len(examples)
+    assert all(scores.predictions == alone.predictions for scores in together)
+    assert len({(s.score, s.total, s.seconds, s.generated_tokens) for s in together}) == 1
+
+
+def test_shares_are_of_one_size() -> None:
+    """Catches: a deadlock of a sharded model that one process calls less often than another."""
+    for total in range(1, 9):
+        shares = [evaluation._share(list(range(total)), rank, 4) for rank in range(4)]
+        assert len({len(share) for share in shares}) == 1
+        assert {index for share in shares for index in share} == set(range(total))
+
+
+def test_a_prompt_too_long_names_the_example(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Catches: the example found only after the ones before it were generated."""
+    long = Example("x" * 300, "", "1", "synthetic", "file.json:17")
+    with pytest.raises(InputError, match=r"file\.json:17: .*context is 256"):
+        evaluate(model, tokenizer, [*EXAMPLES, long], **SETTINGS)
+
+
+def test_no_examples_is_an_error(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Catches: an empty test set reported as 0%, or a division by zero."""
+    with pytest.raises(InputError, match="no examples"):
+        evaluate(model, tokenizer, [], **SETTINGS)
+
+
+def test_progress_goes_to_stderr(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: a bar in the output that scripts read, or no running score in it."""
+    evaluate(model, tokenizer, EXAMPLES[:2], **(SETTINGS | {"show_progress": True}))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "synthetic" in captured.err
+    assert "exact match" in captured.err

@@ -1,0 +1,105 @@
+"""NF4 weights against bitsandbytes' own quantizer and dequantizer."""
+
+from __future__ import annotations
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qdora.quant import weight as tiling
+from qdora.quant.dense import DenseWeight
+from qdora.quant.nf4 import NF4Weight
+from qdora.quant.weight import FrozenWeight, align_rows
+
+
+def whole(weight: FrozenWeight, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([tile.clone() for _, tile in weight.tiles(dtype)])
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(48, 64), (70, 96), (33, 100), (7, 130), (300, 576)])
+def test_bits_are_those_of_bitsandbytes(shape, dtype, double):
+    """Catches: another code book, block order, nested offset or rounding than bitsandbytes has."""
+    w_OI = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ours = NF4Weight.quantize(w_OI, double_quantization=double)
+    packed, state = bnb.quantize_4bit(w_OI, blocksize=64, compress_statistics=double, quant_type="nf4")
+    assert torch.equal(ours.packed.view(-1), packed.view(-1))
+    expected = bnb.dequantize_4bit(packed, state).float()
+    got = whole(ours, dtype).float()
+    assert torch.equal(got, expected)
+
+
+@given(
+    rows=st.integers(1, 70),
+    half_columns=st.integers(1, 90),
+    tile_bytes=st.integers(64, 8192),
+    double=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_tiles_are_the_whole_whatever_their_size(rows, half_columns, tile_bytes, double):
+    """Catches: a tile that starts inside a block, repeats or loses a row, or takes a neighbour's scale."""
+    w_OI = torch.randn(rows, 2 * half_columns, generator=torch.Generator().manual_seed(rows))
+    weight = NF4Weight.quantize(w_OI, double_quantization=double)
+    one_tile = whole(weight, torch.float32)
+    before = tiling.TILE_BYTES["cpu"]
+    tiling.TILE_BYTES["cpu"] = tile_bytes
+    try:
+        spans = [(rows.start, rows.stop) for rows, _ in weight.tiles(torch.float32)]
+        tiled = whole(weight, torch.float32)
+    finally:
+        tiling.TILE_BYTES["cpu"] = before
+    assert torch.equal(tiled, one_tile)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == rows
+    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_rows_that_are_no_whole_blocks_are_grouped():
+    """Catches: a tile boundary in the middle of a block where a row is not a multiple of 64."""
+    assert align_rows(10, 96, 64) == 10
+    assert align_rows(11, 96, 64) == 10
+    assert align_rows(1, 100, 64) == 16
+    assert align_rows(5, 128, 64) == 5
+
+
+def test_odd_rows_are_refused():
+    """Catches: two rows sharing a packed byte, silently."""
+    with pytest.raises(ValueError, match="even, got 33"):
+        NF4Weight.quantize(torch.randn(4, 33))
+
+
+def test_fp4_is_refused():
+    """Catches: FP4 codes read with the NF4 table."""
+    packed, state = bnb.quantize_4bit(torch.randn(8, 64), blocksize=64, quant_type="fp4")
+    with pytest.raises(ValueError, match="fp4"):
+        NF4Weight.from_quant_state(packed, state, (8, 64))
+
+
+def test_float64_tiles_hold_the_float32_values():
+    """Catches: the exactness tests running on other weights than training does."""
+    weight = NF4Weight.quantize(torch.randn(20, 64))
+    assert torch.equal(whole(weight, torch.float64), whole(weight, torch.float32).double())
+
+
+def test_state_dict_carries_the_statistics():
+    """Catches: statistics left out of the state dict, as happens to bitsandbytes' parameter when sharded."""
+    weight = NF4Weight.quantize(torch.randn(300, 128))
+    names = set(weight.state_dict())
+    assert names == {"packed", "absmax", "nested_absmax", "nested_code", "offset"}
+    fresh = NF4Weight.quantize(torch.randn(300, 128))
+    fresh.load_state_dict(weight.state_dict())
+    assert torch.equal(whole(fresh, torch.float32), whole(weight, torch.float32))
+
+
+def test_dense_weight_is_widened_tile_by_tile_without_change(monkeypatch):
+    """Catches: a 16-bit weight rounded again, or held in float32 as a whole."""
+    monkeypatch.setitem(tiling.TILE_BYTES, "cpu", 4096)
+    w_OI = torch.randn(100, 64).bfloat16()
+    weight = DenseWeight(w_OI)
+    sizes = [tile.shape[0] for _, tile in weight.tiles(torch.float32)]
+    assert max(sizes) == 16
+    assert torch.equal(whole(weight, torch.float32), w_OI.float())
+    assert weight.weight.dtype == torch.bfloat16
