@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, overload
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -287,7 +287,11 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[C] = RunConfig) -> C:  # type: ignore[assignment]
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
+@overload
+def load_config(path: str | Path, overrides: Sequence[str], kind: type[C]) -> C: ...
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Section] = RunConfig) -> Section:
     """Read a YAML file, apply `a.b=c` overrides, and check everything.
 
     Args:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from torch import nn
 
 from qdora.adapters.direction import layer_seed
+from qdora.adapters.fingerprint import combine, tensor_digest
 from qdora.adapters.linear import AdaptedLinear, refuse_large_rank
 from qdora.adapters.methods import METHODS
 from qdora.config import AdapterConfig
@@ -93,6 +94,17 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
         for name, module in model.named_modules()
         if isinstance(module, AdaptedLinear) and _has_adapter(module)
     }
+
+
+def initial_a_fingerprint(model: nn.Module) -> str:
+    """Digest of all A: right after `inject`, arms of a comparison must agree on it."""
+    return combine(
+        {
+            name: tensor_digest(name, layer.direction.a_RI)
+            for name, layer in adapted_layers(model).items()
+            if layer.direction is not None
+        }
+    )
 
 
 def match_layers(names: Iterable[str], patterns: Iterable[str], key: str) -> list[str]:

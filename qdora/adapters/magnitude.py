@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qdora.adapters.direction import adapter_parameter
+from qdora.adapters.math import widened
 
 
 class Magnitude(nn.Module):
@@ -30,7 +31,7 @@ class Magnitude(nn.Module):
 
     def value(self) -> torch.Tensor:
         """m: (O,), dtype of `initial_O`, differentiable in the offset."""
-        return self.initial_O + self.offset_O.to(self.initial_O.dtype)
+        return self.initial_O + widened(self.offset_O, self.initial_O.dtype)
 
     def load(self, m_O: torch.Tensor) -> None:
         """Start from a given magnitude: it becomes the frozen part, exactly, and the offset zero."""

@@ -151,8 +151,9 @@ class _LowRankLinear(torch.autograd.Function):
         needs_x = ctx.needs_input_grad[0]
         if needs_x:
             grad_x = frozen_product_transposed(g_NO, ctx.weight)
-        if ctx.saved_tensors:
-            x_NI, a_RI, b_OR, h_NR = ctx.saved_tensors
+        saved = ctx.saved_tensors  # asked for once: activation recomputation unpacks them only once
+        if saved:
+            x_NI, a_RI, b_OR, h_NR = saved
             dtype = g_NO.dtype
             kept = None if ctx.dropout_seed is None else keep_mask(x_NI, ctx.dropout, ctx.dropout_seed)
             gb_NR = (g_NO @ b_OR.to(dtype)).mul_(ctx.scale)
@@ -171,6 +172,24 @@ class _LowRankLinear(torch.autograd.Function):
 def _widen(grad: torch.Tensor | None) -> torch.Tensor | None:
     """Adapter gradients leave in at least float32; autograd narrows them where a parameter asks."""
     return None if grad is None else grad.to(torch.promote_types(grad.dtype, torch.float32))
+
+
+class _Widened(torch.autograd.Function):
+    """A parameter in a wider dtype, whose gradient comes back unrounded; see `widened`."""
+
+    @staticmethod
+    def forward(ctx: Any, stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return stored.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def widened(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`stored.to(dtype)`, but the gradient keeps `dtype`; `Tensor.to` would round it back."""
+    result: torch.Tensor = _Widened.apply(stored, dtype)  # type: ignore[no-untyped-call]
+    return result
 
 
 def low_rank_linear(

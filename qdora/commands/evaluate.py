@@ -7,16 +7,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from qdora.adapters.peft_format import load_adapter
-from qdora.commands.base import load_configured
-from qdora.commands.score import score_model
+from qdora.commands.score import score_adapter
 from qdora.commands.target import Target, add_target_arguments, resolve_target
-from qdora.data.example import Example
-from qdora.data.prepare import load_test
-from qdora.data.tokenize import choose_pad_token
-from qdora.errors import InputError, suggest
+from qdora.errors import InputError
 from qdora.evaluation.evaluate import Scores
-from qdora.evaluation.report import write_scores
 from qdora.parallel.processes import Processes
 
 
@@ -38,33 +32,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("without --run, name a data file with --data")
     target = resolve_target(arguments, data=arguments.data, base_only=arguments.base_only)
     processes = Processes.start()
-    settings = target.config.model
-    model, tokenizer = load_configured(settings, device=processes.device, progress=processes.is_main)
-    choose_pad_token(tokenizer)
-    examples = _of_task(load_test(target.config.data, tokenizer).examples, arguments.task)
-    if target.adapter is not None:
-        load_adapter(model, target.adapter)
-    scores = score_model(model, tokenizer, examples, target.config, processes)
+    folder = _report_folder(arguments, target)
+    scores = score_adapter(target.config, target.adapter, processes, folder=folder, task=arguments.task)
     if processes.is_main:
-        folder = _report_folder(arguments, target)
-        if folder is not None:
-            for score in scores:
-                write_scores(score, folder)
         print(_table(scores))
         if folder is not None:
             print(f"reports: {folder}")
-    processes.wait()
-
-
-def _of_task(examples: list[Example], task: str | None) -> list[Example]:
-    if task is None:
-        return examples
-    chosen = [e for e in examples if e.task == task]
-    if not chosen:
-        raise InputError(
-            f"--task {task!r}: the test set has none; {suggest(task, {e.task for e in examples})}"
-        )
-    return chosen
 
 
 def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapters.peft_format import load_adapter
+from qdora.commands.base import load_configured
 from qdora.config import RunConfig
 from qdora.data.example import Example
+from qdora.data.prepare import load_test
+from qdora.data.tokenize import choose_pad_token
+from qdora.errors import InputError, suggest
 from qdora.evaluation.evaluate import Scores, evaluate
+from qdora.evaluation.report import write_scores
 from qdora.parallel.processes import Processes
 
 
@@ -38,3 +45,43 @@ def score_model(
         gather=processes.gather,
         show_progress=show_progress and processes.is_main,
     )
+
+
+def score_adapter(
+    config: RunConfig,
+    adapter: Path | None,
+    processes: Processes,
+    *,
+    folder: Path | None = None,
+    task: str | None = None,
+) -> list[Scores]:
+    """Load the base, put the adapter on it, score the test set, write the reports.
+
+    Args:
+        adapter: folder in PEFT's format; None scores the base alone.
+        folder: where reports go; None writes none.
+        task: only this task of the test set.
+    Raises: InputError: anything that cannot be loaded, or no example of the task.
+    """
+    model, tokenizer = load_configured(config.model, device=processes.device, progress=processes.is_main)
+    choose_pad_token(tokenizer)
+    examples = _of_task(load_test(config.data, tokenizer).examples, task)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    scores = score_model(model, tokenizer, examples, config, processes)
+    if processes.is_main and folder is not None:
+        for score in scores:
+            write_scores(score, folder)
+    processes.wait()
+    return scores
+
+
+def _of_task(examples: list[Example], task: str | None) -> list[Example]:
+    if task is None:
+        return examples
+    chosen = [e for e in examples if e.task == task]
+    if not chosen:
+        raise InputError(
+            f"--task {task!r}: the test set has none; {suggest(task, {e.task for e in examples})}"
+        )
+    return chosen

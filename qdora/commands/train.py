@@ -14,7 +14,7 @@ from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.inject import InjectionReport, inject
+from qdora.adapters.inject import InjectionReport, initial_a_fingerprint, inject
 from qdora.adapters.peft_format import save_adapter
 from qdora.analysis.plots import plot_loss
 from qdora.commands.base import load_configured
@@ -26,7 +26,13 @@ from qdora.parallel.processes import Processes
 from qdora.run import RunDirectory, make_manifest
 from qdora.training.checkpoint import load_checkpoint, newest_usable, save_checkpoint
 from qdora.training.loop import Callbacks, Trainer
-from qdora.training.metrics import StepMetrics, append_metrics, keep_until, read_metrics
+from qdora.training.metrics import (
+    StepMetrics,
+    append_metrics,
+    keep_until,
+    read_metrics,
+    reset_peak_memory,
+)
 from qdora.training.progress import TrainingBar
 
 # What may differ between a run and its continuation: nothing that enters a number before the stop.
@@ -71,6 +77,7 @@ def train(config: RunConfig, resume: str | None = None, processes: Processes | N
     if resume is None:
         directory.refuse_if_used(config.output.overwrite)
     say = _say if processes.is_main else _silent
+    reset_peak_memory(processes.device)
     model, tokenizer = load_configured(config.model, device=processes.device, progress=processes.is_main)
     data = prepare(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
     _say_data(data, say)
@@ -194,6 +201,7 @@ def _facts(
             "rows_skipped": len(data.skipped),
         },
         "trainable_parameters": report.trainable,
+        "initial_a": initial_a_fingerprint(model),
         "steps": trainer.total_steps,
         "compute_dtype": str(model.get_input_embeddings()(torch.zeros(1, dtype=torch.long)).dtype)
         if trainer.processes.device.type == "cpu"

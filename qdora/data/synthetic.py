@@ -53,7 +53,7 @@ def generate(split: str, count: int, seed: int) -> list[Example]:
     if count > available:
         raise InputError(f"synthetic data: {count} {split} problems asked for, there are {available}")
     order = Random(f"{seed}/{split}")
-    piles = [order.sample(cores, len(cores)) for cores in _cores(split)]
+    piles = [order.sample(cores, len(cores)) for cores in _cores()[split]]
     chosen: list[Core] = []
     while len(chosen) < count:
         piles = [pile for pile in piles if pile]
@@ -68,13 +68,17 @@ def capacity(split: str) -> int:
     """
     if split not in SPLITS:
         raise InputError(f"synthetic data: split {split!r}; {suggest(split, SPLITS)}")
-    return sum(len(cores) for cores in _cores(split))
+    return sum(len(cores) for cores in _cores()[split])
 
 
 @cache
-def _cores(split: str) -> tuple[tuple[Core, ...], ...]:
-    """The cores of a split, kind by kind."""
-    return tuple(tuple(core for core in _cores_of(kind) if _split_of(core) == split) for kind in KINDS)
+def _cores() -> dict[str, list[list[Core]]]:
+    """The cores of each split, kind by kind."""
+    by_split: dict[str, list[list[Core]]] = {split: [[] for _ in KINDS] for split in SPLITS}
+    for i, kind in enumerate(KINDS):
+        for core in _cores_of(kind):
+            by_split[_split_of(core)][i].append(core)
+    return by_split
 
 
 def _cores_of(kind: Kind) -> list[Core]:

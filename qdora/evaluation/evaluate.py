@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.config import AnswerKind
 from qdora.data.example import Example
-from qdora.data.prompts import prompt_ids
+from qdora.data.prompts import prompt_ids_of_all
 from qdora.data.tokenize import choose_pad_token
 from qdora.errors import InputError
 from qdora.evaluation.answers import SCORERS, Verdict, score_output
@@ -101,7 +101,7 @@ def evaluate(
         show_progress and rank == 0,
     )
     groups = _by_task(examples, kind)
-    prompts = [[prompt_ids(tokenizer, prompt, e.question) for e in group] for _, group in groups]
+    prompts = [prompt_ids_of_all(tokenizer, prompt, [e.question for e in group]) for _, group in groups]
     for (_, group), ids in zip(groups, prompts, strict=True):
         _check(setup, group, ids)
     return [_evaluate_task(setup, *group, ids) for group, ids in zip(groups, prompts, strict=True)]

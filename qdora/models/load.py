@@ -24,6 +24,7 @@ from qdora.config import BaseKind, DtypeName
 from qdora.errors import CheckpointError, InputError
 from qdora.models.checkpoint import Checkpoint
 from qdora.models.dtype import compute_dtype, resolve_device
+from qdora.models.heap import WORTH_TRIMMING, release_freed_memory
 from qdora.models.prequantized import PrequantizedParts, check_quantization
 from qdora.models.resolve import open_checkpoint
 from qdora.quant.dense import DenseWeight
@@ -78,6 +79,9 @@ def load_base(
     ) as bar:
         for name, tensor in checkpoint.tensors():
             loader.place(name, tensor)
+            if tensor.nbytes >= WORTH_TRIMMING:
+                del tensor
+                release_freed_memory()
             bar.update()
     model = loader.finish(checkpoint)
     return model, checkpoint.tokenizer()

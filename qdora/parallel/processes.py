@@ -45,6 +45,7 @@ class Processes:
                 f"the launch configuration asks for mixed precision {precision!r}; the compute dtype is "
                 f"set by model.dtype: allowed in the launch configuration is mixed_precision 'no'"
             )
+        _use_all_cores()
         return cls(
             Accelerator(
                 cpu=not torch.cuda.is_available(),
@@ -99,6 +100,17 @@ class Processes:
     def end(self) -> None:
         """Close trackers and leave the process group."""
         self.accelerator.end_training()
+
+
+def _use_all_cores() -> None:
+    """Undo the launcher's default of one thread a process, which idles all other cores of a CPU run.
+
+    Any other number in OMP_NUM_THREADS was somebody's choice and stays.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 _UNSUPPORTED = {

@@ -48,8 +48,7 @@ class NF4Weight(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        if self.in_features % 2:
-            raise ValueError(f"NF4 packs two weights a byte; in_features must be even, got {shape[1]}")
+        _check_even(self.in_features)
         self.block_size = block_size
         self.nested_block_size = nested_block_size
         self.packed = nn.Parameter(packed.view(self.out_features, self.in_features // 2), requires_grad=False)
@@ -68,11 +67,33 @@ class NF4Weight(nn.Module):
             w_OI: (out, in), in even.
         Raises: ValueError: `in` is odd.
         """
-        packed, state = bnb.quantize_4bit(
-            w_OI.contiguous(), blocksize=block_size, compress_statistics=double_quantization, quant_type="nf4"
+        out_features, in_features = w_OI.shape
+        _check_even(in_features)
+        packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=w_OI.device)
+        scales = torch.empty(-(-w_OI.numel() // block_size), dtype=torch.float32, device=w_OI.device)
+        # By tiles, since the CPU kernel holds several float32 copies of what it is given.
+        wanted = rows_per_tile(out_features, in_features, torch.float32, w_OI.device)
+        step = align_rows(wanted, in_features, block_size)
+        for start in range(0, out_features, step):
+            tile = w_OI[start : start + step].contiguous()
+            codes, tile_scales = torch.ops.bitsandbytes.quantize_4bit(tile, block_size, "nf4", torch.uint8)
+            packed[start : start + step] = codes.view(-1, in_features // 2)
+            first = start * in_features // block_size
+            scales[first : first + tile_scales.numel()] = tile_scales
+        shape = (out_features, in_features)
+        if not double_quantization:
+            return cls(packed, scales, shape, block_size=block_size)
+        offset = scales.mean()
+        absmax, nested = bnb.quantize_blockwise(scales - offset, blocksize=ABSMAX_BLOCK)
+        return cls(
+            packed,
+            absmax,
+            shape,
+            block_size=block_size,
+            nested_absmax=nested.absmax,
+            nested_code=nested.code,
+            offset=offset,
         )
-        shape = (w_OI.shape[0], w_OI.shape[1])
-        return cls.from_quant_state(packed, state, shape)
 
     @classmethod
     def from_quant_state(
@@ -142,3 +163,8 @@ class NF4Weight(nn.Module):
     def extra_repr(self) -> str:
         double = "double" if self.nested_absmax is not None else "single"
         return f"{self.out_features}x{self.in_features}, nf4, block {self.block_size}, {double} quantization"
+
+
+def _check_even(in_features: int) -> None:
+    if in_features % 2:
+        raise ValueError(f"NF4 packs two weights a byte; in_features must be even, got {in_features}")

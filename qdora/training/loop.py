@@ -86,7 +86,7 @@ class Trainer:
         }
         self.optimizer = AdapterOptimizer(self.parameters, config)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
 
     def run(self, start: int, callbacks: Callbacks) -> None:
         """Train from step `start` (steps already done) to the end.

@@ -223,11 +223,11 @@ def test_every_kind_reports_its_scorers(kind: str, output: str, answer: str) -> 
 def test_a_looping_model_costs_no_time(loop: str) -> None:
     """Catches: extraction that takes quadratic time on an output that repeats itself."""
     text = loop * 3000
-    started = time.perf_counter()
+    started = time.process_time()
     stated_number(text)
     chosen_letter(text)
     last_number_string(text)
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 def test_known_tasks_keep_their_kind() -> None:

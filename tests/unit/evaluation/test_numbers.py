@@ -51,7 +51,7 @@ WRITTEN = [
 
 @pytest.mark.parametrize(("text", "values"), WRITTEN)
 def test_numbers_are_read(text: str, values: list[str]) -> None:
-    """Catches: dates read as fractions, an operator read as a sign, cut thousands, digit strings that crash."""
+    """Catches: dates read as fractions, operators read as signs, cut thousands, digit strings that crash."""
     assert [number.value for number in find_numbers(text)] == [(Fraction(value),) for value in values]
 
 

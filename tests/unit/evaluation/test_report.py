@@ -83,6 +83,16 @@ def test_a_full_disk_leaves_the_old_report(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_reports_are_replaced_not_rewritten(scores: Scores, tmp_path: Path) -> None:
+    """Catches: writing in place, where a killed process leaves half a report."""
+    path = write_scores(scores, tmp_path)
+    before = path.read_text()
+    with path.open() as held:
+        write_scores(replace(scores, seconds=9.0), tmp_path)
+        assert held.read() == before
+    assert read_scores(path).seconds == 9
+
+
 def test_a_file_in_the_way(scores: Scores, tmp_path: Path) -> None:
     """Catches: a traceback where the directory cannot be made."""
     (tmp_path / "evaluation").write_text("")

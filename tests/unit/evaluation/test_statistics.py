@@ -56,7 +56,7 @@ def test_mcnemar_of_many() -> None:
 
 @given(st.integers(0, 10_000), st.integers(2, 60))
 def test_paired_stderr_is_that_of_the_differences(seed: int, total: int) -> None:
-    """Catches: the unpaired standard error, which is larger where both models find the same questions hard."""
+    """Catches: the unpaired standard error, too large where both models fail at the same questions."""
     rng = random.Random(seed)
     a = [rng.random() < 0.6 for _ in range(total)]
     b = [rng.random() < 0.4 for _ in range(total)]

@@ -1,0 +1,136 @@
+"""Choosing layers, freezing the rest, and refusing what cannot be adapted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from qdora.adapters.inject import adapted_layers, initial_a_fingerprint, inject
+from qdora.config import AdapterConfig
+from qdora.errors import InputError
+from qdora.models.load import load_base
+from tests.tiny import tiny_config
+
+
+def make_model(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(**changes))
+
+
+def test_report_and_freezing():
+    """Catches: a parameter outside the adapter left trainable, or counted wrongly."""
+    model = make_model()
+    report = inject(model, AdapterConfig(method="qdora", r=4, targets=("q_proj", "mlp.up_proj")))
+    assert report.direction_layers == (
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    )
+    per_block = (64 + 64) * 4 + 64 + (64 + 96) * 4 + 96
+    assert report.trainable == 2 * per_block
+    assert {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad} == {
+        "a_RI",
+        "b_OR",
+        "offset_O",
+    }
+    untouched = sum(p.numel() for p in make_model().parameters())
+    assert report.total == untouched + report.trainable
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("o_proj", 2), ("model.layers.1.mlp.gate_proj", 1), ("model.layers.0.*", 7), ("*.self_attn.?_proj", 8)],
+)
+def test_patterns(pattern, count):
+    """Catches: a suffix that matches half a name, or a glob that is not over the full name."""
+    assert len(inject(make_model(), AdapterConfig(r=4, targets=(pattern,))).direction_layers) == count
+
+
+def test_pattern_without_a_match_names_the_nearest():
+    """Catches: a typo in a target that trains fewer layers than the user thinks."""
+    with pytest.raises(InputError, match=r"'q_prj' matches no linear layer; did you mean 'q_proj'\?"):
+        inject(make_model(), AdapterConfig(targets=("v_proj", "q_prj")))
+
+
+def test_half_a_name_does_not_match():
+    """Catches: 'proj' taken for every projection."""
+    with pytest.raises(InputError, match="matches no linear layer"):
+        inject(make_model(), AdapterConfig(targets=("proj",)))
+
+
+def test_rank_above_a_side_is_refused_before_anything_changes():
+    """Catches: half an injection left behind by a late error."""
+    model = make_model()
+    with pytest.raises(InputError, match=r"adapter.r is 33, larger .*k_proj \(32x64\); allowed: 1 to 32"):
+        inject(model, AdapterConfig(r=33, targets=("q_proj", "k_proj")))
+    assert not adapted_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_second_adapter_is_refused():
+    """Catches: an adapter silently replaced by a fresh one."""
+    model = make_model()
+    inject(model, AdapterConfig(r=4))
+    with pytest.raises(InputError, match="has an adapter already"):
+        inject(model, AdapterConfig(r=4))
+
+
+def test_a_tied_output_layer_is_refused_by_name():
+    """Catches: an adapter on the output layer that changes the embedding as well."""
+    with pytest.raises(InputError, match=r"lm_head shares its weight with model.embed_tokens"):
+        inject(make_model(), AdapterConfig(r=4, targets=("lm_head",), method="dora"))
+
+
+@pytest.mark.parametrize(("base", "method"), [("nf4", "dora"), ("dense", "qdora")])
+def test_method_must_fit_the_loaded_base(tiny_model_folder, base, method):
+    """Catches: a 'q' method that trains on 16-bit weights, or the other way round."""
+    model, _ = load_base(str(tiny_model_folder), base=base)
+    with pytest.raises(InputError, match=f"method '{method}' needs a"):
+        inject(model, AdapterConfig(r=4, method=method))
+
+
+def test_magnitude_targets_are_their_own_list():
+    """Catches: a magnitude put where only a direction was asked for."""
+    model = make_model()
+    inject(model, AdapterConfig(r=4, targets=("q_proj", "v_proj"), magnitude_targets=("v_proj", "o_proj")))
+    kinds = {
+        name.rsplit(".", 1)[-1]: (layer.direction is not None, layer.magnitude is not None)
+        for name, layer in adapted_layers(model).items()
+    }
+    assert kinds == {"q_proj": (True, False), "v_proj": (True, True), "o_proj": (False, True)}
+
+
+def test_initial_a_depends_on_seed_and_layer_alone():
+    """Catches: arms of a comparison that start from different A, or layers that all start alike."""
+    first, second, third = make_model(), make_model(), make_model()
+    inject(first, AdapterConfig(r=4, method="qlora"), seed=3)
+    torch.randn(100)
+    inject(second, AdapterConfig(r=4, method="qdora"), seed=3)
+    inject(third, AdapterConfig(r=4, method="qdora"), seed=4)
+    assert initial_a_fingerprint(first) == initial_a_fingerprint(second) != initial_a_fingerprint(third)
+    layers = adapted_layers(first)
+    a0 = layers["model.layers.0.self_attn.q_proj"].direction.a_RI
+    a1 = layers["model.layers.1.self_attn.q_proj"].direction.a_RI
+    assert not torch.equal(a0, a1)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_folder):
+    """Catches: a recomputed forward that differs from the first, in its norm or its dropout mask."""
+    grads = []
+    for checkpointing in (False, True):
+        model, _ = load_base(str(tiny_model_folder))
+        inject(model, AdapterConfig(r=4, dropout=0.3))
+        for layer in adapted_layers(model).values():
+            with torch.no_grad():
+                layer.direction.b_OR.fill_(0.01)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        torch.manual_seed(5)
+        ids = torch.arange(4, 24).view(2, 10)
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name

@@ -1,0 +1,174 @@
+"""Adapters on disk, with PEFT as the other side."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qdora.adapters.inject import adapted_layers, inject
+from qdora.adapters.peft_format import load_adapter, save_adapter
+from qdora.config import AdapterConfig
+from qdora.errors import CheckpointError, InputError
+from qdora.models.load import load_base
+from tests.tiny import write_tiny_model
+
+from .oracle import move_off_the_identity, relative
+
+IDS = torch.arange(4, 28).view(2, 12)
+
+
+def adapted(folder, method="qdora", **changes):
+    base = "nf4" if method.startswith("q") else "dense"
+    model, _ = load_base(str(folder), base=base)
+    inject(model, AdapterConfig(**({"method": method, "r": 4, "alpha": 12.0} | changes)))
+    for seed, layer in enumerate(adapted_layers(model).values()):
+        move_off_the_identity(layer, seed)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def peft_base(folder, model):
+    """A plain transformers model holding the weights that ours sees, in float32."""
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, layer in adapted_layers(model).items():
+        tiles = [t.clone() for _, t in layer.weight_source.tiles(torch.float32)]
+        with torch.no_grad():
+            plain.get_submodule(name).weight.copy_(torch.cat(tiles))
+    return plain
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora", "qdora"])
+def test_peft_reproduces_our_logits(tiny_model_folder, tmp_path, method):
+    """Catches: a magnitude saved as its offset, a scale that PEFT reads differently, a misnamed tensor."""
+    model = adapted(tiny_model_folder, method)
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(peft_base(tiny_model_folder, model), tmp_path).eval()
+    assert relative(logits(theirs), logits(model)) < 1e-5
+    assert relative(logits(peft_base(tiny_model_folder, model)), logits(model)) > 1e-2
+
+
+@pytest.mark.parametrize("dora", [True, False])
+@pytest.mark.parametrize("rslora", [True, False])
+def test_an_adapter_from_peft_loads_here(tiny_model_folder, tmp_path, dora, rslora):
+    """Catches: PEFT's settings read wrongly, a magnitude rounded to bf16 on the way in."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=9, target_modules=["q_proj", "down_proj"], use_dora=dora, use_rslora=rslora
+    )
+    theirs = peft.get_peft_model(plain, settings)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    model, _ = load_base(str(tiny_model_folder), base="dense")
+    report = load_adapter(model, tmp_path)
+    assert len(report.direction_layers) == 4
+    assert len(report.magnitude_layers) == (4 if dora else 0)
+    assert relative(logits(model), logits(theirs.eval())) < 1e-5
+
+
+def test_save_load_round_trip(tiny_model_folder, tmp_path):
+    """Catches: an adapter that is not the same after it was saved and loaded."""
+    model = adapted(tiny_model_folder)
+    save_adapter(model, tmp_path)
+    again, _ = load_base(str(tiny_model_folder))
+    load_adapter(again, tmp_path)
+    assert relative(logits(again), logits(model)) < 1e-6
+
+
+def test_adapter_for_another_base_is_refused(tiny_model_folder, tmp_path):
+    """Catches: an adapter put on other weights of the same shape, where it means nothing."""
+    save_adapter(adapted(tiny_model_folder), tmp_path / "adapter")
+    other, _ = load_base(str(write_tiny_model(tmp_path / "other", seed=9)))
+    with pytest.raises(InputError, match="made for another base: its fingerprint"):
+        load_adapter(other, tmp_path / "adapter")
+
+
+def strip_metadata(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("changes", [{"intermediate_size": 128}, {"num_hidden_layers": 1}])
+def test_adapter_of_other_shapes_is_refused(tiny_model_folder, tmp_path, changes):
+    """Catches: shapes that only fail inside copy_, or layers that are left out in silence."""
+    save_adapter(adapted(tiny_model_folder), tmp_path / "adapter")
+    strip_metadata(tmp_path / "adapter")
+    other, _ = load_base(str(write_tiny_model(tmp_path / "other", **changes)))
+    with pytest.raises(InputError, match="made for another base"):
+        load_adapter(other, tmp_path / "adapter")
+    assert not adapted_layers(other)
+
+
+def test_rank_that_disagrees_with_the_config_is_refused(tiny_model_folder, tmp_path):
+    """Catches: a rank-1 tensor broadcast into a rank-4 parameter."""
+    save_adapter(adapted(tiny_model_folder, r=1), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 4}))
+    model, _ = load_base(str(tiny_model_folder))
+    with pytest.raises(InputError, match="another base or rank"):
+        load_adapter(model, tmp_path)
+
+
+def test_truncated_weights_are_named(tiny_model_folder, tmp_path):
+    """Catches: a traceback from safetensors instead of the file's name."""
+    save_adapter(adapted(tiny_model_folder), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    model, _ = load_base(str(tiny_model_folder))
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: truncated or corrupt"):
+        load_adapter(model, tmp_path)
+
+
+def test_missing_pieces_are_named(tiny_model_folder, tmp_path):
+    """Catches: a half adapter loaded with zeros where its B should be."""
+    model, _ = load_base(str(tiny_model_folder))
+    with pytest.raises(InputError, match="no such adapter folder"):
+        load_adapter(model, tmp_path / "nowhere")
+    save_adapter(adapted(tiny_model_folder), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="q_proj lacks lora_B.weight"):
+        load_adapter(model, tmp_path)
+    path.unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match="no pickle is ever loaded"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_settings_that_change_the_result_are_refused(tiny_model_folder, tmp_path, change, words):
+    """Catches: a PEFT setting that is ignored, so that the adapter computes something else here."""
+    save_adapter(adapted(tiny_model_folder), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    model, _ = load_base(str(tiny_model_folder))
+    with pytest.raises(InputError, match=words):
+        load_adapter(model, tmp_path)
+
+
+def test_magnitudes_elsewhere_than_directions_do_not_fit_the_format(tiny_model_folder, tmp_path):
+    """Catches: an adapter file from which PEFT would compute something else."""
+    model = adapted(tiny_model_folder, targets=("q_proj",), magnitude_targets=("v_proj",))
+    with pytest.raises(InputError, match="magnitude_targets"):
+        save_adapter(model, tmp_path)

@@ -1,0 +1,204 @@
+"""`load_base`: what is quantized, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qdora.adapters.fingerprint import base_fingerprint
+from qdora.adapters.linear import AdaptedLinear
+from qdora.errors import CheckpointError, InputError
+from qdora.models.load import load_base
+from qdora.quant.dense import DenseWeight
+from qdora.quant.nf4 import NF4Weight
+from tests.tiny import write_tiny_model
+
+IDS = torch.arange(4, 28).view(2, 12)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def relative(got, expected):
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def transformers_in_4_bits(folder):
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+
+
+def test_dense_equals_transformers(tiny_model_folder):
+    """Catches: a weight put in the wrong place, tied wrongly, or rounded."""
+    ours, tokenizer = load_base(str(tiny_model_folder), base="dense", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    assert torch.equal(logits(ours), logits(theirs))
+    assert tokenizer is not None
+
+
+def test_nf4_equals_transformers_with_bitsandbytes(tiny_model_folder):
+    """Catches: another choice of layers, block size or statistics than QLoRA's."""
+    ours, _ = load_base(str(tiny_model_folder), dtype="float32")
+    theirs = transformers_in_4_bits(tiny_model_folder).eval()
+    assert relative(logits(ours), logits(theirs)) < 1e-5
+
+
+
+
+def test_a_folder_quantized_by_bitsandbytes_loads_as_it_is(tiny_model_folder, tmp_path):
+    """Catches: packed bytes quantized again, statistics mixed up between layers."""
+    theirs = transformers_in_4_bits(tiny_model_folder)
+    expected = logits(theirs.eval())
+    theirs.save_pretrained(tmp_path)
+    stored = load_file(next(tmp_path.glob("*.safetensors")))
+    ours, _ = load_base(str(tmp_path), dtype="float32")
+    layer = ours.get_submodule("model.layers.1.mlp.up_proj")
+    assert torch.equal(
+        layer.base.packed.view(-1), stored["model.layers.1.mlp.up_proj.weight"].view(torch.uint8).view(-1)
+    )
+    assert relative(logits(ours), expected) < 1e-5
+    with pytest.raises(InputError, match="already quantized"):
+        load_base(str(tmp_path), base="dense")
+
+
+def test_other_quantizations_are_refused(tiny_model_folder, tmp_path):
+    """Catches: 8-bit or FP4 codes read as if they were NF4."""
+    folder = write_tiny_model(tmp_path / "m")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for quantization, word in (
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+    ):
+        path.write_text(json.dumps(config | {"quantization_config": quantization}))
+        with pytest.raises(InputError, match=f"quantized as '{word}'"):
+            load_base(str(folder))
+
+
+def test_only_the_decoders_linear_layers_are_quantized(tiny_model_folder):
+    """Catches: a quantized output layer or embedding; 16-bit tensors widened for good."""
+    model, _ = load_base(str(tiny_model_folder), dtype="float32")
+    kinds = {
+        name: type(module.base) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)
+    }
+    assert kinds.pop("lm_head") is DenseWeight
+    assert len(kinds) == 14
+    assert set(kinds.values()) == {NF4Weight}
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert model.get_input_embeddings().weight is model.lm_head.base.weight
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compute_dtype(tiny_model_folder, dtype):
+    """Catches: a 16-bit embedding that makes the whole float32 model compute in 16 bits."""
+    model, _ = load_base(str(tiny_model_folder), dtype=dtype)
+    assert model(input_ids=IDS).logits.dtype == getattr(torch, dtype)
+
+
+def test_untied_output_layer_is_its_own(tmp_path):
+    """Catches: an output layer tied to the embedding although the model says it is not."""
+    folder = write_tiny_model(tmp_path / "untied", tie_word_embeddings=False)
+    ours, _ = load_base(str(folder), base="dense", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_biases_are_kept(tmp_path):
+    """Catches: attention biases lost with the layer that held them."""
+    folder = write_tiny_model(tmp_path / "biased", attention_bias=True)
+    path = folder / "model.safetensors"
+    tensors = {k: torch.randn_like(t) if k.endswith("bias") else t for k, t in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+    ours, _ = load_base(str(folder), base="dense", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
+        (lambda t: t.update({"model.extra.weight": torch.zeros(2)}), "have no place in a LlamaForCausalLM"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(3)}), r"model.norm.weight has shape \(3,\)"),
+    ],
+)
+def test_checkpoint_must_fit_its_configuration(tmp_path, edit, message):
+    """Catches: a layer left at random values, or a tensor dropped without a word."""
+    folder = write_tiny_model(tmp_path / "m")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        load_base(str(folder))
+
+
+def test_fingerprint_tells_bases_apart(tiny_model_folder, tmp_path):
+    """Catches: a fingerprint of names and shapes only, the same for every fine-tune of a model."""
+    one, _ = load_base(str(tiny_model_folder))
+    same, _ = load_base(str(tiny_model_folder), base="dense")
+    other, _ = load_base(str(write_tiny_model(tmp_path / "other", seed=5)))
+    assert base_fingerprint(one) == base_fingerprint(same) != base_fingerprint(other)
+
+
+def test_peak_memory_is_the_4_bit_model_and_about_one_tensor(tmp_path):
+    """Catches: the 16-bit model held in memory while it is quantized."""
+    folder = write_tiny_model(
+        tmp_path / "large", hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, vocab_size=99
+    )
+    stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    load_base(str(write_tiny_model(tmp_path / "warm-up")))
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    with PeakMemory() as peak:
+        model, _ = load_base(str(folder))
+    held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    largest = 4096 * 1024 * 4
+    assert stored > 3.4 * held
+    # bitsandbytes' quantizer works on float32 copies of the one tensor in flight.
+    assert peak.bytes - before < held + 4 * largest
+
+
+class PeakMemory:
+    """Peak resident memory of this process while entered."""
+
+    def __enter__(self):
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._done.is_set():
+            self.bytes = max(self.bytes, psutil.Process().memory_info().rss)
+            time.sleep(0.002)
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+
+@pytest.mark.gpu
+def test_on_cuda(tiny_model_folder: Path):
+    """Catches: a tensor left on the CPU, or bfloat16 not chosen where it is native."""
+    model, _ = load_base(str(tiny_model_folder), device="cuda")
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    assert model(input_ids=IDS.cuda()).logits.dtype == torch.bfloat16
