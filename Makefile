@@ -25,7 +25,7 @@ check: setup
 	$(RUN)/lint-imports
 
 test: check
-	$(RUN)/pytest
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

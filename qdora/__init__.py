@@ -1,0 +1,57 @@
+"""Fine-tune LLaMA-family models with QDoRA: NF4 base weights and bf16 DoRA adapters that really learn.
+
+    model, tokenizer = load_base("folder-or-hub-id")
+    report = inject(model, AdapterConfig(method="qdora", r=16, alpha=32))
+
+Names are imported on first use: `import qdora` alone loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdora.adapters.inject import InjectionReport, inject
+    from qdora.adapters.linear import AdaptedLinear
+    from qdora.adapters.peft_format import load_adapter, save_adapter
+    from qdora.config import AdapterConfig
+    from qdora.errors import InputError
+    from qdora.evaluation.evaluate import evaluate
+    from qdora.evaluation.scores import Scores
+    from qdora.export.write import merge_and_export
+    from qdora.models.load import load_base
+
+__all__ = [
+    "AdaptedLinear",
+    "AdapterConfig",
+    "InjectionReport",
+    "InputError",
+    "Scores",
+    "evaluate",
+    "inject",
+    "load_adapter",
+    "load_base",
+    "merge_and_export",
+    "save_adapter",
+]
+
+_HOMES = {
+    "AdaptedLinear": "qdora.adapters.linear",
+    "AdapterConfig": "qdora.config",
+    "InjectionReport": "qdora.adapters.inject",
+    "InputError": "qdora.errors",
+    "Scores": "qdora.evaluation.scores",
+    "evaluate": "qdora.evaluation.evaluate",
+    "inject": "qdora.adapters.inject",
+    "load_adapter": "qdora.adapters.peft_format",
+    "load_base": "qdora.models.load",
+    "merge_and_export": "qdora.export.write",
+    "save_adapter": "qdora.adapters.peft_format",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qdora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

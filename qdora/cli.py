@@ -42,10 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning at every fork
+    import transformers  # slow, and of no use to --help of the command table
+
     command = importlib.import_module(f"qdora.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"qdora {name}", description=COMMANDS[name])
     command.add_arguments(parser)
     parsed = parser.parse_args(arguments)
+    transformers.utils.logging.disable_progress_bar()  # the commands show their own
     try:
         command.run(parsed)
     except InputError as error:

@@ -74,8 +74,9 @@ def new_directory(path: Path) -> Iterator[Path]:
         replaced = temporary.with_name(temporary.name + ".replaced")
         try:
             yield temporary
-            temporary.chmod(0o755)
             for file in [*temporary.rglob("*"), temporary]:
+                # Temporary files are private; what they become is as readable as any other file.
+                file.chmod(0o755 if file.is_dir() else 0o644)
                 _flush(file)
             if path.exists():
                 path.rename(replaced)

@@ -40,7 +40,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_tiny_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
+def write_tiny_model(
+    folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: object
+) -> Path:
     """A model folder as the hub has them: config, tokenizer, safetensors."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(tiny_config(**changes)).to(dtype)

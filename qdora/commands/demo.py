@@ -51,7 +51,8 @@ def summary(directory: RunDirectory, export: Path, seconds: float) -> str:
     before, after = _only_scores(directory.base_evaluation), _only_scores(directory.evaluation)
     facts = directory.manifest()
     steps = read_metrics(directory.metrics_file)
-    trained, total = facts["trainable_parameters"], facts["base"]["parameters"]
+    trained = facts["trainable_parameters"]
+    total = trained + facts["base"]["parameters"]
     speed = sum(m.tokens for m in steps) / sum(m.seconds for m in steps)
     rows = [
         ("exact match before", _percent(before)),

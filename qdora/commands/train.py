@@ -192,7 +192,7 @@ def _facts(
     model: PreTrainedModel, data: PreparedData, report: InjectionReport, trainer: Trainer
 ) -> dict[str, Any]:
     return {
-        "base": {"fingerprint": base_fingerprint(model), "parameters": report.total},
+        "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
         "data": {
             "fingerprints": data.fingerprints,
             "train": len(data.train),

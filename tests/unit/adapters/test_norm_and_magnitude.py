@@ -14,7 +14,9 @@ from qdora.training.optimizer import AdapterOptimizer
 from .oracle import ClosedForm, dense_weight, move_off_the_identity, relative
 
 
-def make_layer(method: str = "qdora", dtype: str = "bfloat16", inputs: int = 64, outputs: int = 48) -> AdaptedLinear:
+def make_layer(
+    method: str = "qdora", dtype: str = "bfloat16", inputs: int = 64, outputs: int = 48
+) -> AdaptedLinear:
     torch.manual_seed(0)
     config = AdapterConfig(method=method, r=8, alpha=16.0, dtype=dtype)
     return AdaptedLinear.from_linear(nn.Linear(inputs, outputs), config, seed=1)

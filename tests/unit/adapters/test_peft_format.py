@@ -140,7 +140,7 @@ def test_missing_pieces_are_named(tiny_model_folder, tmp_path):
     tensors = load_file(path)
     del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="q_proj lacks lora_B.weight"):
+    with pytest.raises(CheckpointError, match=r"q_proj lacks lora_B\.weight"):
         load_adapter(model, tmp_path)
     path.unlink()
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")

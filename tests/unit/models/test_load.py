@@ -59,8 +59,6 @@ def test_nf4_equals_transformers_with_bitsandbytes(tiny_model_folder):
     assert relative(logits(ours), logits(theirs)) < 1e-5
 
 
-
-
 def test_a_folder_quantized_by_bitsandbytes_loads_as_it_is(tiny_model_folder, tmp_path):
     """Catches: packed bytes quantized again, statistics mixed up between layers."""
     theirs = transformers_in_4_bits(tiny_model_folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -54,7 +56,7 @@ def test_tiles_are_the_whole_whatever_their_size(rows, half_columns, tile_bytes,
     assert torch.equal(tiled, one_tile)
     assert spans[0][0] == 0
     assert spans[-1][1] == rows
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
 
 
 def test_rows_that_are_no_whole_blocks_are_grouped():

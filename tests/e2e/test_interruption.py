@@ -1,0 +1,127 @@
+"""Training that is killed, stopped or starved, and goes on to the same numbers."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from qdora.cli import run_command
+from qdora.training.checkpoint import list_checkpoints
+
+from .runs import finish, metrics, start, tiny_tree, write_config
+
+pytestmark = pytest.mark.e2e
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_model_folder) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    tree = tiny_tree(folder, tiny_model_folder, max_steps=STEPS, save_every=5, keep_checkpoints=3)
+    finish(start("launch/train.py", "--config", write_config(folder, tree)))
+    return folder / "run"
+
+
+def interrupt(folder: Path, model: Path, send: int, launcher: bool) -> tuple[subprocess.Popen[str], str]:
+    """Start the same run elsewhere and send a signal to the training process after some steps."""
+    tree = tiny_tree(folder, model, max_steps=STEPS, save_every=5, keep_checkpoints=3)
+    config = write_config(folder, tree)
+    process = start("launch/train.py", "--config", config, launcher=launcher)
+    lines = folder / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.exists() and len(lines.read_text().splitlines()) >= 12):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(send)
+    return process, config
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    assert metrics(run) == metrics(reference)
+    ours = load_file(run / "adapter" / "adapter_model.safetensors")
+    theirs = load_file(reference / "adapter" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[k].equal(theirs[k]) for k in ours)
+
+
+def test_sigterm_writes_a_checkpoint_and_resume_reaches_the_same_numbers(
+    tmp_path, tiny_model_folder, uninterrupted
+):
+    """Catches: a stop that loses steps, or a continuation with other batches, dropout or moments."""
+    process, config = interrupt(tmp_path, tiny_model_folder, signal.SIGTERM, launcher=False)
+    output = finish(process, code=128 + signal.SIGTERM)
+    assert "a checkpoint was written; continue with --resume" in output
+    assert "Traceback" not in output
+    stopped = int(list_checkpoints(tmp_path / "run" / "checkpoints")[0].name.removeprefix("step-"))
+    assert 12 <= stopped < STEPS
+    assert len(metrics(tmp_path / "run")) == stopped
+    output = finish(start("launch/train.py", "--config", config, "--resume"))
+    assert f"resuming after step {stopped}" in output
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_kill_9_loses_at_most_the_steps_since_the_checkpoint(tmp_path, tiny_model_folder, uninterrupted):
+    """Catches: a checkpoint that is only whole if the process ends in an orderly way."""
+    process, config = interrupt(tmp_path, tiny_model_folder, signal.SIGKILL, launcher=False)
+    process.communicate()
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
+    # A damaged newest checkpoint is named, and the one before it is used.
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-50])
+    output = finish(start("launch/train.py", "--config", config, "--resume", "auto"))
+    assert f"{state}: corrupt" in output
+    assert "resuming after step" in output
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_ctrl_c_under_accelerate_launch(tmp_path, tiny_model_folder):
+    """Catches: a training process that lives on, or loses its work, when its launcher is gone."""
+    process, _ = interrupt(tmp_path, tiny_model_folder, signal.SIGTERM, launcher=True)
+    process.communicate(timeout=60)
+    # The launcher does not pass the signal on; the training process sees that it is gone.
+    deadline = time.monotonic() + 60
+    lines = tmp_path / "run" / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        found = list_checkpoints(tmp_path / "run" / "checkpoints")
+        if found and int(found[0].name.removeprefix("step-")) % 5:
+            break
+        time.sleep(0.1)
+    steps = len(lines.read_text().splitlines())
+    time.sleep(1)
+    assert len(lines.read_text().splitlines()) == steps < STEPS
+
+
+def test_resume_refuses_other_settings(uninterrupted, capsys):
+    """Catches: a run continued with another rank or learning rate, which no number would show."""
+    config = str(uninterrupted.parent / "config.yaml")
+    words = ["--config", config, "--resume", "--set", "training.learning_rate=0.5"]
+    assert run_command("train", words) == 2
+    assert "written with training.learning_rate = 0.001, this run has 0.5" in capsys.readouterr().err
+
+
+def test_no_space_left_is_said_and_older_checkpoints_stay(tmp_path, tiny_model_folder):
+    """Catches: a traceback, or a half-written checkpoint, where the disk is full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=12, save_every=1, keep_checkpoints=9)
+        tree["output"]["dir"] = str(disk / "run")
+        output = finish(start("launch/train.py", "--config", write_config(tmp_path, tree)), code=2)
+        assert "No space left on device" in output
+        assert "Traceback" not in output
+        names = {path.name for path in (disk / "run" / "checkpoints").iterdir()}
+        assert names
+        assert all(name.startswith("step-") for name in names)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

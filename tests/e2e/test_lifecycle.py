@@ -1,0 +1,135 @@
+"""The whole way: train, evaluate, export, reload, on a tiny random LLaMA and on the real 135M one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qdora.cli import run_command
+from qdora.config import load_config
+
+from .runs import ROOT, finish, start, tiny_tree, write_config
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_model_folder) -> Path:
+    folder = tmp_path_factory.mktemp("lifecycle")
+    tree = tiny_tree(folder, tiny_model_folder, save_every=5)
+    tree["evaluation"]["every"] = 5
+    tree["training"]["trackers"] = ["tensorboard"]
+    output = finish(start("launch/train.py", "--config", write_config(folder, tree), launcher=True))
+    assert "14 layers with a direction, 14 with a magnitude" in output
+    assert "step 5:" in output
+    return folder / "run"
+
+
+def test_run_directory_holds_what_it_promises(run_folder):
+    """Catches: a file of the contract that is missing or says nothing."""
+    names = {path.name for path in run_folder.iterdir()}
+    assert {"config.yaml", "manifest.json", "metrics.jsonl", "loss.png", "adapter", "checkpoints"} <= names
+    assert load_config(run_folder / "config.yaml").training.max_steps == 10
+    manifest = json.loads((run_folder / "manifest.json").read_text())
+    assert manifest["data"]["train"] == 96
+    assert manifest["base"]["fingerprint"]
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert "launch/train.py" in manifest["command"]
+    steps = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps] == list(range(1, 11))
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds"}
+    assert all(s.keys() == keys for s in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert {p.name for p in (run_folder / "checkpoints").iterdir()} == {"step-5", "step-10"}
+    assert list(run_folder.glob("qdora/events*")), "the tracker wrote nothing"
+
+
+def test_evaluate_with_and_without_the_adapter(run_folder, capsys):
+    """Catches: reports of the base written over those of the run, or predictions left out."""
+    assert run_command("evaluate", ["--run", str(run_folder)]) == 0
+    assert "sums" in capsys.readouterr().out
+    assert run_command("evaluate", ["--run", str(run_folder), "--base-only", "--limit", "3"]) == 0
+    report = json.loads((run_folder / "evaluation" / "sums.json").read_text())
+    assert report["total"] == 8
+    assert report["per_scorer"].keys() == {"normalized", "published"}
+    lines = (run_folder / "evaluation" / "sums.predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 8
+    assert {"prompt", "output", "extracted", "gold"} <= json.loads(lines[0]).keys()
+    assert json.loads((run_folder / "evaluation-base" / "sums.json").read_text())["total"] == 3
+
+
+def test_evaluate_without_a_run(run_folder, tiny_model_folder, tmp_path, capsys):
+    """Catches: a command that only works on its own run directories."""
+    words = ["--model", str(tiny_model_folder), "--adapter", str(run_folder / "adapter")]
+    words += ["--data", str(run_folder.parent / "test.jsonl"), "--output", str(tmp_path)]
+    words += ["--set", "evaluation.max_new_tokens=8", "--set", "data.max_length=128"]
+    assert run_command("evaluate", words) == 0
+    assert json.loads((tmp_path / "test.json").read_text())["total"] == 8
+
+
+@pytest.mark.parametrize(("dtype", "onto"), [("fp16", "nf4"), ("bf16", "nf4"), ("fp16", "original")])
+def test_export_reloads_in_plain_transformers(run_folder, tmp_path, capsys, dtype, onto):
+    """Catches: an export that only our own code can read, or that says something else."""
+    words = ["--run", str(run_folder), "--output", str(tmp_path / "out"), "--dtype", dtype, "--onto", onto]
+    assert run_command("export", words) == 0
+    assert "verified: plain transformers loads it" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("a7: 7+7?")["input_ids"]) == "a7: 7+7?"
+    assert run_command("export", words) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_folder, tmp_path, capsys):
+    """Catches: arms with other data, order or initial A; a report without its parts."""
+    tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=4)
+    tree["training"]["max_steps"] = 3
+    write_config(tmp_path, tree, "base.yaml")
+    comparison = {
+        "base": "base.yaml",
+        "arms": [{"name": "qlora", "method": "qlora"}, {"name": "qdora", "method": "qdora"}],
+        "seeds": [0, 1],
+        "set": {"evaluation.limit": 6},
+        "output": {"dir": str(tmp_path / "comparison")},
+    }
+    config = tmp_path / "compare.yaml"
+    config.write_text(yaml.safe_dump(comparison))
+    assert run_command("compare", ["--config", str(config)]) == 0
+    folder = tmp_path / "comparison"
+    assert {"report.json", "report.md", "comparison.png"} <= {p.name for p in folder.iterdir()}
+    report = json.loads((folder / "report.json").read_text())
+    assert report["arms"].keys() == {"qlora", "qdora"}
+    assert report["arms"]["qdora"]["tasks"]["sums"]["difference"].keys() == {"points", "stderr", "p_value"}
+    extra = report["arms"]["qdora"]["trainable_parameters"] - report["arms"]["qlora"]["trainable_parameters"]
+    assert extra == 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
+    assert "| qdora" in (folder / "report.md").read_text()
+    assert run_command("compare", ["--config", str(config)]) == 2
+    assert "already holds a comparison" in capsys.readouterr().err
+    assert run_command("compare", ["--config", str(config), "--resume"]) == 0
+
+
+@pytest.mark.real_model
+def test_the_real_model_learns_in_three_steps(tmp_path):
+    """Catches: anything between the packaged model and the export that a tiny random model hides."""
+    run = tmp_path / "run"
+    words = ["--config", "configs/quickstart.yaml", "--set", f"output.dir={run}"]
+    words += ["--set", "training.max_steps=3", "--set", "training.batch_size=4"]
+    words += ["--set", "training.save_every=3", "--set", "data.test.count=4"]
+    finish(start("launch/train.py", *words, launcher=True), timeout=400)
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    scores = ["--run", str(run), "--set", "evaluation.max_new_tokens=8"]
+    finish(start("launch/evaluate.py", *scores, launcher=True), timeout=400)
+    assert (run / "evaluation" / "synthetic.json").is_file()
+    output = finish(
+        start("launch/export.py", "--run", str(run), "--output", str(tmp_path / "out")), timeout=400
+    )
+    assert "verified: plain transformers loads it" in output
+    assert ROOT.is_dir()
