@@ -1,0 +1,111 @@
+"""Merged weights: what they say, where they fit, and what is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from qdora.adapters.inject import adapted_layers, inject
+from qdora.config import AdapterConfig
+from qdora.errors import InputError
+from qdora.export import write
+from qdora.export.merge import merged_onto, merged_tensors
+from qdora.export.verify import VerificationError, verify_export
+from qdora.export.write import merge_and_export
+from qdora.models.load import load_base
+from qdora.models.resolve import open_checkpoint
+from tests.tiny import write_tiny_model
+from tests.unit.adapters.oracle import move_off_the_identity, relative
+
+IDS = torch.arange(4, 28).view(2, 12)
+
+
+def adapted(folder, method="qdora"):
+    base = "nf4" if method.startswith("q") else "dense"
+    model, tokenizer = load_base(str(folder), base=base, dtype="float32")
+    inject(model, AdapterConfig(method=method, r=4, alpha=12))
+    for seed, layer in enumerate(adapted_layers(model).values()):
+        move_off_the_identity(layer, seed)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "attention_bias": True}])
+@pytest.mark.parametrize("method", ["lora", "dora", "qlora", "qdora"])
+def test_plain_transformers_says_what_the_adapted_model_says(tmp_path, method, changes):
+    """Catches: a magnitude or scale left out of the merge, a lost bias, an output layer tied wrongly."""
+    model, tokenizer = adapted(write_tiny_model(tmp_path / "m", **changes), method)
+    merge_and_export(model, tokenizer, tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert relative(logits(exported), logits(model)) < 5e-3
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert "quantization_config" not in config
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "generation_config.json").is_file()
+
+
+def test_shards(tmp_path, tiny_model_folder, monkeypatch):
+    """Catches: an index that names the wrong shard, or a shard that was forgotten."""
+    monkeypatch.setattr(write, "SHARD_BYTES", 30_000)
+    model, _ = adapted(tiny_model_folder)
+    merge_and_export(model, None, tmp_path / "out", "bf16")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3
+    result = verify_export(tmp_path / "out", model, IDS)
+    assert result.relative_error < 5e-2
+
+
+def test_onto_the_original_weights(tiny_model_folder):
+    """Catches: the quantized weight's norm used with the original weight."""
+    model, _ = adapted(tiny_model_folder)
+    originals = dict(open_checkpoint(str(tiny_model_folder)).tensors())
+    merged = dict(merged_onto(model, originals.items(), torch.float16))
+    name, layer = next(iter(adapted_layers(model).items()))
+    d = layer.direction
+    w = originals[f"{name}.weight"].double() + d.scale * (d.b_OR.double() @ d.a_RI.double())
+    expected = (layer.magnitude.value().double() / w.norm(dim=1))[:, None] * w
+    assert relative(merged[f"{name}.weight"], expected) < 5e-4
+    assert merged.keys() == originals.keys()
+
+
+def test_values_beyond_float16_are_named_and_nothing_is_written(tmp_path, tiny_model_folder):
+    """Catches: infinities in an export."""
+    model, _ = adapted(tiny_model_folder)
+    layer = adapted_layers(model)["model.layers.1.mlp.down_proj"]
+    layer.magnitude.load(layer.magnitude.initial_O * 1e7)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: a value .*--dtype bf16"):
+        merge_and_export(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merging_is_lazy(tiny_model_folder):
+    """Catches: all layers merged before the first is written."""
+    model, _ = adapted(tiny_model_folder)
+    merged: list[str] = []
+    for name, layer in adapted_layers(model).items():
+        original = layer.merged
+        layer.merged = lambda *a, _n=name, _o=original: merged.append(_n) or _o(*a)
+    stream = merged_tensors(model, torch.float16)
+    while not next(stream)[0].endswith("q_proj.weight"):
+        pass
+    assert merged == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_verification_sees_a_changed_weight(tmp_path, tiny_model_folder):
+    """Catches: a verification that passes whatever was written."""
+    model, _ = adapted(tiny_model_folder)
+    merge_and_export(model, None, tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.v_proj.weight"].mul_(1.5)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(VerificationError, match="exceeds the bound"):
+        verify_export(tmp_path / "out", model, IDS)
