@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +15,10 @@ from matplotlib.axes import Axes
 from qdora.files import write_file
 from qdora.training.metrics import StepMetrics
 
-_COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060", "#6b6b6b")
+_COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060")
+_GREY = "#8a8a8a"
+BASE = "base"
+"""Name of the model without an adapter in a comparison's plot."""
 
 
 def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: str) -> None:
@@ -36,7 +39,7 @@ def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: st
 
 def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]]) -> None:
     """As `plot_loss`, into given axes."""
-    for color, (name, steps) in zip(_cycle(len(curves)), curves.items(), strict=True):
+    for color, (name, steps) in zip(_colors(curves), curves.items(), strict=True):
         x = [m.step for m in steps]
         y = [m.loss for m in steps]
         axes.plot(x, y, color=color, alpha=0.25, linewidth=1)
@@ -69,7 +72,7 @@ def plot_comparison(
         names,
         [100 * scores[name][0] for name in names],
         yerr=[100 * scores[name][1] for name in names],
-        color=_cycle(len(names)),
+        color=_colors(names),
         capsize=4,
         width=0.55,
     )
@@ -87,5 +90,8 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return [sum(w) / len(w) for i in range(len(values)) if (w := values[max(0, i - width + 1) : i + 1])]
 
 
-def _cycle(count: int) -> list[str]:
-    return [_COLORS[i % len(_COLORS)] for i in range(count)]
+def _colors(names: Iterable[str]) -> list[str]:
+    """One color an arm, the same in both panels and for all its seeds; the base, which is no arm, grey."""
+    arms = [name.partition(" seed ")[0] for name in names]
+    order = list(dict.fromkeys(arm for arm in arms if arm != BASE))
+    return [_GREY if arm == BASE else _COLORS[order.index(arm) % len(_COLORS)] for arm in arms]

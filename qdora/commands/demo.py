@@ -19,6 +19,9 @@ from qdora.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
+# The launcher's defaults, spelled out so that it does not warn about having chosen them.
+_ONE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
@@ -36,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     config = load_config(arguments.config, arguments.set)
     overrides = [word for override in arguments.set for word in ("--set", override)]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *_ONE_PROCESS]
     _step("Training", [*launch, "launch/train.py", "--config", arguments.config, *overrides])
     name = config.output.dir
     _step("Before training", [*launch, "launch/evaluate.py", "--run", name, "--base-only"])

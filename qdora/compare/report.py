@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from qdora.analysis.plots import plot_comparison
+from qdora.analysis.plots import BASE, plot_comparison
 from qdora.compare.statistics import difference, mean_and_stderr
 from qdora.errors import InputError
 from qdora.evaluation.scores import Scores
@@ -97,7 +97,7 @@ def write_report(folder: Path, runs: Sequence[ArmRun], base_scores: Sequence[Sco
     several = len(report["seeds"]) > 1
     curves = {run.arm + (f" seed {run.seed}" if several else ""): run.steps for run in runs}
     task = next(iter(report["base"]))
-    scores = {"base": (report["base"][task]["score"], report["base"][task]["stderr"])}
+    scores = {BASE: (report["base"][task]["score"], report["base"][task]["stderr"])}
     for name, arm in report["arms"].items():
         scores[name] = (arm["tasks"][task]["score"], arm["tasks"][task]["stderr"])
     plot_comparison(curves, scores, folder / "comparison.png", f"{' against '.join(report['arms'])}: {task}")
