@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +21,7 @@ from qdora.commands.score import score_model
 from qdora.config import RunConfig, load_config
 from qdora.data.prepare import PreparedData, prepare
 from qdora.errors import InputError
+from qdora.models.dtype import compute_dtype
 from qdora.parallel.processes import Processes
 from qdora.run import RunDirectory, make_manifest
 from qdora.training.checkpoint import load_checkpoint, newest_usable, save_checkpoint
@@ -91,7 +91,7 @@ def train(config: RunConfig, resume: str | None = None, processes: Processes | N
     processes.wait()
     if processes.is_main:
         _open_directory(
-            directory, config, start, resume, _facts(model, data, report, trainer), processes.count
+            directory, config, start, resume, _facts(config, model, data, report, trainer), processes.count
         )
     _train(trainer, directory, config, settings, start, tokenizer, data)
     if processes.is_main:
@@ -189,7 +189,11 @@ def _open_directory(
 
 
 def _facts(
-    model: PreTrainedModel, data: PreparedData, report: InjectionReport, trainer: Trainer
+    config: RunConfig,
+    model: PreTrainedModel,
+    data: PreparedData,
+    report: InjectionReport,
+    trainer: Trainer,
 ) -> dict[str, Any]:
     return {
         "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
@@ -203,9 +207,7 @@ def _facts(
         "trainable_parameters": report.trainable,
         "initial_a": initial_a_fingerprint(model),
         "steps": trainer.total_steps,
-        "compute_dtype": str(model.get_input_embeddings()(torch.zeros(1, dtype=torch.long)).dtype)
-        if trainer.processes.device.type == "cpu"
-        else str(model.dtype),
+        "compute_dtype": str(compute_dtype(config.model.dtype, trainer.processes.device)),
     }
 
 

@@ -80,7 +80,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_checkpoint(tmp_path, tiny_mode
     assert_same(tmp_path / "run", uninterrupted)
 
 
-def test_ctrl_c_under_accelerate_launch(tmp_path, tiny_model_folder):
+def test_a_launcher_that_is_stopped_takes_its_run_with_it(tmp_path, tiny_model_folder):
     """Catches: a training process that lives on, or loses its work, when its launcher is gone."""
     process, _ = interrupt(tmp_path, tiny_model_folder, signal.SIGTERM, launcher=True)
     process.communicate(timeout=60)
