@@ -78,13 +78,26 @@ def new_directory(path: Path) -> Iterator[Path]:
                 # Temporary files are private; what they become is as readable as any other file.
                 file.chmod(0o755 if file.is_dir() else 0o644)
                 _flush(file)
-            if path.exists():
-                path.rename(replaced)
-            temporary.rename(path)
+            _swap(temporary, path, replaced)
             _flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path, replaced: Path) -> None:
+    """Put `new` at `path`; what stood there is put back if that fails, and removed if it does not."""
+    try:
+        if os.path.lexists(path):
+            path.rename(replaced)
+        new.rename(path)
+    except BaseException:
+        if os.path.lexists(replaced) and not os.path.lexists(path):
+            replaced.rename(path)
+        raise
+    if replaced.is_dir() and not replaced.is_symlink():
+        shutil.rmtree(replaced)
+    else:
+        replaced.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -89,7 +89,8 @@ class RunDirectory:
         """
         if (self.adapter / "adapter_model.safetensors").is_file():
             return self.adapter
-        steps = sorted(self.checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+        found = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
+        steps = sorted(found, key=lambda path: int(path.name[5:]))
         hint = f"; its newest checkpoint is {steps[-1]}" if steps else ""
         raise InputError(f"{self.path}: the run has no adapter, it was not finished{hint}")
 

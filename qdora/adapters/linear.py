@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.adapters import math
 from qdora.adapters.direction import LowRank
@@ -16,6 +17,16 @@ from qdora.errors import InputError
 from qdora.quant.dense import DenseWeight
 from qdora.quant.nf4 import NF4Weight
 from qdora.quant.weight import FrozenWeight
+
+
+def _count_the_step(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+    """Fused optimizers write parameters without counting a version, by which a stale norm is known."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_the_step)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

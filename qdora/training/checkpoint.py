@@ -80,9 +80,11 @@ def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> tuple[int, dic
         tensors = load_file(folder / STATE)
         step = int(facts["step"])
         saved = dict(facts["settings"])
+        if folder.name[5:].isdigit() and folder.name != f"step-{step}":
+            raise CheckpointError(f"{folder / FACTS}: corrupt, it says step {step}")
     except CheckpointError:
         raise
-    except (InputError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a usable checkpoint: {error}") from None
     _refuse_other_settings(folder, saved, settings)
     return step, tensors

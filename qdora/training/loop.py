@@ -184,4 +184,5 @@ def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step) * 1_009 + rank
+    # A generator takes 63 bits; a seed may be any number, a time in milliseconds for example.
+    return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63

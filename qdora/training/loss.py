@@ -24,8 +24,12 @@ _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 def check_output_layer(model: PreTrainedModel) -> None:
     """The loss applies the output layer itself, so that layer must be all there is.
 
-    Raises: InputError: the model changes its logits afterwards.
+    It is frozen as well: the loss differentiates the hidden states alone.
+
+    Raises: InputError: the model changes its logits afterwards, or its output layer is trained.
     """
+    if any(p.requires_grad for p in model.get_output_embeddings().parameters()):
+        raise InputError("an adapter on the output layer is not supported: leave it out of adapter.targets")
     for setting in _LOGIT_SETTINGS:
         if getattr(model.config.get_text_config(), setting, None):
             raise InputError(f"models with {setting} are not supported for training")

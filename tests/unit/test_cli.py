@@ -1,0 +1,95 @@
+"""The command table and the exit codes."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+import types
+
+import pytest
+
+from qdora import cli
+from qdora.errors import CheckpointError, InputError, InterruptedRunError
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_of_the_table_is_there(name, capsys):
+    """Catches: a command that is listed and cannot be imported, or whose help fails."""
+    command = importlib.import_module(f"qdora.commands.{name}")
+    assert callable(command.add_arguments)
+    assert callable(command.run)
+    with pytest.raises(SystemExit) as stop:
+        cli.run_command(name, ["--help"])
+    assert stop.value.code == 0
+    assert f"usage: qdora {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command(words, capsys):
+    """Catches: a command that nobody finds."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == list(cli.COMMANDS)
+
+
+def test_an_unknown_command_suggests_the_nearest(capsys):
+    """Catches: a typo that is answered with a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evalute"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert "unknown command 'evalute'; did you mean 'evaluate'?" in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InputError("no such model"), 2, "qdora train: error: no such model"),
+        (CheckpointError("step-3: corrupt"), 2, "qdora train: error: step-3: corrupt"),
+        (InterruptedRunError("stopped after step 3", 143), 143, "qdora train: stopped after step 3"),
+        (KeyboardInterrupt(), 130, "qdora train: interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "error: /x/y: No space left on device"),
+        (OSError(errno.EACCES, "Permission denied"), 2, "error: a file: Permission denied"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, words):
+    """Catches: a traceback for bad input, a stopped run that reports success."""
+
+    def run(arguments):
+        raise error
+
+    command = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "qdora.commands.train", command)
+    assert cli.run_command("train", []) == code
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert words in shown.err
+    assert "Traceback" not in shown.err + shown.out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("ours"), ValueError("ours"), OSError(errno.EIO, "ours")])
+def test_our_own_bugs_are_shown_in_full(monkeypatch, error):
+    """Catches: a bug that is passed off as the user's."""
+
+    def run(arguments):
+        raise error
+
+    command = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "qdora.commands.train", command)
+    with pytest.raises(type(error), match="ours"):
+        cli.run_command("train", [])
+
+
+def test_bad_input_of_a_real_command(tmp_path, capsys):
+    """Catches: an error of the configuration that does not reach the exit code."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--config", str(tmp_path / "none.yaml")])
+    assert stop.value.code == 2
+    assert "none.yaml: no such configuration file" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train"])
+    assert stop.value.code == 2

@@ -1,0 +1,113 @@
+"""The run directory and its manifest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qdora.config import RunConfig, check_config
+from qdora.errors import InputError
+from qdora.run import RunDirectory, make_manifest
+
+
+def make_config(folder) -> RunConfig:
+    synthetic = {"source": "synthetic", "count": 5, "seed": 7}
+    tree = {
+        "model": {"path": "x"},
+        "data": {"train": synthetic, "test": {**synthetic, "split": "test"}},
+        "training": {"max_steps": 5, "seed": 3},
+        "output": {"dir": str(folder)},
+    }
+    return check_config(tree, RunConfig, "test")
+
+
+def started(folder) -> RunDirectory:
+    run = RunDirectory(folder)
+    run.start(make_config(folder), {"steps": 5})
+    return run
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    """Catches: a trained run lost to the same command given twice."""
+    run = RunDirectory(tmp_path / "run")
+    run.refuse_if_used(overwrite=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run.refuse_if_used(overwrite=False)
+    started(tmp_path / "run")
+    with pytest.raises(InputError, match=r"already holds a run.*--resume.*overwrite=true"):
+        run.refuse_if_used(overwrite=False)
+    run.refuse_if_used(overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="exists and is not a folder"):
+        RunDirectory(tmp_path / "file").refuse_if_used(overwrite=True)
+
+
+@pytest.mark.parametrize("piece", ["config.yaml", "metrics.jsonl", "checkpoints/step-1/state.json"])
+def test_any_piece_of_a_run_counts(tmp_path, piece):
+    """Catches: a run killed early that is taken for an empty folder."""
+    (tmp_path / piece).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / piece).write_text("")
+    assert RunDirectory(tmp_path).holds_run()
+
+
+def test_clear_removes_the_runs_files_and_no_others(tmp_path):
+    """Catches: a user's files deleted by an overwrite, or a stale checkpoint that survives it."""
+    run = started(tmp_path)
+    run.metrics_file.write_text("{}\n")
+    run.loss_plot.write_bytes(b"png")
+    for folder in (run.adapter, run.checkpoints / "step-1", run.evaluation, run.base_evaluation):
+        folder.mkdir(parents=True)
+        (folder / "x").write_text("x")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.safetensors").write_text("mine")
+    run.clear()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "notes.txt"]
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+    run.clear()
+
+
+def test_the_configuration_and_manifest_come_back(tmp_path):
+    """Catches: a resolved configuration that its own parser refuses."""
+    run = started(tmp_path / "run")
+    assert run.config() == make_config(tmp_path / "run")
+    assert run.manifest() == {"steps": 5}
+    with pytest.raises(InputError, match=r"not a run directory, it has no config\.yaml"):
+        RunDirectory(tmp_path).config()
+    with pytest.raises(InputError, match=r"manifest\.json: no such file"):
+        RunDirectory(tmp_path).manifest()
+
+
+# BUG qdora/run.py finished_adapter: int() of any name behind `step-`.
+@pytest.mark.parametrize("foreign", [None, "step-10.bak"])
+def test_an_unfinished_run_names_its_newest_checkpoint(tmp_path, foreign):
+    """Catches: step-9 named for newer than step-10, a copy of a checkpoint that ends in a traceback."""
+    run = started(tmp_path)
+    with pytest.raises(InputError, match=r"it was not finished$"):
+        run.finished_adapter()
+    for name in ("step-9", "step-10", foreign or "step-2"):
+        (run.checkpoints / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"newest checkpoint is .*step-10$"):
+        run.finished_adapter()
+    run.adapter.mkdir()
+    with pytest.raises(InputError):
+        run.finished_adapter()
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"")
+    assert run.finished_adapter() == run.adapter
+
+
+def test_the_manifest_says_how_the_run_came_about(tmp_path):
+    """Catches: a run that cannot be repeated: no versions, commit, machine or seeds."""
+    manifest = make_manifest(make_config(tmp_path), processes=2, facts={"steps": 5})
+    assert json.loads(json.dumps(manifest)) == manifest
+    assert {"python", "torch", "bitsandbytes", "transformers", "accelerate", "qdora"} <= set(
+        manifest["versions"]
+    )
+    assert manifest["seeds"] == {"training": 3, "data": 7}
+    assert (manifest["processes"], manifest["steps"]) == (2, 5)
+    assert manifest["git_commit"] is None or len(manifest["git_commit"].partition("+")[0]) == 40
+    assert {"processor", "threads", "cores", "gpus"} <= set(manifest["machine"])
+    assert manifest["command"]
+    assert manifest["started"].endswith("Z")

@@ -1,0 +1,108 @@
+"""AdamW on float32 masters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qdora.adapters.direction import adapter_parameter
+from qdora.config import TrainingConfig
+from qdora.training.optimizer import AdapterOptimizer
+
+CONFIG = TrainingConfig(max_steps=1, learning_rate=1e-3, weight_decay=0.1, beta1=0.8, beta2=0.95)
+
+
+def start() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a": torch.randn(3, 5, generator=generator).bfloat16(),
+        "m": torch.randn(7, generator=generator).bfloat16(),
+    }
+
+
+def make(dtype) -> AdapterOptimizer:
+    return AdapterOptimizer({n: adapter_parameter(t.to(dtype)) for n, t in start().items()}, CONFIG)
+
+
+def gradient(step: int, name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * step + len(name) + ord(name[0]))
+    return torch.randn(start()[name].shape, generator=generator)
+
+
+def advance(optimizer: AdapterOptimizer, steps: range, scale: float = 1.0) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        for name, parameter in optimizer.parameters.items():
+            parameter.grad = gradient(step, name)
+        optimizer.step(scale * 1e-3 * (1 + step % 3))
+
+
+def reference(steps: int, scale: float = 1.0, **options) -> dict[str, torch.Tensor]:
+    parameters = {n: nn.Parameter(t.float()) for n, t in start().items()}
+    adamw = torch.optim.AdamW(parameters.values(), betas=(0.8, 0.95), weight_decay=0.1, **options)
+    for step in range(steps):
+        adamw.param_groups[0]["lr"] = scale * 1e-3 * (1 + step % 3)
+        for name, parameter in parameters.items():
+            parameter.grad = gradient(step, name)
+        adamw.step()
+    return {n: p.detach() for n, p in parameters.items()}
+
+
+def test_float32_parameters_are_torchs_adamw():
+    """Catches: betas swapped, weight decay or the schedule's rate not passed on."""
+    optimizer = make(torch.float32)
+    advance(optimizer, range(9))
+    exact, plain = reference(9, fused=True), reference(9)
+    for name, parameter in optimizer.parameters.items():
+        assert torch.equal(parameter.detach(), exact[name])
+        assert torch.allclose(parameter.detach(), plain[name], rtol=1e-5, atol=1e-7)
+
+
+def test_bf16_parameters_are_the_rounded_float32_ones():
+    """Catches: a step that starts from the rounded parameter instead of its master."""
+    optimizer = make(torch.bfloat16)
+    advance(optimizer, range(40))
+    for name, expected in reference(40, fused=True).items():
+        assert torch.equal(optimizer.parameters[name].detach(), expected.bfloat16())
+
+
+def test_updates_too_small_for_bf16_add_up():
+    """Catches: updates below half a bf16 spacing that vanish one by one."""
+    parameter = adapter_parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
+    optimizer = AdapterOptimizer({"p": parameter}, TrainingConfig(max_steps=1, learning_rate=1e-4))
+    for step in range(100):
+        parameter.grad = torch.ones(4)
+        optimizer.step(1e-4)
+        if step == 0:
+            assert torch.equal(parameter.detach(), torch.ones(4).bfloat16())
+    assert torch.allclose(optimizer.masters["p"].detach(), torch.full((4,), 0.99), atol=1e-5)
+    assert torch.equal(parameter.detach(), torch.full((4,), 0.99).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_continues_bit_for_bit(dtype):
+    """Catches: a step count, moment or master that is not saved, or shared with the one that saved it."""
+    straight, first, second = make(dtype), make(dtype), make(dtype)
+    advance(straight, range(8))
+    advance(first, range(4))
+    saved = {key: tensor.clone() for key, tensor in first.state().items()}
+    advance(second, range(20, 22))
+    second.load_state(saved)
+    before = {key: tensor.clone() for key, tensor in saved.items()}
+    advance(second, range(4, 8))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in saved.items())
+    for key, tensor in straight.state().items():
+        assert torch.equal(tensor, second.state()[key]), key
+
+
+@pytest.mark.parametrize("key", ["parameter/a", "master/m", "step/a", "exp_avg/m", "exp_avg_sq/a"])
+def test_missing_and_misshapen_tensors_are_named(key):
+    """Catches: a checkpoint of another adapter that is loaded in part."""
+    optimizer = make(torch.bfloat16)
+    advance(optimizer, range(2))
+    state = optimizer.state()
+    with pytest.raises(ValueError, match=f"tensor {key} is missing"):
+        make(torch.bfloat16).load_state({k: v for k, v in state.items() if k != key})
+    with pytest.raises(ValueError, match=rf"tensor {key} is of shape \(2,\)"):
+        make(torch.bfloat16).load_state(state | {key: torch.zeros(2)})
