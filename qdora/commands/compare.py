@@ -43,23 +43,23 @@ def run(arguments: argparse.Namespace) -> None:
     """Entry of the command."""
     config = load_config(arguments.config, arguments.set, CompareConfig)
     folder = Path(config.output.dir)
-    if (folder / CONFIG_COPY).exists() and not (arguments.resume or config.output.overwrite):
-        raise InputError(
-            f"output.dir {folder} already holds a comparison; continue it with --resume, replace it with "
-            f"--set output.overwrite=true, or choose another output.dir"
-        )
     tree = read_yaml(Path(arguments.config).parent / config.base)
     planned = [
         (arm, seed, arm_config(tree, config, arm, seed)) for seed in config.seeds for arm in config.arms
     ]
+    used = (folder / CONFIG_COPY).exists() or any(RunDirectory(c.output.dir).holds_run() for *_, c in planned)
+    if used and not (arguments.resume or config.output.overwrite):
+        raise InputError(
+            f"output.dir {folder} already holds a comparison; continue it with --resume, replace it with "
+            f"--set output.overwrite=true, or choose another output.dir"
+        )
     processes = Processes.start()
-    if processes.is_main:
-        write_text(folder / CONFIG_COPY, dump_config(config))
     base_scores = _base_scores(planned[0][2], folder / "base", processes, resume=arguments.resume)
     runs = [
         _train_and_score(arm, seed, one, processes, resume=arguments.resume) for arm, seed, one in planned
     ]
     if processes.is_main:
+        write_text(folder / CONFIG_COPY, dump_config(config))
         print(markdown(write_report(folder, runs, base_scores)))
         print(f"report: {folder / 'report.json'}, {folder / 'report.md'}, {folder / 'comparison.png'}")
 

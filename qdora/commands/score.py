@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +66,14 @@ def score_adapter(
     """
     model, tokenizer = load_configured(config.model, device=processes.device, progress=processes.is_main)
     choose_pad_token(tokenizer)
-    examples = _of_task(load_test(config.data, tokenizer).examples, task)
+    test = load_test(config.data, tokenizer)
+    if test.skipped and processes.is_main:
+        first = test.skipped[0]
+        print(
+            f"{len(test.skipped)} test rows left out, the first: {first.origin}: {first.reason}",
+            file=sys.stderr,
+        )
+    examples = _of_task(test.examples, task)
     if adapter is not None:
         load_adapter(model, adapter)
     scores = score_model(model, tokenizer, examples, config, processes)

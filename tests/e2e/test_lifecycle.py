@@ -100,6 +100,9 @@ def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_fo
     }
     config = tmp_path / "compare.yaml"
     config.write_text(yaml.safe_dump(comparison))
+    wrong = ["--config", str(config), "--set", "set={model.path: /nowhere/at-all}"]
+    assert run_command("compare", wrong) == 2
+    assert not (tmp_path / "comparison").exists()
     assert run_command("compare", ["--config", str(config)]) == 0
     folder = tmp_path / "comparison"
     assert {"report.json", "report.md", "comparison.png"} <= {p.name for p in folder.iterdir()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import yaml
 
-from qdora.config import dump_config, load_config
+from qdora.config import CompareConfig, apply_overrides, dump_config, load_config
 from qdora.errors import InputError
 
 TREE = {
@@ -25,47 +27,148 @@ def write(tmp_path, text=None):
     return path
 
 
+def refusal(tmp_path, *overrides):
+    """The message with which a file with these overrides is refused."""
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path), overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("training.max_step=3", "training.max_step", "max_steps"),
+        ("outputs.dir=r", "outputs", "output"),
+        ("data.train.columns.questions=q", "data.train.columns.questions", "question"),
+        ("model.double_quantisation=true", "model.double_quantisation", "double_quantization"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(tmp_path, override, key, nearest):
+    """Catches: a mistyped key that is ignored, or a hint taken from the keys of another section."""
+    message = refusal(tmp_path, override)
+    assert f"unknown key {key!r}" in message
+    assert f"did you mean {nearest!r}?" in message
+    assert str(tmp_path / "c.yaml") in message
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected", "got"),
+    [
+        ("adapter.r=many", "adapter.r", "integer", "'many' (str)"),
+        ("adapter.r=1.5", "adapter.r", "integer", "1.5 (float)"),
+        ("adapter.r=true", "adapter.r", "integer", "True (bool)"),
+        ("adapter.alpha='8'", "adapter.alpha", "number", "'8' (str)"),
+        ("adapter.alpha=true", "adapter.alpha", "number", "True (bool)"),
+        ("adapter.rslora=1", "adapter.rslora", "boolean", "1 (int)"),
+        ("model.path=7", "model.path", "string", "7 (int)"),
+        ("adapter.targets=q_proj", "adapter.targets", "array", "'q_proj' (str)"),
+        ("training=5", "training", "object", "5 (int)"),
+        ("training.seed=null", "training.seed", "integer", "None (NoneType)"),
+    ],
+)
+def test_a_wrong_type_is_refused_and_never_converted(tmp_path, override, key, expected, got):
+    """Catches: true taken as 1, text taken as a number, one name taken as a list of letters."""
+    message = refusal(tmp_path, override)
+    assert f"{key}: " in message
+    assert expected in message
+    assert f"got {got}" in message
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.max_step=3", "unknown key 'training.max_step'.*did you mean 'max_steps'"),
-        ("adapter.r=many", "adapter.r: .*integer.*'many'"),
-        ("adapter.r=true", "adapter.r: .*integer"),
-        ("adapter.rslora=1", "adapter.rslora: .*boolean"),
-        ("adapter.r=0", "greater than or equal to 1, got 0"),
-        ("adapter.dropout=1.0", "less than 1"),
-        ("adapter.method=qdra", "did you mean 'qdora'"),
-        ("adapter.method=lora", "does not go with model.base 'nf4'; allowed there: qdora, qlora"),
-        ("adapter.targets=[]", "adapter.targets is empty"),
-        ("training.epochs=1", "exactly one of training.max_steps and training.epochs"),
-        ("training.gradient_accumulation=3", "does not divide"),
-        ("data.train.tasks=[ARC]", "did you mean 'ARC-Easy'"),
-        ("data.train.source=file", "source 'file' needs a path"),
-        ("data.test.split=dev", "split 'dev'"),
-        ("model.path.x=1", "it has no keys below it"),
-        ("training", "expected key=value"),
-        ("training.seed=[", "not valid YAML"),
+        ("adapter.r=0", "adapter.r: .*greater than or equal to 1, got 0"),
+        ("adapter.alpha=0", "adapter.alpha: .*greater than 0, got 0"),
+        ("adapter.dropout=1.0", r"adapter.dropout: .*less than 1, got 1\.0"),
+        ("data.max_length=7", "data.max_length: .*greater than or equal to 8, got 7"),
+        ("training.learning_rate=-1e-3", r"training.learning_rate: .*greater than 0, got -0\.001"),
+        ("training.warmup_steps=-1", "training.warmup_steps: .*greater than or equal to 0"),
+        ("training.clip_norm=0", "training.clip_norm: .*greater than 0"),
+        ("training.max_steps=0", "training.max_steps: .*greater than or equal to 1"),
     ],
 )
-def test_refusals_name_key_value_and_what_is_allowed(tmp_path, override, message):
-    """Catches: a wrong value that is coerced, ignored, or refused without saying what would do."""
+def test_a_value_out_of_range_is_refused(tmp_path, override, message):
+    """Catches: a bound that got lost, so that the run fails late or trains nothing."""
     with pytest.raises(InputError, match=message):
         load_config(write(tmp_path), [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter.method=lora"], "'lora' does not go with model.base 'nf4'; allowed there: qdora, qlora"),
+        (["model.base=dense"], "'qdora' does not go with model.base 'dense'; allowed there: dora, lora"),
+        (["adapter.targets=[]"], "adapter.targets is empty"),
+        (["training.epochs=1"], "exactly one of training.max_steps and training.epochs"),
+        (["training.max_steps=null"], "exactly one of training.max_steps and training.epochs"),
+        (["training.gradient_accumulation=3"], "batch_size 16 does not divide into .* 3 micro-batches"),
+        (["data.train.source=file"], "data.train: source 'file' needs a path"),
+        (["data.train.source=hub"], "data.train: source 'hub' needs a path"),
+        (["data.test.count=null"], "data.test: source 'synthetic' needs a count"),
+        (["data.train.tasks=[boolq]"], "tasks belong to source 'commonsense', not to 'synthetic'"),
+        (["data.test.split=dev"], "split 'dev' of source 'synthetic'; allowed: train, test"),
+    ],
+)
+def test_an_impossible_combination_is_refused(tmp_path, overrides, message):
+    """Catches: two keys that contradict each other, of which one is silently ignored."""
+    with pytest.raises(InputError, match=message):
+        load_config(write(tmp_path), overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("adapter.method=qdra", "qdora"),
+        ("training.schedule=linaer", "linear"),
+        ("data.train.source=orca-math", "orca_math"),
+        ("data.train.tasks=[ARC]", "ARC-Easy"),
+        ("model.dtype=bf16", "bfloat16"),
+    ],
+)
+def test_a_wrong_choice_is_answered_with_the_nearest(tmp_path, override, nearest):
+    """Catches: a list of choices without the one that was meant."""
+    assert f"did you mean {nearest!r}? allowed: " in refusal(tmp_path, override)
+
+
+def test_choices_that_are_numbers_are_listed(tmp_path):
+    """Catches: an empty list of choices, where only the quoted ones were looked for."""
+    message = refusal(tmp_path, "model.block_size=100")
+    assert "model.block_size: got '100'" in message
+    assert all(size in message for size in ("64", "128", "256", "512"))
+
+
+def test_all_mistakes_are_named_at_once(tmp_path):
+    """Catches: one mistake shown for each attempt."""
+    message = refusal(tmp_path, "adapter.r=0", "training.lr=1", "adapter.method=qdra")
+    assert all(part in message for part in ("adapter.r", "training.lr", "adapter.method"))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [", "not valid YAML"),
-        ("- a", "expected a mapping"),
-        ("model: {path: x}\nmodel: {path: y}", "given twice"),
-        ("model: {path: x}", "'data' is required and missing"),
+        ("- a", "expected a mapping of sections, got list"),
+        ("", "expected a mapping of sections, got NoneType"),
+        ("model: {path: x}\nmodel: {path: y}", "key 'model' given twice"),
+        ("model: {path: x, path: y}", "key 'path' given twice"),
+        ("model: {path: x}", "key 'data' is required and missing"),
+        ("model: !!python/name:os.system {}", "not valid YAML"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, text, message):
-    """Catches: half a file read as a whole one."""
+    """Catches: half a file read as a whole one, the second of two equal keys winning, code in a file."""
     with pytest.raises(InputError, match=message):
         load_config(write(tmp_path, text))
+
+
+def test_a_missing_required_key_is_named_with_its_section(tmp_path):
+    """Catches: a message about `path` that leaves open which one."""
+    tree = copy.deepcopy(TREE)
+    del tree["model"]["path"], tree["data"]["test"]["source"]
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path, yaml.safe_dump(tree)))
+    assert "key 'model.path' is required and missing" in str(caught.value)
+    assert "key 'data.test.source' is required and missing" in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -74,12 +177,106 @@ def test_a_missing_file_is_named(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
-def test_exponents_without_a_point_are_numbers(tmp_path):
-    """Catches: 1e-3 read as text, as YAML 1.1 has it."""
-    assert load_config(write(tmp_path), ["training.learning_rate=1e-3"]).training.learning_rate == 1e-3
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    """Catches: a traceback for a folder, or for a file that is not text."""
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "c.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(InputError, match=r"c\.yaml: cannot be read"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", ".001", "0.001", "+1e-3"])
+def test_every_way_to_write_a_number_is_one(tmp_path, text):
+    """Catches: 1e-3 read as text, as YAML 1.1 has it, from the file or from --set."""
+    assert load_config(write(tmp_path), [f"training.learning_rate={text}"]).training.learning_rate == 1e-3
+    tree = copy.deepcopy(TREE) | {"training": {"max_steps": 5, "learning_rate": "RATE"}}
+    path = write(tmp_path, yaml.safe_dump(tree).replace("RATE", text))
+    assert load_config(path).training.learning_rate == 1e-3
+
+
+def test_overrides_reach_every_depth_and_the_last_one_wins(tmp_path):
+    """Catches: an override that replaces its section, loses its type, or comes before an earlier one."""
+    config = load_config(
+        write(tmp_path),
+        [
+            "training.max_steps=1",
+            "training.max_steps=20",
+            "data.train.columns.question=q=1",
+            "adapter.targets=[q_proj, v_proj]",
+            "training.clip_norm=null",
+            "output.overwrite=true",
+        ],
+    )
+    assert config.training.max_steps == 20
+    assert config.data.train.count == 5
+    assert config.data.train.columns.question == "q=1"
+    assert config.adapter.targets == ("q_proj", "v_proj")
+    assert config.training.clip_norm is None
+    assert config.output.overwrite is True
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training", "'training': expected key=value, for example"),
+        ("=3", "'=3': expected key=value, for example"),
+        ("training.seed=[", "the value is not valid YAML"),
+        ("model.path.x=1", "model.path.x: 'path' holds 'x', it has no keys below it"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path, override, message):
+    """Catches: a traceback, or an override that does nothing."""
+    with pytest.raises(InputError, match="--set .*" + message):
+        load_config(write(tmp_path), [override])
+
+
+def test_an_override_in_a_list_is_refused():
+    """Catches: a list taken for a mapping."""
+    with pytest.raises(InputError, match="'arms' holds"):
+        apply_overrides({"arms": [{"name": "a"}]}, ["arms.name=b"])
+
+
+def test_a_configuration_cannot_be_changed(tmp_path):
+    """Catches: a run whose saved configuration is not the one that it used."""
+    config = load_config(write(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.max_steps = 7
 
 
 def test_the_dump_reads_back(tmp_path):
-    """Catches: a resolved configuration that the parser itself refuses."""
-    config = load_config(write(tmp_path), ["adapter.magnitude_targets=[v_proj]", "training.clip_norm=null"])
+    """Catches: a resolved configuration that the parser itself refuses or reads otherwise."""
+    config = load_config(
+        write(tmp_path),
+        ["adapter.magnitude_targets=[v_proj]", "training.clip_norm=null", "training.learning_rate=1e-5"],
+    )
     assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_the_dump_of_a_comparison_reads_back(tmp_path):
+    """Catches: overrides or arms lost on the way through the saved comparison."""
+    text = """
+        base: b.yaml
+        set: {training.learning_rate: 1e-5, adapter.targets: [q_proj]}
+        arms: [{name: a, method: qlora}, {name: b, method: qdora}]
+        output: {dir: r}
+    """
+    config = load_config(write(tmp_path, text), [], CompareConfig)
+    assert config.set == {"training.learning_rate": 1e-5, "adapter.targets": ["q_proj"]}
+    assert load_config(write(tmp_path, dump_config(config)), [], CompareConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ("[{name: a, method: qlora}]", "arms: .*at least 2 items"),
+        ("[{name: a, method: qlora}, {name: a, method: qdora}]", "arm names repeat: a"),
+        ("[{name: a/b, method: qlora}, {name: c, method: qdora}]", "arms.0.name: .*pattern"),
+        ("[{name: a, methd: qlora}, {name: c, method: qdora}]", "unknown key 'arms.0.methd'.*'method'"),
+    ],
+)
+def test_arms_that_make_no_comparison_are_refused(tmp_path, arms, message):
+    """Catches: two arms in one folder, a name that leaves the folder, nothing to compare with."""
+    text = f"base: b.yaml\narms: {arms}\noutput: {{dir: r}}\n"
+    with pytest.raises(InputError, match=message):
+        load_config(write(tmp_path, text), [], CompareConfig)
