@@ -45,6 +45,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def check_savable(model: nn.Module) -> None:
+    """Find out before training, not after it, that an adapter does not fit the format.
+
+    Raises: InputError: as `save_adapter`, for what does not depend on the folder.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise InputError("the model has no adapter to save")
+    _peft_config(model, layers)
+
+
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Write a model's adapter in PEFT's format, each file whole or not at all.
 
@@ -53,9 +64,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     Raises: InputError: the model has no adapter, its layers disagree on their settings,
         or the folder cannot be written.
     """
+    check_savable(model)
     layers = adapted_layers(model)
-    if not layers:
-        raise InputError("the model has no adapter to save")
     config = _peft_config(model, layers)
     metadata = {"format": "pt"}
     fingerprint = base_fingerprint(model)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.inject import InjectionReport, initial_a_fingerprint, inject
-from qdora.adapters.peft_format import save_adapter
+from qdora.adapters.peft_format import check_savable, save_adapter
 from qdora.analysis.plots import plot_loss
 from qdora.commands.base import load_configured
 from qdora.commands.score import score_model
@@ -82,6 +82,7 @@ def train(config: RunConfig, resume: str | None = None, processes: Processes | N
     data = prepare(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
     _say_data(data, say)
     report = inject(model, config.adapter, seed=config.training.seed)
+    check_savable(model)
     say(str(report))
     trainer = Trainer(
         model, data.train, config.training, processes, data.pad_id, evaluate_every=config.evaluation.every

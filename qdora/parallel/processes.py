@@ -37,7 +37,7 @@ class Processes:
             if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
                 raise InputError(
                     f"the launch configuration asks for {what} ({variable}); "
-                    f"allowed: distributed_type NO, MULTI_GPU or MULTI_CPU"
+                    f"allowed: distributed_type NO or MULTI_GPU; several CPU processes: torchrun"
                 )
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision not in ("no", ""):
