@@ -84,6 +84,10 @@ class AdapterConfig(Section):
     def _targets_named(self) -> AdapterConfig:
         if not self.targets:
             raise ValueError("adapter.targets is empty; name at least one layer, for example q_proj")
+        if self.magnitude_targets == ():
+            raise ValueError(
+                "adapter.magnitude_targets is empty; leave it out, or choose method qlora or lora"
+            )
         return self
 
 

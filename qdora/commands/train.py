@@ -35,7 +35,8 @@ from qdora.training.metrics import (
 )
 from qdora.training.progress import TrainingBar
 
-# What may differ between a run and its continuation: nothing that enters a number before the stop.
+# What may differ between a run and its continuation.  A longer run decays its rate more slowly from
+# where it goes on; what was done stays as it was.
 _FREE_TO_CHANGE = (
     "training.max_steps",
     "training.epochs",

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from qdora.errors import InputError
+
 BOUNDS = {torch.float16: 1e-2, torch.bfloat16: 8e-2}
 """Largest relative error of logits: the weights' rounding (2⁻¹¹, 2⁻⁸), grown over the layers."""
 
 
-class VerificationError(RuntimeError):
+class VerificationError(InputError):
     """The export does not load cleanly, or its logits differ from the adapted model's."""
 
 

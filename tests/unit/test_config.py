@@ -99,6 +99,7 @@ def test_a_value_out_of_range_is_refused(tmp_path, override, message):
         (["adapter.method=lora"], "'lora' does not go with model.base 'nf4'; allowed there: qdora, qlora"),
         (["model.base=dense"], "'qdora' does not go with model.base 'dense'; allowed there: dora, lora"),
         (["adapter.targets=[]"], "adapter.targets is empty"),
+        (["adapter.magnitude_targets=[]"], "adapter.magnitude_targets is empty"),
         (["training.epochs=1"], "exactly one of training.max_steps and training.epochs"),
         (["training.max_steps=null"], "exactly one of training.max_steps and training.epochs"),
         (["training.gradient_accumulation=3"], "batch_size 16 does not divide into .* 3 micro-batches"),
