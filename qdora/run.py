@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from qdora.config import RunConfig, dump_config, load_config
+from qdora.config import RunConfig
+from qdora.config_file import dump_config, load_config
 from qdora.errors import InputError
 from qdora.files import read_json, write_json, write_text
 
@@ -65,6 +66,15 @@ class RunDirectory:
         write_json(self.manifest_file, manifest)
         write_text(self.config_file, dump_config(config))
 
+    def go_on(self, config: RunConfig, step: int) -> None:
+        """Note in the manifest that the run was resumed after `step`, and keep the configuration in force.
+
+        Raises: InputError: the manifest is missing or not JSON.
+        """
+        manifest = self.manifest()
+        resumed = [*manifest.get("resumed", []), {"step": step, "started": _now(), "command": _command()}]
+        self.start(config, manifest | {"resumed": resumed})
+
     def config(self) -> RunConfig:
         """The configuration that the run was started with.
 
@@ -104,8 +114,8 @@ def make_manifest(config: RunConfig, *, processes: int, facts: dict[str, Any]) -
         facts: fingerprints and counts of base and data.
     """
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": shlex.join(sys.argv),
+        "started": _now(),
+        "command": _command(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "git_commit": git_commit(),
         "machine": machine(),
@@ -139,6 +149,14 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _command() -> str:
+    return shlex.join(sys.argv)
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from qdora.config import load_config
+from qdora.config_file import load_config
 from qdora.errors import InputError
 from qdora.evaluation.report import read_scores
 from qdora.evaluation.scores import Scores

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="only this task of the test set")
     parser.add_argument("--limit", type=int, help="only the first so many examples")
     parser.add_argument("--base-only", action="store_true", help="the base model, without the adapter")
-    parser.add_argument("--output", help="folder for the reports; the run's evaluation/ where not given")
+    parser.add_argument(
+        "--output", help="folder for the reports; else the run's evaluation/, none with --data"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,8 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None:
     if arguments.output:
         return Path(arguments.output)
-    if target.directory is None:
-        return None
+    if target.directory is None or arguments.data:
+        return None  # a run's own reports are about its own test set
     return target.directory.base_evaluation if arguments.base_only else target.directory.evaluation
 
 

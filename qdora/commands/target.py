@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdora.config import RunConfig, apply_overrides, check_config, set_key
+from qdora.config import RunConfig
+from qdora.config_file import apply_overrides, check_config, set_key
 from qdora.errors import InputError
 from qdora.run import RunDirectory
 
@@ -54,8 +55,10 @@ def resolve_target(arguments: argparse.Namespace, *, data: str | None, base_only
     else:
         raise InputError("name a run with --run, or a model with --model (and --adapter)")
     if data:
-        set_key(tree, "data.test", {"source": "file", "path": data, "split": "test"})
+        set_key(tree, "data.test", _data_file(data, tree["data"]["test"]))
     apply_overrides(tree, arguments.set)
+    if directory is None and tree["model"].get("base") == "dense":
+        tree.setdefault("adapter", {}).setdefault("method", "dora")  # the adapter's own files decide
     config = check_config(tree, RunConfig, arguments.run or "command line")
     adapter = None
     if not base_only:
@@ -64,6 +67,14 @@ def resolve_target(arguments: argparse.Namespace, *, data: str | None, base_only
         elif directory is not None:
             adapter = directory.finished_adapter()
     return Target(config, adapter, directory)
+
+
+def _data_file(path: str, test: dict[str, Any]) -> dict[str, Any]:
+    """A data file in place of a run's test set, read as that set was where it came from a file too."""
+    chosen: dict[str, Any] = {"source": "file", "path": path, "split": "test"}
+    if test["source"] in ("file", "hub"):
+        chosen |= {key: test[key] for key in ("columns", "answer_kind") if key in test}
+    return chosen
 
 
 def _without_run(model: str) -> dict[str, Any]:

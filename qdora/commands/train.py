@@ -18,9 +18,11 @@ from qdora.adapters.peft_format import check_savable, save_adapter
 from qdora.analysis.plots import plot_loss
 from qdora.commands.base import load_configured
 from qdora.commands.score import score_model
-from qdora.config import RunConfig, load_config
+from qdora.config import RunConfig
+from qdora.config_file import load_config
 from qdora.data.prepare import PreparedData, prepare
 from qdora.errors import InputError
+from qdora.evaluation.report import write_scores
 from qdora.models.dtype import compute_dtype
 from qdora.parallel.processes import Processes
 from qdora.run import RunDirectory, make_manifest
@@ -141,6 +143,7 @@ def _train(
             scores = score_model(trainer.model, tokenizer, data.test, config, processes, show_progress=False)
             if processes.is_main:
                 for score in scores:
+                    write_scores(score, directory.evaluation / f"step-{step}")
                     bar.say(f"step {step}: {score}")
                     accelerator.log({f"{score.task}/{score.metric}": score.score}, step=step)
 
@@ -187,6 +190,8 @@ def _open_directory(
         directory.clear()
     if start == 0:
         directory.start(config, make_manifest(config, processes=count, facts=facts))
+    else:
+        directory.go_on(config, start)
     keep_until(directory.metrics_file, start)
 
 

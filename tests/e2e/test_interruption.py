@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -63,6 +64,8 @@ def test_sigterm_writes_a_checkpoint_and_resume_reaches_the_same_numbers(
     assert len(metrics(tmp_path / "run")) == stopped
     output = finish(start("launch/train.py", "--config", config, "--resume"))
     assert f"resuming after step {stopped}" in output
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert [entry["step"] for entry in manifest["resumed"]] == [stopped]
     assert_same(tmp_path / "run", uninterrupted)
 
 

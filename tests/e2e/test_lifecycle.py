@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.cli import run_command
-from qdora.config import load_config
+from qdora.config_file import load_config
 
 from .runs import finish, start, tiny_tree, write_config
 
@@ -45,6 +45,7 @@ def test_run_directory_holds_what_it_promises(run_folder):
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "peak_memory_bytes", "seconds"}
     assert all(s.keys() == keys for s in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]
+    assert json.loads((run_folder / "evaluation" / "step-5" / "sums.json").read_text())["total"] == 8
     assert {p.name for p in (run_folder / "checkpoints").iterdir()} == {"step-5", "step-10"}
     assert list(run_folder.glob("qdora/events*")), "the tracker wrote nothing"
 
@@ -70,6 +71,20 @@ def test_evaluate_without_a_run(run_folder, tiny_model_folder, tmp_path, capsys)
     words += ["--set", "evaluation.max_new_tokens=8", "--set", "data.max_length=128"]
     assert run_command("evaluate", words) == 0
     assert json.loads((tmp_path / "test.json").read_text())["total"] == 8
+    dense = ["--model", str(tiny_model_folder), "--data", str(run_folder.parent / "test.jsonl")]
+    dense += ["--set", "model.base=dense", "--set", "evaluation.max_new_tokens=8", "--limit", "2"]
+    assert run_command("evaluate", [*dense, "--set", "data.max_length=128"]) == 0
+
+
+def test_other_data_leave_a_runs_own_reports_alone(run_folder, tmp_path, capsys):
+    """Catches: scores on a file written over those on the run's test set; its column mapping forgotten."""
+    other = tmp_path / "sums.jsonl"
+    rows = (run_folder.parent / "test.jsonl").read_text().splitlines()[:2]
+    other.write_text("\n".join(rows) + "\n")
+    before = {p: p.read_bytes() for p in (run_folder / "evaluation").rglob("*") if p.is_file()}
+    assert run_command("evaluate", ["--run", str(run_folder), "--data", str(other)]) == 0
+    assert "/2" in capsys.readouterr().out
+    assert before == {p: p.read_bytes() for p in (run_folder / "evaluation").rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(("dtype", "onto"), [("fp16", "nf4"), ("bf16", "nf4"), ("fp16", "original")])

@@ -7,7 +7,8 @@ import copy
 import pytest
 import yaml
 
-from qdora.config import CompareConfig, apply_overrides, dump_config, load_config
+from qdora.config import CompareConfig
+from qdora.config_file import apply_overrides, dump_config, load_config
 from qdora.errors import InputError
 
 TREE = {
@@ -98,6 +99,13 @@ def test_a_value_out_of_range_is_refused(tmp_path, override, message):
     [
         (["adapter.method=lora"], "'lora' does not go with model.base 'nf4'; allowed there: qdora, qlora"),
         (["model.base=dense"], "'qdora' does not go with model.base 'dense'; allowed there: dora, lora"),
+        (
+            [
+                "data.train={source: file, path: x.json, held_out: 9}",
+                "data.test={source: file, path: x.json, held_out: 9, seed: 1, split: test}",
+            ],
+            "train holds out 9 rows with seed 42, test takes 9 with seed 1",
+        ),
         (["adapter.targets=[]"], "adapter.targets is empty"),
         (["adapter.magnitude_targets=[]"], "adapter.magnitude_targets is empty"),
         (["training.epochs=1"], "exactly one of training.max_steps and training.epochs"),

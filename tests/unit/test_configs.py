@@ -12,7 +12,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from qdora import config as schema
 from qdora.commands.compare import arm_config
-from qdora.config import CompareConfig, RunConfig, Section, load_config, read_yaml
+from qdora.config import CompareConfig, RunConfig, Section
+from qdora.config_file import load_config, read_yaml
 from qdora.errors import InputError
 from qdora.evaluation.tasks import TASKS
 

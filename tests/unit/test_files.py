@@ -112,7 +112,6 @@ def test_the_result_can_be_read_by_others(tmp_path):
     assert modes == {"x": 0o644, "d": 0o755, "y": 0o644}
 
 
-# BUG qdora/files.py new_directory: `finally` deletes the replaced folder, the new one not being in place.
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 def test_a_swap_that_fails_halfway_puts_the_old_folder_back(tmp_path, monkeypatch, error):
     """Catches: old and new both deleted where the second of the two renames fails or is interrupted."""
@@ -134,7 +133,6 @@ def test_a_swap_that_fails_halfway_puts_the_old_folder_back(tmp_path, monkeypatc
     assert kept == [target / "x"]
 
 
-# BUG qdora/files.py new_directory: rmtree(ignore_errors=True) cannot remove a file or a link.
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_what_is_no_folder_is_replaced_without_leftovers(tmp_path, kind):
     """Catches: a hidden `.replaced` file or link that stays for ever beside an export over it."""

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from qdora.config import RunConfig, check_config
+from qdora.config import RunConfig
+from qdora.config_file import check_config
 from qdora.errors import InputError
 from qdora.run import RunDirectory, make_manifest
 
@@ -80,7 +81,6 @@ def test_the_configuration_and_manifest_come_back(tmp_path):
         RunDirectory(tmp_path).manifest()
 
 
-# BUG qdora/run.py finished_adapter: int() of any name behind `step-`.
 @pytest.mark.parametrize("foreign", [None, "step-10.bak"])
 def test_an_unfinished_run_names_its_newest_checkpoint(tmp_path, foreign):
     """Catches: step-9 named for newer than step-10, a copy of a checkpoint that ends in a traceback."""

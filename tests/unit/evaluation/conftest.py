@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import string
-
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.tiny import tiny_tokenizer
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    characters = string.ascii_letters + string.digits + string.punctuation + " \n"
-    tokens = ["<pad>", "<unk>", "<s>", "</s>", *characters]
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return tiny_tokenizer()
 
 
 @pytest.fixture

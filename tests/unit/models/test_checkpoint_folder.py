@@ -11,27 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qdora.errors import CheckpointError, InputError
 from qdora.models.safetensors_folder import SafetensorsFolder
+from tests.tiny import tiny_config
 
 INDEX = "model.safetensors.index.json"
 
 
 def tiny_model(tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-            tie_word_embeddings=tied,
-        )
-    )
+    return LlamaForCausalLM(tiny_config(vocab_size=128, tie_word_embeddings=tied))
 
 
 def saved(folder: Path, *, tied: bool = False, shard_size: str = "1GB") -> LlamaForCausalLM:

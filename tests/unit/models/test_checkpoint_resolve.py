@@ -14,27 +14,19 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from qdora.errors import CheckpointError, InputError
 from qdora.models import hub
 from qdora.models.resolve import open_checkpoint
 from qdora.models.safetensors_folder import SafetensorsFolder
+from tests.tiny import tiny_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def save_tiny(folder: Path) -> None:
-    LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-        )
-    ).save_pretrained(folder)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
 
 
 @pytest.fixture(autouse=True)

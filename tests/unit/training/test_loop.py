@@ -73,7 +73,6 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny_model_folde
     assert [m.loss for m in run(other)] != [m.loss for m in one]
 
 
-# BUG qdora/training/loop.py _step_seed: larger than 64 bits.
 @pytest.mark.parametrize("seed", [2**31, 1_800_000_000_000])
 def test_large_seeds(tiny_model_folder, seed):
     """Catches: a seed that the configuration allows and torch refuses, with a traceback at step 1."""
@@ -81,7 +80,6 @@ def test_large_seeds(tiny_model_folder, seed):
     assert math.isfinite(metrics.loss)
 
 
-# BUG with float32: fused AdamW does not count as a write, so AdaptedLinear keeps the norm of the first step.
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resumed_equals_uninterrupted(tiny_model_folder, tmp_path, dtype):
     """Catches: data order, dropout, schedule or moments that start anew on resume."""
@@ -209,7 +207,6 @@ def test_gradient_checkpointing_changes_nothing(tiny_model_folder):
     assert distance(parameters(recomputed), parameters(plain)) < 1e-5
 
 
-# BUG with float32: see test_resumed_equals_uninterrupted.
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_norm_follows_the_update(tiny_model_folder, dtype):
     """Catches: DoRA trained with the norm of an earlier step."""

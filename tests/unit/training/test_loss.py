@@ -85,7 +85,6 @@ def test_logits_changed_after_the_output_layer_are_refused(tiny_model_folder, se
         check_output_layer(model)
 
 
-# BUG qdora/training/loss.py: backward gives a gradient to the hidden states alone.
 def test_an_adapter_on_the_output_layer_is_trained_or_refused(tmp_path):
     """Catches: an adapter on an untied lm_head that never gets a gradient, in silence."""
     folder = write_tiny_model(tmp_path / "m", tie_word_embeddings=False)
