@@ -5,7 +5,7 @@ Every field states its unit and bounds; `qdora/config_file.py` reads them from s
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,7 +13,20 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 BaseKind = Literal["nf4", "dense"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Method = Literal["qdora", "qlora", "dora", "lora"]
+Method = Literal[
+    "qdora",
+    "qlora",
+    "dora",
+    "lora",
+    "qdvora",
+    "dvora",
+    "qvera",
+    "vera",
+    "qmagnitude",
+    "magnitude",
+    "full",
+    "full-nf4",
+]
 PromptName = Literal["question_answer", "alpaca", "chat"]
 SourceName = Literal["synthetic", "orca_math", "commonsense", "gsm8k", "file", "hub"]
 AnswerKind = Literal["numeric", "choice", "text"]
@@ -60,10 +73,18 @@ class AdapterConfig(Section):
     """Layers with a direction: module names, dotted suffixes, or globs over the full name."""
     magnitude_targets: tuple[str, ...] | None = None
     """Layers with a magnitude; the same as `targets` where not given."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Rank of the layers that a pattern matches, instead of `r`; the first that matches counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Alpha of the layers that a pattern matches, instead of `alpha`; the first that matches counts."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
+    norm_gradient: Literal["detached", "exact"] = "detached"
+    """`detached`: the norm is a constant in backward (paper §4.3); `exact`: it is differentiated."""
+    dropout_placement: Literal["branch", "published"] = "branch"
+    """`published`: with a magnitude, also drop the inputs of (s - 1) W x, at a second base product."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage of A, B and the magnitude offset."""
+    """Storage of A, B, VeRA's vectors and the magnitude offset."""
 
     @property
     def scale(self) -> float:
@@ -77,6 +98,11 @@ class AdapterConfig(Section):
         if self.magnitude_targets == ():
             raise ValueError(
                 "adapter.magnitude_targets is empty; leave it out, or choose method qlora or lora"
+            )
+        if self.method in ("vera", "qvera", "dvora", "qdvora") and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                f"method {self.method!r} has one pair of rank {self.r} for all layers and no alpha: "
+                "adapter.rank_pattern and adapter.alpha_pattern do not go with it"
             )
         return self
 
@@ -233,7 +259,8 @@ class RunConfig(Section):
     def _method_fits_base(self) -> RunConfig:
         quantized = self.adapter.method.startswith("q")
         if quantized != (self.model.base == "nf4"):
-            fitting = ["qdora", "qlora"] if self.model.base == "nf4" else ["dora", "lora"]
+            methods: tuple[str, ...] = get_args(Method)
+            fitting = [m for m in methods if m.startswith("q") == (self.model.base == "nf4")]
             raise ValueError(
                 f"adapter.method {self.adapter.method!r} does not go with model.base {self.model.base!r}; "
                 f"allowed there: {', '.join(fitting)}"

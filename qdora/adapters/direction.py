@@ -1,4 +1,4 @@
-"""The low-rank direction of an adapted layer: c B A."""
+"""The low-rank direction of an adapted layer: what is trained of c diag(b) B diag(d) A."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import math
 import torch
 from torch import nn
 
+from qdora.adapters.update import Update
+
+D_INITIAL = 0.1
+"""Start of VeRA's d (arXiv:2310.11454 §3.1)."""
+
 
 class LowRank(nn.Module):
-    """LoRA's factors (arXiv:2106.09685 §4.1).
+    """LoRA: A and B are trained (arXiv:2106.09685 §4.1).
 
     Attributes:
         a_RI: (R, I) parameter, Kaiming-uniform.
@@ -42,8 +47,84 @@ class LowRank(nn.Module):
         """Rank."""
         return self.a_RI.shape[0]
 
+    def update(self) -> Update:
+        """The update that the factors make."""
+        return Update(self.a_RI, self.b_OR, None, None, self.scale)
+
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}, {self.a_RI.dtype}"
+
+
+class SharedPair(nn.Module):
+    """VeRA's frozen random matrices, one pair for all layers of a model (arXiv:2310.11454 §3.1).
+
+    Drawn from a seed, A before B, as PEFT draws them: a file needs the seed alone.
+
+    Attributes:
+        a_RI: (R, largest I) float32, Kaiming-uniform in ±sqrt(6/I); a layer takes its first columns.
+        b_OR: (largest O, R) float32, Kaiming-uniform in ±sqrt(6/R); a layer takes its first rows.
+        seed: from which they were drawn; None where a file gave others.
+    """
+
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+
+    def __init__(
+        self, r: int, in_features: int, out_features: int, *, seed: int, device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.seed: int | None = seed
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in (("a_RI", (r, in_features)), ("b_OR", (out_features, r))):
+            bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1]))
+            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn.to(device), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"A {tuple(self.a_RI.shape)}, B {tuple(self.b_OR.shape)}, seed {self.seed}"
+
+
+class Vera(nn.Module):
+    """VeRA: vectors d and b are trained around a frozen pair (arXiv:2310.11454 §3.1).
+
+    Attributes:
+        pair: shared with the other layers.
+        d_R: (R,) parameter, 0.1.
+        b_O: (O,) parameter, zero.
+        scale: 1, VeRA has none.
+        dropout: probability of dropping an input of this branch, in training.
+    """
+
+    scale = 1.0
+
+    def __init__(
+        self,
+        pair: SharedPair,
+        in_features: int,
+        out_features: int,
+        *,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        self.pair, self.dropout = pair, dropout
+        self.in_features, self.out_features = in_features, out_features
+        device = pair.a_RI.device
+        self.d_R = adapter_parameter(torch.full((self.r,), D_INITIAL, dtype=dtype, device=device))
+        self.b_O = adapter_parameter(torch.zeros(out_features, dtype=dtype, device=device))
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.pair.a_RI.shape[0]
+
+    def update(self) -> Update:
+        """The update that the vectors make of the pair's part for this layer."""
+        a_RI, b_OR = self.pair.a_RI[:, : self.in_features], self.pair.b_OR[: self.out_features]
+        return Update(a_RI, b_OR, self.d_R, self.b_O, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, dropout={self.dropout:g}, {self.d_R.dtype}"
 
 
 def adapter_parameter(value: torch.Tensor) -> nn.Parameter:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import TypeAlias
 
+import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from qdora.adapters.direction import layer_seed
+from qdora.adapters.direction import SharedPair, layer_seed
 from qdora.adapters.fingerprint import combine, tensor_digest
 from qdora.adapters.linear import AdaptedLinear, refuse_large_rank
 from qdora.adapters.methods import METHODS
+from qdora.adapters.patterns import layer_config, match_layers, matches
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
+from qdora.quant.dense import DenseWeight
 from qdora.quant.nf4 import NF4Weight
 
 Linear: TypeAlias = nn.Linear | AdaptedLinear
@@ -51,34 +54,69 @@ class InjectionReport:
 def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> InjectionReport:
     """Adapt the layers that the configuration names, in place, and freeze everything else.
 
+    Full fine-tuning adapts nothing and freezes nothing: every parameter is trained.
+
     Args:
         model: its linear layers are `nn.Linear` or, from `load_base`, `AdaptedLinear`.
         config: what to add and where.
-        seed: of A; each layer draws its own from it and its name.
+        seed: of A, where each layer draws its own from it and its name, and of VeRA's pair.
     Returns: the report; the model's output has not changed yet.
     Raises: InputError: a pattern matches no layer, r is larger than a layer's side, the method
         does not fit the base, a layer has an adapter already, or its weight is shared.
     """
     spec = METHODS[config.method]
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, AdaptedLinear))}
-    directions = match_layers(layers, config.targets, "adapter.targets") if spec.direction else []
-    magnitude_patterns = config.magnitude_targets or config.targets
-    magnitudes = (
-        match_layers(layers, magnitude_patterns, "adapter.magnitude_targets") if spec.magnitude else []
-    )
-    chosen = [name for name in layers if name in {*directions, *magnitudes}]
-    _refuse_unfit(model, {name: layers[name] for name in chosen}, config)
+    layers = linear_layers(model)
+    if spec.trains_base:
+        _refuse_other_base(layers, config)
+        train_everything(model)
+        return InjectionReport((), (), count_parameters(model), count_parameters(model))
+    directions, magnitudes = _choose(model, layers, config)
+    chosen = {name: layers[name] for name in layers if name in {*directions, *magnitudes}}
+    _refuse_other_base(chosen, config)
+    _refuse_unfit(model, chosen, directions, config)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    pair = (
+        _shared_pair([layers[name] for name in directions], config.r, seed)
+        if spec.direction == "vera"
+        else None
+    )
     for name in chosen:
         layer = _adaptable(layers[name], config)
         layer.add_adapter(
-            config, direction=name in directions, magnitude=name in magnitudes, seed=layer_seed(seed, name)
+            layer_config(config, name),
+            direction=name in directions,
+            magnitude=name in magnitudes,
+            seed=layer_seed(seed, name),
+            pair=pair,
         )
         if layer is not layers[name]:
             model.set_submodule(name, layer)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return InjectionReport(tuple(directions), tuple(magnitudes), trainable, count_parameters(model))
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """The layers that can carry an adapter, by full name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, AdaptedLinear))}
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What an unquantized model computes in: its widest dtype, since its vectors are never narrower."""
+    return reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
+
+
+def train_everything(model: nn.Module) -> None:
+    """Make every parameter trainable, in the dtype that the model computes in.
+
+    Where 16-bit matrices are widened for each product anyway, a float32 parameter that is its own
+    master takes less memory than a 16-bit one beside its master.
+    """
+    compute = compute_dtype(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(compute)
+        parameter.requires_grad_(True)
+        parameter.grad_dtype = torch.promote_types(compute, torch.float32)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -92,7 +130,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, AdaptedLinear) and _has_adapter(module)
+        if isinstance(module, AdaptedLinear) and module.has_adapter
     }
 
 
@@ -100,71 +138,79 @@ def initial_a_fingerprint(model: nn.Module) -> str:
     """Digest of all A: right after `inject`, arms of a comparison must agree on it."""
     return combine(
         {
-            name: tensor_digest(name, layer.direction.a_RI)
+            name: tensor_digest(name, layer.direction.update().a_RI)
             for name, layer in adapted_layers(model).items()
             if layer.direction is not None
         }
     )
 
 
-def match_layers(names: Iterable[str], patterns: Iterable[str], key: str) -> list[str]:
-    """The names that any pattern matches, in their own order.
-
-    A pattern is a full name, a dotted suffix of one (`q_proj`, `mlp.up_proj`), or a glob over the
-    full name (`model.layers.0.*`).
-
-    Raises: InputError: a pattern matches nothing; the nearest last components are named.
-    """
-    names = list(names)
-    matched: set[str] = set()
-    for pattern in patterns:
-        hits = [name for name in names if _matches(name, pattern)]
-        if not hits:
-            raise InputError(f"{key}: {pattern!r} matches no linear layer; {_nearest(pattern, names)}")
-        matched.update(hits)
-    return [name for name in names if name in matched]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    if any(sign in pattern for sign in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
+def _choose(
+    model: nn.Module, layers: dict[str, Linear], config: AdapterConfig
+) -> tuple[list[str], list[str]]:
+    """Names of the layers that get a direction, and of those that get a magnitude."""
+    spec = METHODS[config.method]
+    _refuse_conv1d(model, layers, config)
+    directions = match_layers(layers, config.targets, "adapter.targets") if spec.direction else []
+    magnitude_patterns = config.magnitude_targets or config.targets
+    magnitudes = (
+        match_layers(layers, magnitude_patterns, "adapter.magnitude_targets") if spec.magnitude else []
+    )
+    if spec.direction:
+        match_layers(directions, config.rank_pattern, "adapter.rank_pattern")
+        match_layers(directions, config.alpha_pattern, "adapter.alpha_pattern")
+    return directions, magnitudes
 
 
-def _nearest(pattern: str, names: list[str]) -> str:
-    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], ends, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}this model has: {', '.join(ends) or 'no linear layers'}"
+def _shared_pair(layers: list[Linear], r: int, seed: int) -> SharedPair:
+    largest = max(layer.in_features for layer in layers), max(layer.out_features for layer in layers)
+    return SharedPair(r, *largest, seed=seed, device=_weight(layers[0]).device)
 
 
-def _has_adapter(layer: AdaptedLinear) -> bool:
-    return layer.direction is not None or layer.magnitude is not None
+def _refuse_conv1d(model: nn.Module, layers: dict[str, Linear], config: AdapterConfig) -> None:
+    transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    for pattern in (*config.targets, *(config.magnitude_targets or ())):
+        hits = [name for name in transposed if matches(name, pattern)]
+        if hits and not any(matches(name, pattern) for name in layers):
+            raise InputError(
+                f"{hits[0]} is a Conv1D of transformers, which stores its weight as (in, out); "
+                f"only linear layers are supported, and GPT-2's are not"
+            )
 
 
-def _refuse_unfit(model: nn.Module, layers: dict[str, Linear], config: AdapterConfig) -> None:
+def _weight(layer: Linear) -> torch.Tensor:
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    assert isinstance(layer.base, NF4Weight | DenseWeight)
+    return layer.base.packed if isinstance(layer.base, NF4Weight) else layer.base.weight
+
+
+def _refuse_other_base(layers: Mapping[str, Linear], config: AdapterConfig) -> None:
+    wanted = METHODS[config.method].base
+    for name, layer in layers.items():
+        if isinstance(layer, AdaptedLinear):
+            kind = "nf4" if isinstance(layer.base, NF4Weight) else "dense"
+            if kind != wanted:
+                raise InputError(
+                    f"method {config.method!r} needs a {wanted} base, {name} is {kind}; "
+                    f"load the model with base={wanted!r}"
+                )
+
+
+def _refuse_unfit(
+    model: nn.Module, layers: Mapping[str, Linear], directions: list[str], config: AdapterConfig
+) -> None:
     """Everything that can go wrong is found before the first layer is touched."""
     uses = _weight_uses(model)
     for name, layer in layers.items():
-        if isinstance(layer, AdaptedLinear):
-            weight = layer.base.packed if isinstance(layer.base, NF4Weight) else layer.base.weight
-            if _has_adapter(layer):
-                raise InputError(f"{name} has an adapter already")
-            quantized = isinstance(layer.base, NF4Weight)
-            if quantized != (METHODS[config.method].base == "nf4"):
-                kind = "nf4" if quantized else "dense"
-                raise InputError(
-                    f"method {config.method!r} needs a {METHODS[config.method].base} base, {name} is {kind}; "
-                    f"load the model with base={METHODS[config.method].base!r}"
-                )
-        else:
-            weight = layer.weight
-        if METHODS[config.method].direction:
-            refuse_large_rank(config.r, name, layer.out_features, layer.in_features)
-        owners = uses[id(weight)]
-        if len(owners) > 1:
+        if isinstance(layer, AdaptedLinear) and layer.has_adapter:
+            raise InputError(f"{name} has an adapter already")
+        if name in directions and METHODS[config.method].direction == "lora":
+            refuse_large_rank(layer_config(config, name).r, name, layer.out_features, layer.in_features)
+        others = [owner for owner in uses[id(_weight(layer))] if owner != name]
+        if others:
             raise InputError(
-                f"{name} shares its weight with {', '.join(o for o in owners if o != name)}; "
+                f"{name} shares its weight with {', '.join(others)}; "
                 f"an adapter on a tied weight would change both: leave it out of adapter.targets"
             )
 

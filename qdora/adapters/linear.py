@@ -1,51 +1,46 @@
-"""The one layer of all methods: a frozen weight, an optional direction, an optional magnitude."""
+"""The one layer of all methods: a weight, an optional direction, an optional magnitude."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn import functional as F
 
-from qdora.adapters import math
-from qdora.adapters.direction import LowRank
+from qdora.adapters.direction import LowRank, SharedPair, Vera
 from qdora.adapters.magnitude import Magnitude
 from qdora.adapters.methods import METHODS
+from qdora.adapters.norm_cache import NormCache
+from qdora.adapters.product import Scaling, adapted_product
+from qdora.adapters.update import Update
 from qdora.config import AdapterConfig, BaseKind
 from qdora.errors import InputError
 from qdora.quant.dense import DenseWeight
 from qdora.quant.nf4 import NF4Weight
 from qdora.quant.weight import FrozenWeight
 
-
-def _count_the_step(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-    """Fused optimizers write parameters without counting a version, by which a stale norm is known."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
-
-
-register_optimizer_step_post_hook(_count_the_step)
-
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class AdaptedLinear(nn.Module):
-    """y = s * (W x + c B A drop(x)) + bias,  s = m / ||W + c BA||_row  (1 without a magnitude).
+    """y = s ∘ (W x + c B A drop(x)) + bias,  s = m / ||W + c BA||_row  (1 without a magnitude).
 
-    The norm is a constant in backward (DoRA, arXiv:2402.09353 §4.3).  It is computed when
-    A or B have changed, from a product that rides along with the forward pass, and used
-    again until they change: under gradient accumulation, activation recomputation and generation.
+    The norm is a constant in backward (DoRA, arXiv:2402.09353 §4.3) unless its exact gradient
+    is asked for.  It is computed when a factor has changed, from a product that rides along with the
+    forward pass, and used again until one changes.
 
     Attributes:
-        base: the frozen (O, I) weight.
-        bias: (O,) frozen, or None; the magnitude does not scale it.
+        base: the (O, I) weight; frozen but for full fine-tuning.
+        bias: (O,) or None; the magnitude does not scale it.
         direction, magnitude: the adapter; None where the method has none.
+        enabled: False computes the base alone; the adapter stays as it is.
+        exact_norm_gradient: differentiate the norm.
+        published_dropout: also drop the inputs of (s - 1) W x, as the published code does.
     """
 
     base: nn.Module
-    direction: LowRank | None
+    direction: LowRank | Vera | None
     magnitude: Magnitude | None
 
     def __init__(self, weight: FrozenWeight, bias_O: torch.Tensor | None = None) -> None:
@@ -54,9 +49,11 @@ class AdaptedLinear(nn.Module):
         self.base = weight
         self.bias = None if bias_O is None else nn.Parameter(bias_O.detach(), requires_grad=False)
         self.direction = self.magnitude = None
-        self._w2_O: torch.Tensor | None = None
-        self._norm_O: torch.Tensor | None = None
-        self._norm_versions: tuple[int, ...] | None = None
+        self.enabled = True
+        self.exact_norm_gradient = self.published_dropout = False
+        self._norms = NormCache(weight)
+        # In a tuple, so that it is no submodule: a merged copy is not part of the model's state.
+        self._merged: tuple[DenseWeight, ...] = ()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: AdapterConfig, *, seed: int = 0) -> AdaptedLinear:
@@ -64,7 +61,7 @@ class AdaptedLinear(nn.Module):
 
         Args:
             linear: its weight is taken over, not copied, where it stays dense.
-            config: the method, rank and scale; its targets are not looked at.
+            config: the method, rank and scale; its targets and patterns are not looked at.
             seed: of A.
         Raises: InputError: r is larger than a side of the layer, or NF4 cannot hold its shape.
         """
@@ -88,7 +85,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight_source(self) -> FrozenWeight:
-        """The frozen weight, as something that gives tiles."""
+        """The weight, as something that gives tiles."""
         return cast(FrozenWeight, self.base)
 
     @property
@@ -101,6 +98,16 @@ class AdaptedLinear(nn.Module):
         """O."""
         return self.weight_source.out_features
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is a direction or a magnitude."""
+        return self.direction is not None or self.magnitude is not None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the adapter is merged into a copy of the weight."""
+        return bool(self._merged)
+
     def add_adapter(
         self,
         config: AdapterConfig,
@@ -108,20 +115,27 @@ class AdaptedLinear(nn.Module):
         direction: bool | None = None,
         magnitude: bool | None = None,
         seed: int = 0,
+        pair: SharedPair | None = None,
     ) -> None:
         """Give the layer a fresh adapter; its output does not change yet.
 
         Args:
             direction, magnitude: whether to have them; as the method says where None.
+            seed: of A, or of VeRA's pair where none is given.
+            pair: VeRA's, shared with other layers; one of this layer's own where None.
         Raises: InputError: r is larger than a side of the layer.
         """
         spec = METHODS[config.method]
         device, dtype = self.weight_source.device, DTYPES[config.dtype]
-        if spec.direction if direction is None else direction:
+        shape = (self.in_features, self.out_features)
+        self.exact_norm_gradient = config.norm_gradient == "exact"
+        self.published_dropout = config.dropout_placement == "published"
+        if direction is False:
+            pass
+        elif spec.direction == "lora":
             refuse_large_rank(config.r, "this layer", self.out_features, self.in_features)
             self.direction = LowRank(
-                self.in_features,
-                self.out_features,
+                *shape,
                 config.r,
                 scale=config.scale,
                 dropout=config.dropout,
@@ -129,9 +143,11 @@ class AdaptedLinear(nn.Module):
                 device=device,
                 seed=seed,
             )
+        elif spec.direction == "vera":
+            pair = pair or SharedPair(config.r, *shape, seed=seed, device=device)
+            self.direction = Vera(pair, *shape, dropout=config.dropout, dtype=dtype)
         if spec.magnitude if magnitude is None else magnitude:
-            self._w2_O = math.row_norms_squared(self.weight_source)
-            self.magnitude = Magnitude(self._w2_O.sqrt(), dtype)
+            self.magnitude = Magnitude(self._norms.norm(None), dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer.
@@ -141,42 +157,53 @@ class AdaptedLinear(nn.Module):
         Returns: (..., O), dtype of x.
         """
         x_NI = x.reshape(-1, self.in_features)
-        direction = self.direction
-        with_wa = self.magnitude is not None and direction is not None and not self._norm_is_fresh()
-        u_NO, wa_OR = math.low_rank_linear(
-            x_NI,
-            self.weight_source,
-            None if direction is None else direction.a_RI,
-            None if direction is None else direction.b_OR,
-            scale=1.0 if direction is None else direction.scale,
-            dropout=direction.dropout if direction is not None and self.training else 0.0,
-            with_wa=with_wa,
-        )
-        if self.magnitude is not None:
-            if wa_OR is not None:
-                self._remember_norm(wa_OR)
-            y_NO = math.scale_rows(u_NO, self.row_scale(), self.bias)
-        else:
-            y_NO = u_NO if self.bias is None else u_NO + self.bias.to(u_NO.dtype)
+        y_NO = self._adapted(x_NI) if self.enabled and not self.is_merged else self._plain(x_NI)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
-    def row_scale(self) -> torch.Tensor:
-        """s: (O,) at least float32, differentiable in m; ones where there is no magnitude."""
+    def _adapted(self, x_NI: torch.Tensor) -> torch.Tensor:
+        direction = self.direction
+        update = None if direction is None else direction.update()
+        dropout = direction.dropout if direction is not None and self.training else 0.0
+        around_NI = None
+        if dropout and self.published_dropout and self.magnitude is not None:
+            kept_NI = F.dropout(x_NI, dropout)
+            x_NI, around_NI, dropout = kept_NI, x_NI - kept_NI, 0.0
+        y_NO = adapted_product(
+            x_NI,
+            self.weight_source,
+            update=update,
+            scaling=self._scaling(update),
+            bias_O=self.bias,
+            trained_OI=self._trained_weight(),
+            dropout=dropout,
+        )
+        # W x + (s - 1) W drop(x) + s c B A drop(x)  =  s (W + c BA) drop(x) + W (x - drop(x))
+        return y_NO if around_NI is None else y_NO + adapted_product(around_NI, self.weight_source)
+
+    def _plain(self, x_NI: torch.Tensor) -> torch.Tensor:
+        if self.is_merged and self.enabled and self.training and torch.is_grad_enabled():
+            raise RuntimeError("a merged adapter gets no gradient: unmerge before training")
+        weight = self._merged[0] if self.is_merged and self.enabled else self.weight_source
+        return adapted_product(x_NI, weight, bias_O=self.bias)
+
+    def _scaling(self, update: Update | None) -> Scaling | None:
         if self.magnitude is None:
-            return torch.ones(self.out_features, device=self.weight_source.device)
-        return math.row_scale(self.magnitude.value(), self.weight_norm())
+            return None
+        magnitude, norms = self.magnitude, self._norms
+        if update is None or (norms.is_fresh(update) and not self.exact_norm_gradient):
+            return Scaling(magnitude.initial_O, magnitude.offset_O, norms.norm(update))
+        if self.exact_norm_gradient:
+            return Scaling(magnitude.initial_O, magnitude.offset_O, norms.differentiable_norm(update))
+        return Scaling(magnitude.initial_O, magnitude.offset_O, lambda wa_OR: norms.remember(update, wa_OR))
+
+    def _trained_weight(self) -> torch.Tensor | None:
+        trained = isinstance(self.base, DenseWeight) and self.base.weight.requires_grad
+        return self.base.weight if trained and isinstance(self.base, DenseWeight) else None
 
     @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
-        """||W + c BA|| of each row: (O,) at least float32, constant in backward."""
-        if self._w2_O is None:
-            self._w2_O = math.row_norms_squared(self.weight_source)
-        if self.direction is None:
-            return self._w2_O.sqrt()
-        if not self._norm_is_fresh():
-            self._remember_norm(math.weight_times_a(self.weight_source, self.direction.a_RI))
-        assert self._norm_O is not None
-        return self._norm_O
+        """||W + c BA|| of each row: (O,) at least float32, a constant."""
+        return self._norms.norm(None if self.direction is None else self.direction.update())
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype, onto: FrozenWeight | None = None) -> torch.Tensor:
@@ -186,49 +213,42 @@ class AdaptedLinear(nn.Module):
             onto: another W to put the adapter on, the original 16-bit one for example.
         """
         weight = self.weight_source if onto is None else onto
-        scale_O = self._merged_scale(weight)
+        update = None if self.direction is None else self.direction.update()
+        factors = None if update is None else update.factors(weight.norm_dtype)
+        scale_O = None if self.magnitude is None else self._merged_scale(weight, update, self.magnitude)
         merged_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=weight.device)
         for rows, w_tile in weight.tiles(weight.norm_dtype):
-            if self.direction is not None:
-                b_tile, a_RI = self.direction.b_OR[rows], self.direction.a_RI
-                update = b_tile.to(w_tile.dtype) @ a_RI.to(w_tile.dtype)
-                w_tile = torch.add(w_tile, update, alpha=self.direction.scale)
-            merged_OI[rows] = w_tile * scale_O[rows, None]
+            if update is not None and factors is not None:
+                a_RI, b_OR = factors
+                w_tile = torch.addmm(w_tile, b_OR[rows], a_RI, alpha=update.scale)
+            merged_OI[rows] = w_tile if scale_O is None else w_tile * scale_O[rows, None]
         return merged_OI
 
-    def _merged_scale(self, weight: FrozenWeight) -> torch.Tensor:
-        if weight is self.weight_source or self.magnitude is None:
-            return self.row_scale()
-        w2_O = math.row_norms_squared(weight)
-        if self.direction is None:
-            return math.row_scale(self.magnitude.value(), w2_O.sqrt())
-        a_RI, b_OR = self.direction.a_RI, self.direction.b_OR
-        wa_OR = math.weight_times_a(weight, a_RI)
-        norm_O = math.factored_norm(w2_O, wa_OR, a_RI, b_OR, self.direction.scale)
-        return math.row_scale(self.magnitude.value(), norm_O)
+    def _merged_scale(
+        self, weight: FrozenWeight, update: Update | None, magnitude: Magnitude
+    ) -> torch.Tensor:
+        norms = self._norms if weight is self.weight_source else NormCache(weight)
+        return magnitude.value() / norms.norm(update)
 
-    def _versions(self) -> tuple[int, ...]:
-        """Changes with every write to A or B, in place or by replacing the storage."""
-        assert self.direction is not None
-        a_RI, b_OR = self.direction.a_RI, self.direction.b_OR
-        return a_RI._version, b_OR._version, a_RI.data_ptr(), b_OR.data_ptr()
+    def merge(self, dtype: torch.dtype = torch.float32) -> None:
+        """Compute with one dense weight, as fast as a plain layer, until `unmerge`.
 
-    def _norm_is_fresh(self) -> bool:
-        return self._norm_versions == self._versions()
+        The stored weight stays beside it: a merged 4-bit layer takes the memory of both.
 
-    @torch.no_grad()
-    def _remember_norm(self, wa_OR: torch.Tensor) -> None:
-        assert self.direction is not None
-        if self._w2_O is None:
-            self._w2_O = math.row_norms_squared(self.weight_source)
-        self._norm_O = math.factored_norm(
-            self._w2_O, wa_OR, self.direction.a_RI, self.direction.b_OR, self.direction.scale
-        )
-        self._norm_versions = self._versions()
+        Args:
+            dtype: of the merged copy; the output differs from the adapted layer's by its rounding.
+        """
+        if self.has_adapter:
+            self._merged = (DenseWeight(self.merged(dtype)),)
+
+    def unmerge(self) -> None:
+        """Compute with weight and adapter again; neither has changed in between."""
+        self._merged = ()
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # The cached norms do not follow a move of the module: they are computed again where it lands.
-        self._w2_O = self._norm_O = self._norm_versions = None
+        self._norms.forget()
+        for weight in self._merged:
+            weight._apply(fn)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qdora.adapters.direction import adapter_parameter
-from qdora.adapters.math import widened
+from qdora.adapters.update import widened
 
 
 class Magnitude(nn.Module):
@@ -19,7 +19,7 @@ class Magnitude(nn.Module):
 
     Attributes:
         offset_O: (O,) parameter, zero at the start.
-        initial_O: (O,) frozen, at least float32: the row norms of W, or a loaded magnitude.
+        initial_O: (O,) frozen, at least float32, not 0: the row norms of W, or a loaded magnitude.
     """
 
     initial_O: torch.Tensor
@@ -34,8 +34,13 @@ class Magnitude(nn.Module):
         return self.initial_O + widened(self.offset_O, self.initial_O.dtype)
 
     def load(self, m_O: torch.Tensor) -> None:
-        """Start from a given magnitude: it becomes the frozen part, exactly, and the offset zero."""
+        """Start from a given magnitude: it becomes the frozen part, exactly, and the offset zero.
+
+        A magnitude of 0, which an all-zero row has elsewhere, becomes the norm that such a row has here.
+        """
         self.initial_O.copy_(m_O)
+        least = torch.finfo(self.initial_O.dtype).tiny ** 0.5
+        self.initial_O.masked_fill_(self.initial_O == 0, least)
         with torch.no_grad():
             self.offset_O.zero_()
 

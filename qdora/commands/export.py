@@ -42,9 +42,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError("name an adapter with --adapter, or a run with --run")
     settings = target.config.model
     model, tokenizer = load_configured(settings, progress=True)
-    load_adapter(model, target.adapter)
+    report = load_adapter(model, target.adapter)
     originals = None
     if arguments.onto == "original":
+        if not report.direction_layers and not report.magnitude_layers:
+            raise InputError("--onto original: full fine-tuning leaves no adapter to put on other weights")
         checkpoint = open_checkpoint(settings.path, settings.revision)
         if checkpoint.quantization is not None:
             raise InputError(f"{settings.path}: holds no original weights, they are stored quantized")

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from qdora.adapters.fingerprint import combine, set_base_fingerprint, tensor_digest
 from qdora.adapters.linear import AdaptedLinear
@@ -99,6 +100,11 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{checkpoint.origin}: not a causal language model: {reason}") from None
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        raise InputError(
+            f"{checkpoint.origin}: a {type(model).__name__} holds its matrices in Conv1D layers, stored as "
+            f"(in, out); only models of linear layers are supported"
+        )
     return model
 
 

@@ -30,16 +30,18 @@ class DenseWeight(nn.Module):
     def norm_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """As `FrozenWeight.tiles`; the weight itself, in one tile, where it has `dtype` already."""
+    def tiles(
+        self, dtype: torch.dtype, s_O: torch.Tensor | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """As `FrozenWeight.tiles`; the weight itself, in one tile, where it is what was asked for."""
         w_OI = self.weight.detach()
-        if w_OI.dtype == dtype:
+        if w_OI.dtype == dtype and s_O is None:
             yield slice(0, self.out_features), w_OI
             return
         step = rows_per_tile(self.out_features, self.in_features, dtype, w_OI.device)
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
-            yield rows, w_OI[rows].to(dtype)
+            yield rows, w_OI[rows].to(dtype) if s_O is None else (w_OI[rows] * s_O[rows, None]).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.out_features}x{self.in_features}, {self.weight.dtype}"

@@ -134,15 +134,22 @@ class NF4Weight(nn.Module):
         )
         return scales.add_(self.offset)
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def tiles(
+        self, dtype: torch.dtype, s_O: torch.Tensor | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
         """As `FrozenWeight.tiles`, dequantized."""
         scales = self.scales()
+        if s_O is not None and self.in_features % self.block_size == 0:
+            # Rows of whole blocks: to scale the blocks' scales is to scale the rows.
+            scales = (scales.view(self.out_features, -1) * s_O[:, None]).view(-1)
+            s_O = None
         packed_flat = self.packed.detach().view(-1)
         wanted = rows_per_tile(self.out_features, self.in_features, dtype, self.device)
         step = align_rows(wanted, self.in_features, self.block_size)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            yield slice(start, stop), self._dequantize(packed_flat, scales, start, stop, dtype)
+            w_tile = self._dequantize(packed_flat, scales, start, stop, dtype)
+            yield slice(start, stop), w_tile if s_O is None else (w_tile * s_O[start:stop, None]).to(dtype)
 
     def _dequantize(
         self, packed_flat: torch.Tensor, scales: torch.Tensor, start: int, stop: int, dtype: torch.dtype
@@ -155,10 +162,18 @@ class NF4Weight(nn.Module):
             scales[first // self.block_size : -(-last // self.block_size)],
             self.block_size,
             "nf4",
-            (stop - start, self.in_features),
+            self._kernel_shape(last - first),
             kernel_dtype,
         )
-        return w_tile.to(dtype)
+        return w_tile.view(stop - start, self.in_features).to(dtype)
+
+    def _kernel_shape(self, values: int) -> tuple[int, int]:
+        """A shape whose rows are whole blocks: the kernel for AVX512 takes wrong scales for any other."""
+        if self.in_features % self.block_size == 0:
+            return values // self.in_features, self.in_features
+        if values % self.block_size == 0:
+            return values // self.block_size, self.block_size
+        return 1, values
 
     def extra_repr(self) -> str:
         double = "double" if self.nested_absmax is not None else "single"

@@ -29,10 +29,15 @@ class FrozenWeight(Protocol):
         """Dtype in which row norms of this weight are kept: at least float32."""
         ...
 
-    def tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def tiles(
+        self, dtype: torch.dtype, s_O: torch.Tensor | None = None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield (rows, w_tile) from the first row to the last, w_tile (rows, in) in `dtype`.
 
-        A tile is only valid until the next one is asked for: its memory is used again.
+        A tile is only valid until the next one is asked for, and must not be written to.
+
+        Args:
+            s_O: (out,) at least float32; each row is multiplied by its entry.
         """
         ...
 

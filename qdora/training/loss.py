@@ -24,12 +24,8 @@ _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 def check_output_layer(model: PreTrainedModel) -> None:
     """The loss applies the output layer itself, so that layer must be all there is.
 
-    It is frozen as well: the loss differentiates the hidden states alone.
-
-    Raises: InputError: the model changes its logits afterwards, or its output layer is trained.
+    Raises: InputError: the model changes its logits afterwards.
     """
-    if any(p.requires_grad for p in model.get_output_embeddings().parameters()):
-        raise InputError("an adapter on the output layer is not supported: leave it out of adapter.targets")
     for setting in _LOGIT_SETTINGS:
         if getattr(model.config.get_text_config(), setting, None):
             raise InputError(f"models with {setting} are not supported for training")
@@ -44,7 +40,7 @@ def completion_loss(
     attention mask is needed and the attention kernels' causal path is used.
 
     Args:
-        model: a causal language model; its frozen output layer is applied to labelled positions only.
+        model: a causal language model; its output layer is applied to labelled positions only.
         input_ids_BT: (B, T) int64.
         labels_BT: (B, T) int64, aligned with the inputs, -100 where there is no loss.
     Returns: scalar float32, the sum over tokens, in nats.
@@ -53,23 +49,28 @@ def completion_loss(
     targets_BT = labels_BT[:, 1:]
     labelled_BT = targets_BT != IGNORED
     hidden_NI = hidden_BTI[:, :-1][labelled_BT]
+    head = model.get_output_embeddings()
+    trained = [p for p in head.parameters() if p.requires_grad]
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NI, targets_BT[labelled_BT], model.get_output_embeddings()
+        hidden_NI, targets_BT[labelled_BT], head, *trained
     )
     return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy after a frozen output layer; only one chunk's logits exist at a time.
+    """Cross entropy after an output layer; only one chunk's logits exist at a time.
 
-    The output layer is frozen, so the gradient of the hidden states is all that backward
-    needs, and it is at hand as soon as a chunk's logits are.
+    The gradients of a chunk are taken as soon as its logits are there.  Of a sum they only have to be
+    multiplied by what comes back.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NI: torch.Tensor, targets_N: torch.Tensor, head: nn.Module) -> torch.Tensor:
-        needs_grad = ctx.needs_input_grad[0]
-        grad_NI = torch.empty_like(hidden_NI) if needs_grad else None
+    def forward(
+        ctx: Any, hidden_NI: torch.Tensor, targets_N: torch.Tensor, head: nn.Module, *trained: torch.Tensor
+    ) -> torch.Tensor:
+        needs_grad = ctx.needs_input_grad[0] or bool(trained)
+        grads = [torch.empty_like(hidden_NI)] if needs_grad else []
+        grads += [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         total = hidden_NI.new_zeros((), dtype=torch.float32)
         step = max(1, CHUNK_BYTES // (4 * int(head.out_features)))  # type: ignore[arg-type]
         for start in range(0, len(hidden_NI), step):
@@ -78,12 +79,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(needs_grad):
                 loss = F.cross_entropy(head(chunk_NI).float(), targets_N[rows], reduction="sum")
             total += loss.detach()
-            if grad_NI is not None:
-                (grad_NI[rows],) = torch.autograd.grad(loss, chunk_NI)
-        ctx.save_for_backward(*(() if grad_NI is None else (grad_NI,)))
+            if needs_grad:
+                grads[0][rows], *parts = torch.autograd.grad(loss, [chunk_NI, *trained])
+                for grad, part in zip(grads[1:], parts, strict=True):
+                    grad += part
+        ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad_NI,) = ctx.saved_tensors
-        return grad_NI * grad.to(grad_NI.dtype), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_NI, *trained = (kept * grad.to(kept.dtype) for kept in ctx.saved_tensors)
+        return hidden_NI, None, None, *trained

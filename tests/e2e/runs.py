@@ -31,7 +31,7 @@ def tiny_tree(folder: Path, model: Path, **training: Any) -> dict[str, Any]:
     train = write_questions(folder / "train.jsonl", 96)
     test = write_questions(folder / "test.jsonl", 8, offset=1000)
     return {
-        "model": {"path": str(model)},
+        "model": {"path": str(model), "dtype": "float32"},
         "adapter": {"r": 4, "alpha": 8, "dropout": 0.1},
         "data": {
             "train": {"source": "file", "path": str(train), "name": "sums"},

@@ -35,7 +35,6 @@ def failing(capsys, command: str, *words: str) -> str:
         ("data.max_length=4000", "longer than the model's context"),
         ("data.max_length=48", "train.jsonl:"),
         ("data.prompt=chat", "no chat template"),
-        ("adapter.magnitude_targets=[q_proj]", "adapter.magnitude_targets names other layers"),
         ("training.batch_size=9", None),
     ],
 )

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qdora.adapters.methods import METHODS
 from qdora.cli import run_command
 from qdora.config_file import load_config
 
@@ -99,6 +101,29 @@ def test_export_reloads_in_plain_transformers(run_folder, tmp_path, capsys, dtyp
     assert tokenizer.decode(tokenizer("a7: 7+7?")["input_ids"]) == "a7: 7+7?"
     assert run_command("export", words) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["full", "full-nf4", "qdvora", "vera", "qmagnitude"])
+def test_every_kind_of_method_goes_the_whole_way(tiny_model_folder, tmp_path, capsys, method):
+    """Catches: a method that trains and then cannot be saved, resumed, scored or exported."""
+    tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=4, save_every=2)
+    tree["adapter"] = {"method": method, "r": 4, "dropout": 0.1}
+    tree["model"]["base"] = METHODS[method].base
+    tree["training"]["learning_rate"] = 1e-3 if METHODS[method].trains_base else 3e-2
+    config, run = write_config(tmp_path, tree), tmp_path / "run"
+    assert run_command("train", ["--config", config]) == 0
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert min(losses[1:]) < losses[0]
+    whole = load_file(run / "adapter" / "adapter_model.safetensors")
+    words = ["--config", config, "--resume", str(run / "checkpoints" / "step-2")]
+    assert run_command("train", words) == 0
+    resumed = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert run_command("evaluate", ["--run", str(run), "--limit", "2"]) == 0
+    assert run_command("export", ["--run", str(run), "--output", str(tmp_path / "out")]) == 0
+    assert "verified: plain transformers loads it" in capsys.readouterr().out
+    onto = ["--run", str(run), "--output", str(tmp_path / "original"), "--onto", "original"]
+    assert run_command("export", onto) == (2 if method.startswith("full") else 0)
 
 
 def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_folder, tmp_path, capsys):

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import inject
+from qdora.adapters.methods import METHODS
 from qdora.config import AdapterConfig, Method, TrainingConfig
 from qdora.data.example import Example
 from qdora.data.tokenize import tokenize_examples
@@ -19,7 +20,9 @@ from qdora.training.loop import Callbacks, Trainer
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 RECORD = Path(__file__).with_name("curves.json")
-METHODS: tuple[Method, ...] = ("lora", "dora", "qlora", "qdora")
+CURVES: tuple[Method, ...] = tuple(name for name in METHODS if name != "full-nf4")  # as "full" until it ends
+RATES = {"vera": 5e-2, "vora": 5e-2, "magnitude": 5e-2, "full": 1e-3}
+"""Learning rates other than 5e-3, by the end of a method's name."""
 
 
 def examples() -> list[Example]:
@@ -32,13 +35,17 @@ def examples() -> list[Example]:
     ]
 
 
+def rate(method: Method) -> float:
+    return next((value for end, value in RATES.items() if method.endswith(end)), 5e-3)
+
+
 def loss_curve(method: Method, folder: Path) -> list[float]:
     """Losses of 15 steps with seed 0 on the same data."""
     model: PreTrainedModel
-    model, _ = load_base(str(folder), base="nf4" if method.startswith("q") else "dense", dtype="float32")
+    model, _ = load_base(str(folder), base=METHODS[method].base, dtype="float32")
     inject(model, AdapterConfig(method=method, r=4, alpha=16), seed=0)
     tokenized, _ = tokenize_examples(examples(), tiny_tokenizer(), "question_answer", 128, "stop")
-    config = TrainingConfig(max_steps=15, batch_size=8, learning_rate=5e-3, warmup_steps=2)
+    config = TrainingConfig(max_steps=15, batch_size=8, learning_rate=rate(method), warmup_steps=2)
     losses: list[float] = []
     callbacks = Callbacks(log=lambda m: losses.append(m.loss), save=lambda _: None, evaluate=lambda _: None)
     Trainer(model, tokenized, config, Processes(Accelerator(cpu=True)), pad_id=0).run(0, callbacks)
@@ -48,4 +55,4 @@ def loss_curve(method: Method, folder: Path) -> list[float]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         tiny = write_tiny_model(Path(temporary) / "tiny")
-        RECORD.write_text(json.dumps({m: loss_curve(m, tiny) for m in METHODS}, indent=1) + "\n")
+        RECORD.write_text(json.dumps({m: loss_curve(m, tiny) for m in CURVES}, indent=1) + "\n")

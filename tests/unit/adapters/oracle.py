@@ -1,57 +1,114 @@
-"""The adapted layer written out densely in float64: the formula of the paper and nothing else."""
+"""The adapted layer written out densely in float64: the formulas of the papers and nothing else."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from qdora.adapters.direction import LowRank, Vera
 from qdora.adapters.linear import AdaptedLinear
 
+PARAMETERS = {
+    "a": "direction.a_RI",
+    "b": "direction.b_OR",
+    "inner": "direction.d_R",
+    "outer": "direction.b_O",
+    "m": "magnitude.offset_O",
+}
+"""What the closed form calls a parameter, and where a layer keeps it."""
 
-def dense_weight(layer: AdaptedLinear) -> torch.Tensor:
-    """W as the layer sees it, (O, I) float64."""
-    return torch.cat([tile.double().clone() for _, tile in layer.weight_source.tiles(torch.float32)])
+
+def dense_weight(layer: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """W as the layer sees it in a compute dtype, (O, I) float64."""
+    return torch.cat([tile.double().clone() for _, tile in layer.weight_source.tiles(dtype)])
 
 
 class ClosedForm(nn.Module):
-    """y = s * (W x + c B A (mask * x)) + bias with autograd in float64 and a detached norm."""
+    """y = s ∘ (W x + c diag(b) B diag(d) A (mask ∘ x)) + bias with autograd in float64."""
 
     def __init__(self, layer: AdaptedLinear) -> None:
         super().__init__()
         self.w_OI = dense_weight(layer)
         self.bias = None if layer.bias is None else layer.bias.detach().double()
-        self.scale = layer.direction.scale if layer.direction else 0.0
-        self.a_RI = self.b_OR = self.m_O = None
-        if layer.direction is not None:
-            self.a_RI = nn.Parameter(layer.direction.a_RI.detach().double())
-            self.b_OR = nn.Parameter(layer.direction.b_OR.detach().double())
+        self.exact, self.published = layer.exact_norm_gradient, layer.published_dropout
+        self.scale = layer.direction.scale if layer.direction is not None else 0.0
+        self.a = self.b = self.inner = self.outer = self.m = None
+        if isinstance(layer.direction, LowRank):
+            self.a = nn.Parameter(layer.direction.a_RI.detach().double())
+            self.b = nn.Parameter(layer.direction.b_OR.detach().double())
+        elif isinstance(layer.direction, Vera):
+            update = layer.direction.update()
+            self.a, self.b = update.a_RI.double(), update.b_OR.double()
+            self.inner = nn.Parameter(update.inner_R.detach().double())
+            self.outer = nn.Parameter(update.outer_O.detach().double())
         if layer.magnitude is not None:
-            self.m_O = nn.Parameter(layer.magnitude.value().detach().double())
+            self.m = nn.Parameter(layer.magnitude.value().detach().double())
+
+    def update(self) -> torch.Tensor:
+        a = self.a if self.inner is None else self.inner[:, None] * self.a
+        b = self.b if self.outer is None else self.outer[:, None] * self.b
+        return self.scale * (b @ a)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        y = x @ self.w_OI.T
+        dropped = x if mask is None else x * mask
+        inside = dropped if self.published and self.m is not None else x
+        y = inside @ self.w_OI.T
         adapted_OI = self.w_OI
-        if self.a_RI is not None:
-            branch = x if mask is None else x * mask
-            y = y + self.scale * (branch @ self.a_RI.T @ self.b_OR.T)
-            adapted_OI = self.w_OI + self.scale * (self.b_OR @ self.a_RI)
-        if self.m_O is not None:
-            norm_O = adapted_OI.norm(dim=1).detach()
-            y = y * (self.m_O / norm_O)
+        if self.a is not None:
+            y = y + dropped @ self.update().T
+            adapted_OI = self.w_OI + self.update()
+        if self.m is not None:
+            norm_O = adapted_OI.norm(dim=1)
+            y = y * (self.m / (norm_O if self.exact else norm_O.detach()))
+            if inside is not x:  # y = W x + (s - 1) W drop(x) + s c B A drop(x)
+                y = y + x @ self.w_OI.T - dropped @ self.w_OI.T
         return y if self.bias is None else y + self.bias
 
 
 def move_off_the_identity(layer: AdaptedLinear, seed: int = 0) -> AdaptedLinear:
     """B ≠ 0 and m ≠ norm: at the identity most mistakes are invisible."""
     generator = torch.Generator().manual_seed(seed)
+
+    def noise(like: torch.Tensor, size: float) -> torch.Tensor:
+        return (torch.randn(like.shape, generator=generator) * size).to(like.dtype)
+
     with torch.no_grad():
-        if layer.direction is not None:
-            b = torch.randn(layer.direction.b_OR.shape, generator=generator) * 0.1
-            layer.direction.b_OR.copy_(b)
+        if isinstance(layer.direction, LowRank):
+            layer.direction.b_OR.copy_(noise(layer.direction.b_OR, 0.1))
+        elif isinstance(layer.direction, Vera):
+            layer.direction.b_O.copy_(noise(layer.direction.b_O, 0.5))
+            layer.direction.d_R.add_(noise(layer.direction.d_R, 0.1))
         if layer.magnitude is not None:
-            offset = torch.randn(layer.magnitude.offset_O.shape, generator=generator) * 0.2
-            layer.magnitude.offset_O.copy_(offset)
+            layer.magnitude.offset_O.copy_(noise(layer.magnitude.offset_O, 0.2))
     return layer
+
+
+def gradients(layer: AdaptedLinear, x: torch.Tensor, g: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and gradients of a layer, under the closed form's names."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(g)
+    found = {"y": y.detach(), "x": x.grad}
+    own = dict(layer.named_parameters())
+    return found | {k: own[path].grad for k, path in PARAMETERS.items() if path in own}
+
+
+def expected_gradients(
+    layer: AdaptedLinear, x: torch.Tensor, g: torch.Tensor, mask: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """What they must be."""
+    oracle = ClosedForm(layer)
+    x = x.double().clone().requires_grad_()
+    y = oracle(x, None if mask is None else mask.double())
+    y.backward(g.double())
+    return {"y": y.detach(), "x": x.grad} | {k: p.grad for k, p in oracle.named_parameters()}
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
+    """Relative error of each, as a norm, within the bound."""
+    assert got.keys() == expected.keys()
+    errors = {name: relative(got[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= bound, errors
 
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:

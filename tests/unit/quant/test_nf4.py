@@ -7,6 +7,7 @@ import itertools
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from bitsandbytes.backends.utils import CODE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,8 @@ def test_bits_are_those_of_bitsandbytes(shape, dtype, double):
     ours = NF4Weight.quantize(w_OI, double_quantization=double)
     packed, state = bnb.quantize_4bit(w_OI, blocksize=64, compress_statistics=double, quant_type="nf4")
     assert torch.equal(ours.packed.view(-1), packed.view(-1))
-    expected = bnb.dequantize_4bit(packed, state).float()
+    state.shape = torch.Size((1, w_OI.numel()))  # in 2D its AVX512 kernel errs where rows are no whole blocks
+    expected = bnb.dequantize_4bit(packed, state).float().view(shape)
     got = whole(ours, dtype).float()
     assert torch.equal(got, expected)
 
@@ -57,6 +59,27 @@ def test_tiles_are_the_whole_whatever_their_size(rows, half_columns, tile_bytes,
     assert spans[0][0] == 0
     assert spans[-1][1] == rows
     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (16, 48), (8, 96), (7, 100), (8, 160), (16, 576), (5, 66)])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_each_value_is_its_code_times_the_scale_of_its_block(shape, block_size):
+    """Catches: the scale of another block, which bitsandbytes' AVX512 kernel takes for rows that are no
+    whole blocks."""
+    weight = NF4Weight.quantize(torch.randn(shape), block_size=block_size)
+    codes = weight.packed.reshape(-1, 1) >> torch.tensor([4, 0], dtype=torch.uint8) & 15
+    blocks = torch.arange(shape[0] * shape[1]) // block_size
+    expected = CODE["nf4"].float()[codes.long().view(-1)] * weight.scales()[blocks]
+    assert torch.allclose(whole(weight, torch.float32).view(-1), expected, rtol=1e-6, atol=0)
+
+
+def test_rows_scaled_on_the_way():
+    """Catches: a row scale that is lost, or taken for another row, in either way of applying it."""
+    s_O = torch.randn(24)
+    for inputs in (128, 96):  # rows of whole blocks, and others
+        for weight in (NF4Weight.quantize(torch.randn(24, inputs)), DenseWeight(torch.randn(24, inputs))):
+            scaled = torch.cat([t.clone() for _, t in weight.tiles(torch.float32, s_O)])
+            assert torch.allclose(scaled, whole(weight, torch.float32) * s_O[:, None], rtol=1e-6, atol=1e-7)
 
 
 def test_rows_that_are_no_whole_blocks_are_grouped():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdora.adapters.inject import inject
+from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig
 from qdora.data.batches import collate
 from qdora.data.tokenize import TokenizedExample
@@ -14,7 +14,7 @@ from qdora.models.load import load_base
 from qdora.training import loss as loss_module
 from qdora.training.loss import check_output_layer, completion_loss
 from tests.tiny import write_tiny_model
-from tests.unit.adapters.oracle import relative
+from tests.unit.adapters.oracle import move_off_the_identity, relative
 
 from .trainers import make_model
 
@@ -85,17 +85,27 @@ def test_logits_changed_after_the_output_layer_are_refused(tiny_model_folder, se
         check_output_layer(model)
 
 
-def test_an_adapter_on_the_output_layer_is_trained_or_refused(tmp_path):
-    """Catches: an adapter on an untied lm_head that never gets a gradient, in silence."""
-    folder = write_tiny_model(tmp_path / "m", tie_word_embeddings=False)
+@pytest.mark.parametrize("rows_in_a_chunk", [4, 1000])
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_output_layer_gets_its_gradient(tmp_path, monkeypatch, method, tied, rows_in_a_chunk):
+    """Catches: an adapter on lm_head, or a trained lm_head, that silently stays as it is; one of the two
+    gradients of a weight that is tied to the embedding."""
+    if tied and method != "full":
+        pytest.skip("an adapter on a tied output layer is refused")
+    folder = write_tiny_model(tmp_path / "m", tie_word_embeddings=tied)
     model, _ = load_base(str(folder), base="dense", dtype="float32")
+    inject(model, AdapterConfig(r=4, method=method, targets=("q_proj", "lm_head"), dtype="float32"))
+    for seed, layer in enumerate(adapted_layers(model).values()):
+        move_off_the_identity(layer, seed)
+    check_output_layer(model)
     batch = make_batch()
-    try:
-        inject(model, AdapterConfig(r=4, method="lora", targets=("q_proj", "lm_head"), dtype="float32"))
-        check_output_layer(model)
-    except InputError:
-        return
-    completion_loss(model, batch.input_ids_BT, batch.labels_BT).backward()
-    grad = model.lm_head.direction.b_OR.grad
-    assert grad is not None
-    assert float(grad.abs().sum()) > 0
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 100 * rows_in_a_chunk)
+    got = gradients(model, completion_loss(model, batch.input_ids_BT, batch.labels_BT) / 7)
+    count = int((batch.labels_BT[:, 1:] != -100).sum())
+    theirs = model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss * count
+    expected = gradients(model, theirs / 7)
+    assert any("lm_head" in name or "embed_tokens" in name for name in expected)
+    for name, gradient in expected.items():
+        assert relative(got[name], gradient) < 1e-4, name
+        assert float(gradient.abs().sum()) > 0, name
