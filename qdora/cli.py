@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "score a run, a model or an adapter by exact match",
     "export": "merge an adapter and write fp16 or bf16 weights",
     "compare": "train arms under identical conditions and report",
+    "benchmark": "what a layer or a training step costs next to PEFT's",
     "demo": "the whole way on an embedded example",
 }
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print("usage: qdora COMMAND [options]\n")
         for name, summary in COMMANDS.items():
-            print(f"  {name:<10}{summary}")
+            print(f"  {name:<11}{summary}")
         print("\nqdora COMMAND --help shows a command's options")
         sys.exit(0)
     name, *rest = words

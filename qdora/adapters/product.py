@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from qdora.adapters.update import Update
-from qdora.quant.weight import FrozenWeight
+from qdora.quant.weight import FrozenWeight, rows_per_tile
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_x = grad_a = grad_b = grad_inner = grad_outer = grad_offset = grad_norm = grad_w = None
         if y_NO is not None:
             # Σ g ∘ u / n with u = y / s and s n = m
-            grad_offset = torch.linalg.vecdot(_wide(g_NO), _wide(y_NO), dim=0).to(m_O.dtype).div_(m_O)
-            grad_offset.masked_fill_(m_O == 0, 0)
+            # A magnitude of exactly 0 has y = 0: the least number makes its gradient 0 instead of 0/0.
+            grad_offset = column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
             if needs[6]:
                 grad_norm = -s_O * grad_offset
         if needs[0]:
@@ -195,6 +195,18 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_bias = _wide(g_NO).sum(0) if needs[8] else None
         grads = (grad_x, grad_a, grad_b, grad_inner, grad_outer, grad_offset, grad_norm, grad_w, grad_bias)
         return *grads, None, None, None, None, None
+
+
+def column_dot(g_NO: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
+    """Σ_N g ∘ y: (O,) in at least float32, its products held for one tile of tokens at a time."""
+    dtype = torch.promote_types(g_NO.dtype, torch.float32)
+    step = rows_per_tile(g_NO.shape[0], g_NO.shape[1], dtype, g_NO.device)
+    total_O: torch.Tensor | None = None
+    for g_tile, y_tile in zip(g_NO.split(step), y_NO.split(step), strict=True):
+        part_O = torch.linalg.vecdot(g_tile.to(dtype), y_tile.to(dtype), dim=0)
+        total_O = part_O if total_O is None else total_O.add_(part_O)
+    assert total_O is not None
+    return total_O
 
 
 def _product(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:

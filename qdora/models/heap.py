@@ -7,6 +7,10 @@ import ctypes.util
 from collections.abc import Callable
 from functools import cache
 
+# Parameters of mallopt, from malloc.h, and the largest threshold that glibc takes on 64 bits.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 << 20
+
 WORTH_TRIMMING = 1 << 20
 """Bytes of a tensor after which trimming pays."""
 
@@ -23,11 +27,27 @@ def release_freed_memory() -> None:
         trim(0)
 
 
+def keep_freed_memory() -> None:
+    """Let the C heap keep what a training step frees, for the next step to take again.
+
+    By default glibc returns large blocks to the system and gets them back zeroed, page by page: thousands
+    of page faults a step.  The peak stays the same.  Without effect where the C library cannot.
+    """
+    library = _libc()
+    if library is not None and hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 @cache
 def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        library = ctypes.CDLL(ctypes.util.find_library("c"))
-        trim: Callable[[int], int] = library.malloc_trim
-    except (OSError, AttributeError):
-        return None
+    trim: Callable[[int], int] | None = getattr(_libc(), "malloc_trim", None)
     return trim
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(ctypes.util.find_library("c"))
+    except OSError:
+        return None

@@ -20,6 +20,7 @@ from qdora.config import TrainingConfig
 from qdora.data.batches import BatchPlan, collate
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import InputError, InterruptedRunError
+from qdora.models.heap import keep_freed_memory
 from qdora.parallel.processes import Processes
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
@@ -95,6 +96,7 @@ class Trainer:
             InterruptedRunError: asked to stop; a checkpoint was written.
         """
         self.model.train()
+        keep_freed_memory()
         with StopRequest() as stop:
             for step in range(start, self.total_steps):
                 metrics, signal_number = self._step(step, stop)

@@ -24,13 +24,16 @@ def dense_weight(layer: AdaptedLinear, dtype: torch.dtype = torch.float32) -> to
 
 
 class ClosedForm(nn.Module):
-    """y = s ∘ (W x + c diag(b) B diag(d) A (mask ∘ x)) + bias with autograd in float64."""
+    """y = s ∘ (W x + c diag(b) B diag(d) A (mask ∘ x)) + bias with autograd in float64.
 
-    def __init__(self, layer: AdaptedLinear) -> None:
+    What is to be computed is said here, not taken from the layer: exact norm gradient, published dropout.
+    """
+
+    def __init__(self, layer: AdaptedLinear, *, exact: bool = False, published: bool = False) -> None:
         super().__init__()
         self.w_OI = dense_weight(layer)
         self.bias = None if layer.bias is None else layer.bias.detach().double()
-        self.exact, self.published = layer.exact_norm_gradient, layer.published_dropout
+        self.exact, self.published = exact, published
         self.scale = layer.direction.scale if layer.direction is not None else 0.0
         self.a = self.b = self.inner = self.outer = self.m = None
         if isinstance(layer.direction, LowRank):
@@ -94,10 +97,10 @@ def gradients(layer: AdaptedLinear, x: torch.Tensor, g: torch.Tensor) -> dict[st
 
 
 def expected_gradients(
-    layer: AdaptedLinear, x: torch.Tensor, g: torch.Tensor, mask: torch.Tensor | None = None
+    layer: AdaptedLinear, x: torch.Tensor, g: torch.Tensor, mask: torch.Tensor | None = None, **options: bool
 ) -> dict[str, torch.Tensor]:
     """What they must be."""
-    oracle = ClosedForm(layer)
+    oracle = ClosedForm(layer, **options)
     x = x.double().clone().requires_grad_()
     y = oracle(x, None if mask is None else mask.double())
     y.backward(g.double())

@@ -10,6 +10,7 @@ from qdora.adapters import norm_cache as algebra
 from qdora.adapters.linear import AdaptedLinear
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.training.optimizer import AdapterOptimizer
+from tests.measurements import small_rate_tail
 
 from .oracle import ClosedForm, dense_weight, move_off_the_identity, relative
 
@@ -162,3 +163,17 @@ def test_micro_batch_gradients_are_summed_in_float32():
         if parameter.requires_grad:
             assert parameter.grad.dtype == torch.float32
             assert relative(parameter.grad, whole[name]) < 1e-6, name
+
+
+def test_the_tail_of_a_decayed_rate_moves_as_float32_does():
+    """Catches: bf16 factors that stand still once the rate has decayed to 1%; the naive step is the
+    counter-example."""
+    start = small_rate_tail.common_start()
+    reference, fall = small_rate_tail.tail("float32", start)
+    own, own_fall = small_rate_tail.tail("bf16, float32 masters (qdora)", start)
+    naive, naive_fall = small_rate_tail.tail("bf16, naive", start)
+    for leaf in ("a_RI", "b_OR", "offset_O"):
+        assert abs(small_rate_tail.projection(own, reference, leaf) - 1) <= 0.05, leaf
+        assert small_rate_tail.projection(naive, reference, leaf) < 0.2, leaf
+    assert own_fall == pytest.approx(fall, rel=0.05)
+    assert naive_fall < 0.2 * fall

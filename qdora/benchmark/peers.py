@@ -1,0 +1,89 @@
+"""The peer: PEFT's QLoRA and QDoRA on bitsandbytes' 4-bit layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn import modules
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qdora.config import AdapterConfig
+from qdora.errors import InputError
+from qdora.export.merge import merged_tensors
+
+
+def peft_module() -> Any:
+    """PEFT, which only the benchmarks need.
+
+    Raises: InputError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise InputError("the benchmarks compare with PEFT: pip install peft==0.21.2") from None
+    return peft
+
+
+def peft_layer(w_OI: torch.Tensor, config: AdapterConfig, *, dora: bool, compute: torch.dtype) -> nn.Module:
+    """One 4-bit layer with a PEFT adapter, B off zero, in training mode."""
+    return _adapt(_Holder(linear_4bit(w_OI, compute)), config, ["proj"], dora)
+
+
+class _Holder(nn.Module):
+    """PEFT adapts the layers of a model, not a layer."""
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.proj(x)
+        return y
+
+
+def peft_model(
+    dense: PreTrainedModel, config: AdapterConfig, *, dora: bool, compute: torch.dtype
+) -> nn.Module:
+    """The transformers model of the same weights in NF4, with a PEFT adapter, in training mode.
+
+    Args:
+        dense: from `load_base`, its base dense.
+    """
+    with torch.device(next(dense.parameters()).device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(dense.config, dtype=compute)
+    tensors = dict(merged_tensors(dense, compute))
+    model.load_state_dict(tensors, strict=not model.config.get_text_config().tie_word_embeddings)
+    output = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not output:
+            model.set_submodule(name, linear_4bit(module.weight.detach(), compute))
+    return _adapt(model, config, list(config.targets), dora)
+
+
+def linear_4bit(w_OI: torch.Tensor, compute: torch.dtype) -> nn.Module:
+    """bitsandbytes' own layer: NF4, blocks of 64, doubly quantized."""
+    out_features, in_features = w_OI.shape
+    nf4: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
+    layer: nn.Module = modules.Linear4bit(  # type: ignore[no-untyped-call]
+        in_features, out_features, bias=False, compute_dtype=compute, **nf4
+    )
+    layer.weight = modules.Params4bit(w_OI.cpu(), requires_grad=False, **nf4)
+    return layer.to(w_OI.device)
+
+
+def _adapt(model: nn.Module, config: AdapterConfig, targets: list[str], dora: bool) -> nn.Module:
+    settings = peft_module().LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        use_dora=dora,
+    )
+    adapted: nn.Module = peft_module().get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return adapted.train()

@@ -1,0 +1,125 @@
+"""`benchmark`: what our layers and training steps cost next to PEFT's, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from qdora.benchmark.layer import ARMS, LARGE, SMALL, Shape, benchmark_layer
+from qdora.benchmark.machine import facts, gemm_rate
+from qdora.benchmark.peers import peft_module
+from qdora.benchmark.step import benchmark_step
+from qdora.commands.base import load_configured
+from qdora.config import AdapterConfig, RunConfig
+from qdora.config_file import load_config
+from qdora.data.batches import Batch, BatchPlan, collate
+from qdora.data.prepare import prepare
+from qdora.errors import InputError
+from qdora.files import write_json
+from qdora.models.dtype import compute_dtype, resolve_device
+from qdora.models.heap import keep_freed_memory
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("what", choices=("layer", "train"), help="one layer, or a full training step")
+    parser.add_argument("--json", metavar="FILE", help="write every figure there as well")
+    parser.add_argument("--rounds", type=int, help="rounds that count (layer: 40 small, 10 large; train: 7)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("auto", "float32", "bfloat16"),
+        help="compute dtype of all arms",
+    )
+    parser.add_argument("--r", type=int, default=16, help="layer: rank")
+    parser.add_argument("--dropout", type=float, default=0.0, help="layer: on the low-rank branch")
+    parser.add_argument(
+        "--shapes",
+        default="all",
+        choices=("all", "large", "small"),
+        help="layer: LLaMA-7B's, SmolLM2's, or both",
+    )
+    parser.add_argument(
+        "--config", default="configs/quickstart.yaml", help="train: model, adapter and data of this run"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Entry of the command."""
+    peft_module()
+    if arguments.rounds is not None and arguments.rounds < 1:
+        raise InputError(f"--rounds {arguments.rounds}; allowed: 1 or more")
+    device = resolve_device(arguments.device)
+    dtype = compute_dtype(arguments.dtype, device)
+    keep_freed_memory()  # for the peer as well
+    result: dict[str, Any] = {"machine": facts(device), "dtype": str(dtype)}
+    if arguments.what == "layer":
+        result |= _layers(arguments, dtype, device)
+    else:
+        result |= _train(arguments, dtype, device)
+    print(f"\n{result['machine']['device']}, {result['machine']['threads']} threads, {dtype}")
+    if arguments.json:
+        write_json(Path(arguments.json), result)
+
+
+def _layers(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    config = AdapterConfig(r=arguments.r, alpha=2 * arguments.r, dropout=arguments.dropout, dtype="float32")
+    shapes = {"all": (*LARGE, *SMALL), "large": LARGE, "small": SMALL}[arguments.shapes]
+    rate = gemm_rate(dtype, device)
+    layers = []
+    for shape in shapes:
+        rounds = arguments.rounds or (10 if shape in LARGE else 40)
+        layers.append(benchmark_layer(shape, config, dtype, device, rounds))
+    rows = [
+        [
+            str(Shape(**layer["shape"])),
+            *(f"{layer['milliseconds'][arm]:.2f}" for arm in ARMS),
+            *(_against_goal(entry) for entry in layer["ratios"]),
+        ]
+        for layer in layers
+    ]
+    titles = [f"{e['arm']} / {e['peer']}" for e in layers[0]["ratios"]]
+    print(tabulate(rows, headers=["shape", *(f"{arm}, ms" for arm in ARMS), *titles]))
+    print(f"\nproducts of this machine: {rate / 1e9:.0f} GFLOP/s")
+    return {"layers": layers, "machine_flops_per_second": rate}
+
+
+def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    config = load_config(
+        arguments.config, [*arguments.set, f"model.dtype={str(dtype).removeprefix('torch.')}"]
+    )
+    batch = _batch(config)
+    step = benchmark_step(
+        config.model, config.adapter, config.training, batch, dtype, device, arguments.rounds or 7
+    )
+    rows = [(name, f"{seconds:.3f}") for name, seconds in step["seconds"].items()]
+    print(tabulate(rows, headers=["arm", "seconds a step"]))
+    print(f"\nbatch of {step['batch'][0]} x {step['batch'][1]} tokens, {step['labels']} with a loss")
+    for entry in step["ratios"]:
+        print(f"{entry['arm']} / {entry['peer']}: {_against_goal(entry)}")
+    gemm = step["gemm"]
+    print(
+        f"share of the machine's product rate: {100 * gemm['share']:.1f}% of "
+        f"{gemm['machine_flops_per_second'] / 1e9:.0f} GFLOP/s, goal {100 * gemm['goal']:.0f}%"
+    )
+    return {"step": step, "config": json.loads(config.model_dump_json())}
+
+
+def _batch(config: RunConfig) -> Batch:
+    """The first batch of the run, as training would take it."""
+    _, tokenizer = load_configured(config.model)
+    data = prepare(config.data, tokenizer, None)
+    plan = BatchPlan([len(e.input_ids) for e in data.train], config.training.batch_size, config.training.seed)
+    return collate([data.train[i] for i in plan.batch(0)], data.pad_id)
+
+
+def _against_goal(entry: dict[str, Any]) -> str:
+    met = "met" if entry["ratio"] <= entry["goal"] else "missed"
+    return f"{entry['ratio']:.3f} (goal {entry['goal']:.2f}, {met})"

@@ -1,0 +1,158 @@
+"""Named bugs, each put into a copy of the package, and the test that must fail then.
+
+    python -m tests.mutants            all of them, one line each
+    python -m tests.mutants NAME ...   some of them
+
+Exits with 1 when a mutant survives: a test that passes with its bug in place tests nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CLOSED_FORM = "tests/unit/adapters/test_closed_form.py"
+NORM = "tests/unit/adapters/test_norm_and_magnitude.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug.
+
+    Attributes:
+        file: relative to the package.
+        old, new: text that stands there exactly once, and what replaces it.
+        test: must pass without the bug and fail with it.
+    """
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTANTS = {
+    "scale dropped": Mutant(
+        "adapters/product.py",
+        "h_NR = (kept_NI @ a_cast.T).mul_(scale)",
+        "h_NR = kept_NI @ a_cast.T",
+        f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
+    ),
+    "scale dropped from the norm": Mutant(
+        "adapters/norm_cache.py",
+        "factored_norm(w2_O, wa_OR, a_RI, b_OR, update.scale)",
+        "factored_norm(w2_O, wa_OR, a_RI, b_OR, 1.0)",
+        f"{NORM}::test_norm_is_that_of_the_dense_sum",
+    ),
+    "bias scaled": Mutant(
+        "adapters/product.py",
+        "else torch.add(y_NO, bias_O, out=torch.empty_like(y_NO))",
+        "else torch.add(y_NO, bias_O * s_O, out=torch.empty_like(y_NO))",
+        f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
+    ),
+    "norm undetached": Mutant(
+        "adapters/linear.py",
+        'self.exact_norm_gradient = config.norm_gradient == "exact"',
+        "self.exact_norm_gradient = True",
+        f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
+    ),
+    "norm over the wrong axis": Mutant(
+        "adapters/norm.py",
+        "torch.linalg.vector_norm(w_tile, dim=1, out=norms_O[rows])",
+        "norms_O[rows] = torch.linalg.vector_norm(w_tile, dim=0)[: w_tile.shape[0]].mean()",
+        f"{NORM}::test_norm_is_that_of_the_dense_sum",
+    ),
+    "alpha and r swapped": Mutant(
+        "config.py",
+        "return self.alpha / (self.r**0.5 if self.rslora else self.r)",
+        "return self.r / self.alpha",
+        "tests/unit/adapters/test_peft_format.py::test_an_adapter_from_peft_loads_here",
+    ),
+    "stale norm after a step": Mutant(
+        "adapters/norm_cache.py",
+        "return self._norm_O is not None and self._versions == _versions(update)",
+        "return self._norm_O is not None",
+        f"{NORM}::test_norm_is_computed_once_per_optimizer_step",
+    ),
+    "stale norm after a fused step": Mutant(
+        "adapters/norm_cache.py",
+        'torch.autograd.graph.increment_version(group["params"])',
+        "pass",
+        "tests/unit/training/test_loop.py::test_the_norm_follows_the_update",
+    ),
+    "tile off by one": Mutant(
+        "quant/nf4.py",
+        "scales[first // self.block_size : -(-last // self.block_size)]",
+        "scales[first // self.block_size - (start > 0) : -(-last // self.block_size)]",
+        "tests/unit/quant/test_nf4.py::test_tiles_are_the_whole_whatever_their_size",
+    ),
+    "last tile lost": Mutant(
+        "quant/nf4.py",
+        "for start in range(0, self.out_features, step):\n            stop =",
+        "for start in range(0, max(1, self.out_features - step + 1), step):\n            stop =",
+        f"{CLOSED_FORM}::test_any_shape_and_tile",
+    ),
+    "second base product with dropout": Mutant(
+        "adapters/linear.py",
+        "if dropout and self.published_dropout and self.magnitude is not None:",
+        "if dropout and self.magnitude is not None:",
+        "tests/unit/adapters/test_cost.py::test_one_base_product_each_way",
+    ),
+    "magnitude stored in bf16": Mutant(
+        "adapters/magnitude.py",
+        """initial_O, persistent=False)
+        self.offset_O = adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))""",
+        """torch.zeros_like(initial_O), persistent=False)
+        self.offset_O = adapter_parameter(initial_O.to(dtype))""",
+        f"{NORM}::test_bf16_magnitude_moves_as_float32_does",
+    ),
+    "step without a master": Mutant(
+        "training/optimizer.py",
+        "                parameter.copy_(master)\n",
+        "                parameter.copy_(master)\n                master.copy_(parameter)\n",
+        f"{NORM}::test_the_tail_of_a_decayed_rate_moves_as_float32_does",
+    ),
+}
+
+
+def fails(mutant: Mutant | None, test: str) -> bool:
+    """Whether a test fails on a copy of the package with the bug in it; without one where None."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in ("qdora", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutant is not None:
+            path = folder / "qdora" / mutant.file
+            text = path.read_text(encoding="utf-8")
+            assert text.count(mutant.old) == 1, (
+                f"{mutant.file}: {mutant.old!r} stands there {text.count(mutant.old)}x"
+            )
+            path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", test]
+        environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        return done.returncode == 1
+
+
+def main(names: list[str]) -> int:
+    """Put in each bug; how many went unnoticed."""
+    survivors = 0
+    for name in names or MUTANTS:
+        caught = fails(MUTANTS[name], MUTANTS[name].test)
+        survivors += not caught
+        print(f"{'caught' if caught else 'SURVIVED':<9} {name:<34} {MUTANTS[name].test}", flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main(sys.argv[1:]) else 0)

@@ -1,0 +1,19 @@
+"""Each named bug makes its named test fail: see tests/mutants.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.mutants import MUTANTS, ROOT, fails
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_bug_is_caught(name):
+    """Catches: a test that passes whatever the code does."""
+    assert fails(MUTANTS[name], MUTANTS[name].test)
+
+
+def test_the_bugs_are_where_they_were():
+    """Catches: a mutant whose place was rewritten, so that it puts in nothing."""
+    for name, mutant in MUTANTS.items():
+        assert (ROOT / "qdora" / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1, name
