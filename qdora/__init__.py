@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qdora.adapters.inject import InjectionReport, inject
     from qdora.adapters.linear import AdaptedLinear
     from qdora.adapters.peft_format import load_adapter, save_adapter
+    from qdora.adapters.switch import adapters_off, merge_adapters, unmerge_adapters
     from qdora.config import AdapterConfig
     from qdora.errors import InputError
     from qdora.evaluation.evaluate import evaluate
@@ -28,12 +29,15 @@ __all__ = [
     "InjectionReport",
     "InputError",
     "Scores",
+    "adapters_off",
     "evaluate",
     "inject",
     "load_adapter",
     "load_base",
+    "merge_adapters",
     "merge_and_export",
     "save_adapter",
+    "unmerge_adapters",
 ]
 
 _HOMES = {
@@ -42,12 +46,15 @@ _HOMES = {
     "InjectionReport": "qdora.adapters.inject",
     "InputError": "qdora.errors",
     "Scores": "qdora.evaluation.scores",
+    "adapters_off": "qdora.adapters.switch",
     "evaluate": "qdora.evaluation.evaluate",
     "inject": "qdora.adapters.inject",
     "load_adapter": "qdora.adapters.peft_format",
     "load_base": "qdora.models.load",
+    "merge_adapters": "qdora.adapters.switch",
     "merge_and_export": "qdora.export.write",
     "save_adapter": "qdora.adapters.peft_format",
+    "unmerge_adapters": "qdora.adapters.switch",
 }
 
 

@@ -77,13 +77,18 @@ def frozen_product_transposed(
 
 
 def keep_mask(like: torch.Tensor, inputs: int, dropout: float, seed: int) -> torch.Tensor:
-    """(N, inputs) of 0 and 1/(1-p), dtype and rows of `like`.
+    """(N, inputs) of 0 and 1/(1-p), dtype and rows of `like`; p is `dropout` rounded to 16 bits.
 
-    The same for the same seed: backward draws it again, nothing is kept.
+    The same for the same seed: backward draws it again, nothing is kept.  Four decisions come from
+    each 64 random bits, since a CPU draws them one after the other.
     """
     generator = torch.Generator(device=like.device).manual_seed(seed)
-    kept = like.new_empty(like.shape[0], inputs).bernoulli_(1 - dropout, generator=generator)
-    return kept.div_(1 - dropout)
+    count = like.shape[0] * inputs
+    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device)
+    bits.random_(-(2**63), None, generator=generator)
+    dropped = min(round(dropout * 2**16), 2**16 - 1)
+    kept = bits.view(torch.int16)[:count].view(-1, inputs) >= dropped - 2**15
+    return kept.to(like.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def draw_seed() -> int:
@@ -155,8 +160,8 @@ class _AdaptedProduct(torch.autograd.Function):
         dtype, scale = g_NO.dtype, ctx.scale
         grad_x = grad_a = grad_b = grad_inner = grad_outer = grad_offset = grad_norm = grad_w = None
         if y_NO is not None:
-            # Σ g ∘ u / n with u = y / s and s n = m
-            # A magnitude of exactly 0 has y = 0: the least number makes its gradient 0 instead of 0/0.
+            # Σ g ∘ u / n with u = y / s and s n = m.  A magnitude of exactly 0 has y = 0: the least number
+            # makes its gradient 0 instead of 0/0.
             grad_offset = column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
             if needs[6]:
                 grad_norm = -s_O * grad_offset
@@ -178,7 +183,7 @@ class _AdaptedProduct(torch.autograd.Function):
             if needs[1]:
                 grad_a = _wide(back_NR.T @ (x_NI if kept is None else x_NI * kept))
             if needs[2] or needs[4]:
-                # (hᵀ g)ᵀ: the transposed product is the faster one where N is the long side.
+                # (hᵀ g)ᵀ: on CPUs the faster way round where O is the long side.
                 gh_OR = _wide(inner_NR.T @ g_NO).T
                 if needs[2]:
                     grad_b = gh_OR if outer_s_O is None else gh_OR * outer_s_O[:, None]
@@ -254,6 +259,7 @@ def adapted_product(
     Returns: (N, O), dtype of x_NI.  Gradients of all but x are in at least float32.
     Source: LoRA, arXiv:2106.09685 §4.1; DoRA, arXiv:2402.09353 §4; VeRA, arXiv:2310.11454 §3.
     """
+    assert trained_OI is None or scaling is None, "the norm of a trained W is not followed"
     factors = (None, None, None, None) if update is None else update[:4]
     norm = None if scaling is None else scaling.norm_O
     rides_along = callable(norm)

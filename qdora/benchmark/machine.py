@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qdora.benchmark.measure import timed
+from qdora.benchmark.measure import Arm, timed
 
 GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
 """Side of the square product whose rate counts as the machine's."""
@@ -19,13 +19,18 @@ GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
 PACKAGES = ("torch", "bitsandbytes", "peft", "transformers")
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device, rounds: int = 9) -> float:
-    """Flops a second of a large square product, the median of some rounds."""
+def square_product(dtype: torch.dtype, device: torch.device) -> tuple[Arm, int]:
+    """A large square product whose rate counts as the machine's, and its flops."""
     side = GEMM_SIDE[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    seconds = [timed(lambda: torch.mm(a, b, out=out), device) for _ in range(rounds)]
-    return 2 * side**3 / statistics.median(seconds)
+    return lambda: timed(lambda: torch.mm(a, b, out=out), device), 2 * side**3
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device, rounds: int = 9) -> float:
+    """Flops a second of the machine, the median of some rounds."""
+    product, flops = square_product(dtype, device)
+    return flops / statistics.median(product() for _ in range(rounds))
 
 
 def facts(device: torch.device) -> dict[str, Any]:

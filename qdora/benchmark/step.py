@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers, inject
-from qdora.benchmark.machine import gemm_rate
+from qdora.benchmark.machine import square_product
 from qdora.benchmark.measure import Arm, alternate, ratio, timed
 from qdora.benchmark.peers import peft_model
 from qdora.config import AdapterConfig, Method, ModelConfig, TrainingConfig
@@ -49,24 +49,33 @@ def benchmark_step(
         peer = peft_model(dense, adapter, dora=dora, compute=dtype)
         arms[name] = _peer_step(peer, training, batch, device)
     del dense
-    flops = necessary_flops(models["qdora"], batch)
     seconds = alternate(arms, rounds, warmup=3, title="training step")
-    rate = gemm_rate(dtype, device)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    own = arms["qdora"]
+    arms.clear()  # and with them the peers' memory
     return {
         "batch": list(batch.input_ids_BT.shape),
         "labels": int((batch.labels_BT[:, 1:] != IGNORED_LABEL).sum()),
-        "seconds": medians,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "ratios": [
             {"arm": arm, "peer": peer, "ratio": ratio(seconds, arm, peer), "goal": goal}
             for (arm, peer), goal in GOALS.items()
         ],
-        "gemm": {
-            "machine_flops_per_second": rate,
-            "step_flops": flops,
-            "share": flops / medians["qdora"] / rate,
-            "goal": GEMM_SHARE_GOAL,
-        },
+        "gemm": _gemm_share(own, necessary_flops(models["qdora"], batch), dtype, device, rounds),
+    }
+
+
+def _gemm_share(
+    step: Arm, flops: int, dtype: torch.dtype, device: torch.device, rounds: int
+) -> dict[str, float]:
+    """The rate of a step's necessary flops against that of a large product, round by round."""
+    product, product_flops = square_product(dtype, device)
+    seconds = alternate({"step": step, "product": product}, rounds, warmup=3, title="share of products")
+    return {
+        "machine_flops_per_second": product_flops / statistics.median(seconds["product"]),
+        "step_flops": flops,
+        "step_seconds": statistics.median(seconds["step"]),
+        "share": flops / product_flops * ratio(seconds, "product", "step"),
+        "goal": GEMM_SHARE_GOAL,
     }
 
 

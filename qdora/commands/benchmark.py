@@ -23,6 +23,7 @@ from qdora.errors import InputError
 from qdora.files import write_json
 from qdora.models.dtype import compute_dtype, resolve_device
 from qdora.models.heap import keep_freed_memory
+from qdora.quant.weight import TILE_BYTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16"),
         help="compute dtype of all arms",
     )
+    parser.add_argument("--tile-mib", type=float, help="MiB of a tile of W, instead of the device's own")
     parser.add_argument("--r", type=int, default=16, help="layer: rank")
     parser.add_argument("--dropout", type=float, default=0.0, help="layer: on the low-rank branch")
     parser.add_argument(
@@ -59,6 +61,10 @@ def run(arguments: argparse.Namespace) -> None:
     device = resolve_device(arguments.device)
     dtype = compute_dtype(arguments.dtype, device)
     keep_freed_memory()  # for the peer as well
+    if arguments.tile_mib is not None:
+        if arguments.tile_mib <= 0:
+            raise InputError(f"--tile-mib {arguments.tile_mib}; allowed: above 0")
+        TILE_BYTES[device.type] = int(arguments.tile_mib * 2**20)
     result: dict[str, Any] = {"machine": facts(device), "dtype": str(dtype)}
     if arguments.what == "layer":
         result |= _layers(arguments, dtype, device)
@@ -107,7 +113,8 @@ def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.devi
     gemm = step["gemm"]
     print(
         f"share of the machine's product rate: {100 * gemm['share']:.1f}% of "
-        f"{gemm['machine_flops_per_second'] / 1e9:.0f} GFLOP/s, goal {100 * gemm['goal']:.0f}%"
+        f"{gemm['machine_flops_per_second'] / 1e9:.0f} GFLOP/s, goal {100 * gemm['goal']:.0f}% "
+        f"({gemm['step_flops'] / 1e9:.0f} GFLOP in {gemm['step_seconds']:.3f} s, QDoRA alone)"
     )
     return {"step": step, "config": json.loads(config.model_dump_json())}
 

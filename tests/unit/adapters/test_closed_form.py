@@ -131,11 +131,27 @@ def test_dropout_acts_on_the_low_rank_branch_alone(method, monkeypatch):
     got = gradients(layer, x, g)
     assert len(masks) == 2
     assert torch.equal(masks[0], masks[1])
-    assert masks[0].unique().tolist() == pytest.approx([0.0, 1 / 0.6])
+    assert masks[0].unique().tolist() == pytest.approx([0.0, 1 / 0.6], rel=2e-5)  # p in 16 bits
     assert_close(got, expected_gradients(layer, x, g, masks[0]), 1e-5)
     layer.eval()
     layer(x)
     assert len(masks) == 2
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.999])
+def test_masks_keep_the_share_that_they_say(p):
+    """Catches: random bits that are not uniform, a mean that is not 1, neighbours that go together."""
+    mask = product.keep_mask(torch.empty(1000), 333, p, seed=7)
+    kept = (mask > 0).float()
+    assert mask.shape == (1000, 333)
+    assert float(kept.mean()) == pytest.approx(1 - p, abs=4 * (p * (1 - p) / mask.numel()) ** 0.5 + 1e-5)
+    assert float(mask.mean()) == pytest.approx(1, abs=0.1 if p > 0.9 else 0.01)
+    flat = kept.flatten() - kept.mean()
+    for lag in (1, 2, 3, 4, 333) if 0 < p < 0.9 else ():
+        correlation = float((flat[lag:] * flat[:-lag]).mean() / flat.square().mean())
+        assert abs(correlation) < 0.01, lag
+    assert torch.equal(mask, product.keep_mask(torch.empty(1000), 333, p, seed=7))
+    assert p == 0 or not torch.equal(mask, product.keep_mask(torch.empty(1000), 333, p, seed=8))
 
 
 @pytest.mark.parametrize("method", [m for m in ADAPTED if METHODS[m].direction])
@@ -201,3 +217,13 @@ def test_a_trained_base_gets_its_gradient(bias):
     assert relative(got_x, x.grad) < 1e-6
     assert relative(layer.base.weight.grad, plain.weight.grad) < 1e-6
     assert not bias or relative(layer.bias.grad, plain.bias.grad) < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("method", "norm"), COMBINATIONS)
+def test_cuda_matches_the_closed_form(method, norm, dtype, bound):
+    """Catches: a tensor left on the CPU, a kernel that reads other scales there."""
+    layer = make_layer(method, inputs=256, outputs=128, bias=False, norm_gradient=norm).to("cuda")
+    x, g = (torch.randn(64, side, device="cuda").to(dtype) for side in (256, 128))
+    assert_close(gradients(layer, x, g), expected_gradients(layer, x, g, exact=norm == "exact"), bound)
