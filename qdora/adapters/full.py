@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from qdora.adapters.inject import InjectionReport, compute_dtype, count_parameters, linear_layers
+from qdora.adapters.inject import FULL_METHOD, InjectionReport, compute_dtype, count_parameters, linear_layers
 from qdora.adapters.linear import AdaptedLinear
 from qdora.adapters.methods import METHODS
 from qdora.config import Method
@@ -16,9 +16,10 @@ from qdora.quant.dense import DenseWeight
 from qdora.quant.nf4 import NF4Weight
 
 
-def is_fully_trained(model: nn.Module) -> bool:
-    """Whether every parameter is trained, as `inject` leaves a model for full fine-tuning."""
-    return all(parameter.requires_grad for parameter in model.parameters())
+def full_method(model: nn.Module) -> Method | None:
+    """`full` or `full-nf4` where `inject` made every parameter trainable; None for any other model."""
+    method: Method | None = getattr(model, FULL_METHOD, None)
+    return method
 
 
 def full_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:

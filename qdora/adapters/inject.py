@@ -23,6 +23,9 @@ from qdora.quant.nf4 import NF4Weight
 
 Linear: TypeAlias = nn.Linear | AdaptedLinear
 
+FULL_METHOD = "_qdora_full_method"
+"""Attribute of a model that is fully trained: by which method."""
+
 
 @dataclass(frozen=True)
 class InjectionReport:
@@ -69,6 +72,7 @@ def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injecti
     if spec.trains_base:
         _refuse_other_base(layers, config)
         train_everything(model)
+        object.__setattr__(model, FULL_METHOD, config.method)
         return InjectionReport((), (), count_parameters(model), count_parameters(model))
     directions, magnitudes = _choose(model, layers, config)
     chosen = {name: layers[name] for name in layers if name in {*directions, *magnitudes}}

@@ -17,7 +17,7 @@ from torch import nn
 
 from qdora.adapters.direction import LowRank, Vera
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.full import full_tensors, is_fully_trained, load_full
+from qdora.adapters.full import full_method, full_tensors, load_full
 from qdora.adapters.inject import InjectionReport, adapted_layers, inject, linear_layers
 from qdora.adapters.linear import AdaptedLinear
 from qdora.adapters.methods import METHODS
@@ -33,7 +33,7 @@ from qdora.adapters.peft_layout import (
     read_saved,
 )
 from qdora.adapters.peft_settings import adapter_config, peft_settings, shared_pair
-from qdora.config import AdapterConfig, Method
+from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, InputError
 from qdora.files import write_file, write_json
 
@@ -43,16 +43,15 @@ def check_savable(model: nn.Module) -> None:
 
     Raises: InputError: the model has no adapter.
     """
-    if not adapted_layers(model) and not is_fully_trained(model):
+    if not adapted_layers(model) and full_method(model) is None:
         raise InputError("the model has no adapter to save")
 
 
-def save_adapter(model: nn.Module, directory: str | Path, *, method: Method | None = None) -> None:
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Write a model's adapter in PEFT's layout, each file whole or not at all.
 
     Args:
         model: as `inject` or `load_adapter` left it.
-        method: of full fine-tuning, whether its result is to be quantized; otherwise the layers tell.
     Raises: InputError: the model has no adapter, or the folder cannot be written.
     """
     check_savable(model)
@@ -61,7 +60,7 @@ def save_adapter(model: nn.Module, directory: str | Path, *, method: Method | No
         config, tensors = peft_settings(layers), adapter_tensors(layers)
     else:
         config, tensors = (
-            {"peft_type": OWN_TYPE, "qdora_method": method or "full"},
+            {"peft_type": OWN_TYPE, "qdora_method": full_method(model)},
             full_tensors(model, PREFIX),
         )
     config = {

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("layer", "train"), help="one layer, or a full training step")
     parser.add_argument("--json", metavar="FILE", help="write every figure there as well")
     parser.add_argument("--rounds", type=int, help="rounds that count (layer: 40 small, 10 large; train: 7)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Entry of the command."""
     peft_module()
+    if arguments.r < 1 or not 0 <= arguments.dropout < 1:
+        raise InputError(
+            f"--r {arguments.r} --dropout {arguments.dropout}; "
+            "allowed: r 1 or more, dropout at least 0, below 1"
+        )
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no CUDA device; allowed: auto, cpu")
     if arguments.rounds is not None and arguments.rounds < 1:
         raise InputError(f"--rounds {arguments.rounds}; allowed: 1 or more")
     device = resolve_device(arguments.device)

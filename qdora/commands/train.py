@@ -99,7 +99,7 @@ def train(config: RunConfig, resume: str | None = None, processes: Processes | N
         )
     _train(trainer, directory, config, settings, start, tokenizer, data)
     if processes.is_main:
-        save_adapter(model, directory.adapter, method=config.adapter.method)
+        save_adapter(model, directory.adapter)
         steps = read_metrics(directory.metrics_file)
         plot_loss(
             {config.adapter.method: steps}, directory.loss_plot, f"Training loss, {directory.path.name}"
@@ -136,7 +136,7 @@ def _train(
                 trainer.optimizer.state(),
                 settings,
                 keep=config.training.keep_checkpoints,
-                save_adapter=lambda folder: save_adapter(trainer.model, folder, method=config.adapter.method),
+                save_adapter=lambda folder: save_adapter(trainer.model, folder),
             )
 
         def evaluate(step: int) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import sys
 import types
 
 import pytest
 
 from qdora import cli
+from qdora.benchmark.layer import Shape
+from qdora.cli import run_command
+from qdora.commands import benchmark
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 
 
@@ -93,3 +97,33 @@ def test_bad_input_of_a_real_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--r", "0"], "--r 0"),
+        (["--dropout", "1"], "--dropout 1.0"),
+        (["--tile-mib", "0"], "--tile-mib 0.0; allowed: above 0"),
+        (["--rounds", "0"], "--rounds 0; allowed: 1 or more"),
+        (
+            ["--shapes", "small", "--rounds", "1", "--r", "600"],
+            "adapter.r is 600, larger than the smaller side",
+        ),
+    ],
+)
+def test_benchmark_refuses_bad_numbers(capsys, words, message):
+    """Catches: a traceback where a benchmark is asked for something that cannot be."""
+    assert run_command("benchmark", ["layer", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_benchmark_layer_runs_and_writes_its_figures(tmp_path, capsys, monkeypatch):
+    """Catches: a benchmark that no longer runs, or a file without the ratios that the table shows."""
+    monkeypatch.setattr(benchmark, "SMALL", (Shape(64, 128, 16),))
+    words = ["layer", "--shapes", "small", "--rounds", "1", "--json", str(tmp_path / "layer.json")]
+    assert run_command("benchmark", words) == 0
+    assert "qdora / peft qlora" in capsys.readouterr().out
+    (layer,) = json.loads((tmp_path / "layer.json").read_text())["layers"]
+    assert {(e["arm"], e["peer"]) for e in layer["ratios"]} >= {("qdora", "peft qdora"), ("qdora", "qlora")}
+    assert all(e["ratio"] > 0 for e in layer["ratios"])

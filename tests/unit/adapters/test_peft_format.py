@@ -294,3 +294,11 @@ def test_an_unknown_method_of_ours_is_refused(tiny_model_folder, tmp_path):
     model, _ = load_base(str(tiny_model_folder), dtype="float32")
     with pytest.raises(InputError, match=r"unknown qdora_method 'qdvoora'; did you mean 'qdvora'"):
         load_adapter(model, tmp_path)
+
+
+def test_a_model_without_an_adapter_is_not_saved(tiny_model_folder, tmp_path):
+    """Catches: a plain model, trainable throughout, written as if it were fine-tuned."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    with pytest.raises(InputError, match="no adapter to save"):
+        save_adapter(plain, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
