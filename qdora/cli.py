@@ -25,7 +25,7 @@ _USERS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EP
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 bad input, 128 + n stopped by signal n."""
+    """Run a command and exit: 0 done, 1 lost another process, 2 bad input, 128 + n stopped by signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print("usage: qdora COMMAND [options]\n")
@@ -66,4 +66,12 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
             raise
         print(f"qdora {name}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
+    except Exception as error:
+        from qdora.parallel.failures import leave, lost_process
+
+        lost = lost_process(error)
+        if lost is None:
+            raise
+        print(f"qdora {name}: error: {lost}", file=sys.stderr)
+        leave(1)
     return 0

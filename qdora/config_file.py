@@ -6,6 +6,7 @@ key, what came, what is allowed and the nearest key.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -77,6 +78,11 @@ def check_config(tree: dict[str, Any], kind: type[C], origin: str) -> C:
 def dump_config(config: Section) -> str:
     """The fully resolved configuration as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_digest(config: Section) -> str:
+    """What tells two configurations apart, in few letters."""
+    return hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ MUTANTS = {
     ),
     "stale norm after a step": Mutant(
         "adapters/norm_cache.py",
-        "return self._norm_O is not None and self._versions == _versions(update)",
+        "return self._norm_O is not None and self._versions == self._current(update)",
         "return self._norm_O is not None",
         f"{NORM}::test_norm_is_computed_once_per_optimizer_step",
     ),
@@ -107,8 +107,10 @@ MUTANTS = {
     "magnitude stored in bf16": Mutant(
         "adapters/magnitude.py",
         """initial_O, persistent=False)
+        self.storage = dtype
         self.offset_O = adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))""",
         """torch.zeros_like(initial_O), persistent=False)
+        self.storage = dtype
         self.offset_O = adapter_parameter(initial_O.to(dtype))""",
         f"{NORM}::test_bf16_magnitude_moves_as_float32_does",
     ),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from qdora.adapters.update import Update
+from qdora.adapters.whole import put
 
 D_INITIAL = 0.1
 """Start of VeRA's d (arXiv:2310.11454 §3.1)."""
@@ -22,6 +25,7 @@ class LowRank(nn.Module):
         b_OR: (O, R) parameter, zero.
         scale: the factor before BA.
         dropout: probability of dropping an input of this branch, in training.
+        storage: dtype of the parameters where they are whole; their shards are float32.
     """
 
     def __init__(
@@ -37,15 +41,21 @@ class LowRank(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.scale, self.dropout = scale, dropout
-        a_RI = kaiming_a(r, in_features, seed)
-        self.a_RI = adapter_parameter(a_RI.to(device=device, dtype=dtype))
-        self.b_OR = adapter_parameter(torch.zeros(out_features, r, dtype=dtype, device=device))
+        self.scale, self.dropout, self.storage, self._seed = scale, dropout, dtype, seed
+        self.a_RI = adapter_parameter(torch.empty(r, in_features, dtype=dtype, device=device))
+        self.b_OR = adapter_parameter(torch.empty(out_features, r, dtype=dtype, device=device))
+        start(self)
 
     @property
     def r(self) -> int:
         """Rank."""
         return self.a_RI.shape[0]
+
+    def initial(self, name: str) -> torch.Tensor:
+        """Where a parameter starts, as a whole, on the CPU."""
+        if name == "a_RI":
+            return kaiming_a(self.a_RI.shape[0], self.a_RI.shape[1], self._seed)
+        return torch.zeros(self.b_OR.shape)
 
     def update(self) -> Update:
         """The update that the factors make."""
@@ -74,11 +84,20 @@ class SharedPair(nn.Module):
     ) -> None:
         super().__init__()
         self.seed: int | None = seed
-        generator = torch.Generator().manual_seed(seed)
-        for name, shape in (("a_RI", (r, in_features)), ("b_OR", (out_features, r))):
+        self.register_buffer("a_RI", torch.empty(r, in_features, device="meta"), persistent=False)
+        self.register_buffer("b_OR", torch.empty(out_features, r, device="meta"), persistent=False)
+        if device is None or device.type != "meta":
+            self.draw(device)
+
+    def draw(self, device: torch.device | None) -> None:
+        """Make the matrices that the seed gives, on a device."""
+        assert self.seed is not None
+        generator = torch.Generator().manual_seed(self.seed)
+        for name in ("a_RI", "b_OR"):
+            shape = getattr(self, name).shape
             bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1]))
             drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            self.register_buffer(name, drawn.to(device), persistent=False)
+            setattr(self, name, drawn.to(device))
 
     def extra_repr(self) -> str:
         return f"A {tuple(self.a_RI.shape)}, B {tuple(self.b_OR.shape)}, seed {self.seed}"
@@ -93,6 +112,7 @@ class Vera(nn.Module):
         b_O: (O,) parameter, zero.
         scale: 1, VeRA has none.
         dropout: probability of dropping an input of this branch, in training.
+        storage: as LoRA's.
     """
 
     scale = 1.0
@@ -107,16 +127,21 @@ class Vera(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
-        self.pair, self.dropout = pair, dropout
+        self.pair, self.dropout, self.storage = pair, dropout, dtype
         self.in_features, self.out_features = in_features, out_features
         device = pair.a_RI.device
-        self.d_R = adapter_parameter(torch.full((self.r,), D_INITIAL, dtype=dtype, device=device))
-        self.b_O = adapter_parameter(torch.zeros(out_features, dtype=dtype, device=device))
+        self.d_R = adapter_parameter(torch.empty(self.r, dtype=dtype, device=device))
+        self.b_O = adapter_parameter(torch.empty(out_features, dtype=dtype, device=device))
+        start(self)
 
     @property
     def r(self) -> int:
         """Rank."""
         return self.pair.a_RI.shape[0]
+
+    def initial(self, name: str) -> torch.Tensor:
+        """Where a parameter starts, as a whole, on the CPU."""
+        return torch.full((self.r,), D_INITIAL) if name == "d_R" else torch.zeros(self.out_features)
 
     def update(self) -> Update:
         """The update that the vectors make of the pair's part for this layer."""
@@ -125,6 +150,27 @@ class Vera(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, dropout={self.dropout:g}, {self.d_R.dtype}"
+
+
+class Startable(Protocol):
+    """A module of trained parameters that knows where each starts."""
+
+    storage: torch.dtype
+
+    def initial(self, name: str) -> torch.Tensor:
+        """Where a parameter starts, as a whole, on the CPU."""
+        ...
+
+    def named_parameters(
+        self, prefix: str = ..., recurse: bool = ..., remove_duplicate: bool = ...
+    ) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+def start(module: Startable) -> None:
+    """Give a module's own parameters their first values; those on the meta device keep waiting for theirs."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if not parameter.is_meta:
+            put(parameter, module.initial(name), module.storage)
 
 
 def adapter_parameter(value: torch.Tensor) -> nn.Parameter:

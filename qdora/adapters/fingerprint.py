@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import nn
+
+from qdora.quant.share import WHOLE
 
 SAMPLES = 256
 """Values of a tensor that enter its digest, evenly spaced."""
@@ -19,11 +22,32 @@ def tensor_digest(name: str, tensor: torch.Tensor) -> str:
     A sample keeps the cost of streaming a 70B model low; another checkpoint of the same
     architecture differs in nearly all values, so a sample tells it apart.
     """
-    flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].cpu()
-    if sample.is_floating_point():
-        sample = sample.float()
-    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} ".encode())
+    shape = tuple(tensor.shape)
+    return sample_digest(name, shape, sample_rows(tensor, shape, WHOLE.rows(shape[0] if shape else 1)))
+
+
+def sample_rows(
+    tensor: torch.Tensor, shape: tuple[int, ...], rows: slice, first_row: int = 0
+) -> torch.Tensor:
+    """The evenly spaced values of a tensor that lie in some of its rows: those of all ranks make the sample.
+
+    Args:
+        tensor: rows `first_row` and following of the whole, at least up to `rows.stop`.
+        shape: of the whole tensor.
+        rows: whose values are wanted.
+    Returns: (K,) on the CPU, floating point as float32.
+    """
+    width, count = math.prod(shape[1:]), math.prod(shape)
+    step = max(1, count // SAMPLES)
+    positions = torch.arange(0, count, step)[:SAMPLES]
+    own = positions[(positions >= rows.start * width) & (positions < rows.stop * width)]
+    sample = tensor.detach().reshape(-1)[(own - first_row * width).to(tensor.device)].cpu()
+    return sample.float() if sample.is_floating_point() else sample
+
+
+def sample_digest(name: str, shape: tuple[int, ...], sample: torch.Tensor) -> str:
+    """Digest of a name, a shape and the sample of all rows."""
+    digest = hashlib.sha256(f"{name} {shape} ".encode())
     digest.update(sample.contiguous().numpy().tobytes())
     return digest.hexdigest()
 

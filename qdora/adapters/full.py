@@ -7,9 +7,17 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from qdora.adapters.inject import FULL_METHOD, InjectionReport, compute_dtype, count_parameters, linear_layers
+from qdora.adapters.inject import (
+    FULL_METHOD,
+    FULL_STORAGE,
+    InjectionReport,
+    compute_dtype,
+    count_parameters,
+    linear_layers,
+)
 from qdora.adapters.linear import AdaptedLinear
 from qdora.adapters.methods import METHODS
+from qdora.adapters.whole import whole
 from qdora.config import Method
 from qdora.errors import InputError
 from qdora.quant.dense import DenseWeight
@@ -23,8 +31,14 @@ def full_method(model: nn.Module) -> Method | None:
 
 
 def full_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    """Every parameter under its name in transformers, after a prefix; a tied one once."""
-    return {prefix + name: parameter.detach().cpu().contiguous() for name, parameter in _parameters(model)}
+    """Every parameter under its name in transformers, after a prefix; a tied one once.
+
+    Where they are sharded, every process must ask at the same time.
+    """
+    storage: torch.dtype = getattr(model, FULL_STORAGE)
+    return {
+        prefix + name: whole(parameter, storage).cpu().contiguous() for name, parameter in _parameters(model)
+    }
 
 
 def load_full(

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qdora.adapters.direction import SharedPair, layer_seed
+from qdora.adapters.direction import LowRank, SharedPair, Vera, layer_seed
 from qdora.adapters.fingerprint import combine, tensor_digest
 from qdora.adapters.linear import AdaptedLinear, refuse_large_rank
 from qdora.adapters.methods import METHODS
 from qdora.adapters.patterns import layer_config, match_layers, matches
+from qdora.adapters.whole import whole
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
 from qdora.quant.dense import DenseWeight
@@ -25,6 +26,8 @@ Linear: TypeAlias = nn.Linear | AdaptedLinear
 
 FULL_METHOD = "_qdora_full_method"
 """Attribute of a model that is fully trained: by which method."""
+FULL_STORAGE = "_qdora_full_storage"
+"""Attribute of such a model: dtype of its parameters where they are whole; their shards are float32."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def train_everything(model: nn.Module) -> None:
     master takes less memory than a 16-bit one beside its master.
     """
     compute = compute_dtype(model)
+    object.__setattr__(model, FULL_STORAGE, compute)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(compute)
         parameter.requires_grad_(True)
@@ -125,7 +129,8 @@ def train_everything(model: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the model as its architecture counts them: packed 4-bit weights one by one."""
-    packed = sum(m.packed.numel() for m in model.modules() if isinstance(m, NF4Weight))
+    quantized = [m for m in model.modules() if isinstance(m, NF4Weight)]
+    packed = sum(m.packed.numel() - m.absmax.numel() for m in quantized)
     return packed + sum(p.numel() for p in model.parameters())
 
 
@@ -139,14 +144,21 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def initial_a_fingerprint(model: nn.Module) -> str:
-    """Digest of all A: right after `inject`, arms of a comparison must agree on it."""
+    """Digest of all A: right after `inject`, arms of a comparison must agree on it.
+
+    Where A is sharded, every process must ask at the same time.
+    """
     return combine(
         {
-            name: tensor_digest(name, layer.direction.update().a_RI)
+            name: tensor_digest(name, _stored_a(layer.direction))
             for name, layer in adapted_layers(model).items()
             if layer.direction is not None
         }
     )
+
+
+def _stored_a(direction: LowRank | Vera) -> torch.Tensor:
+    return whole(direction.a_RI, direction.storage) if isinstance(direction, LowRank) else direction.pair.a_RI
 
 
 def _choose(

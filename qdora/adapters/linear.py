@@ -201,6 +201,21 @@ class AdaptedLinear(nn.Module):
         return self.base.weight if trained and isinstance(self.base, DenseWeight) else None
 
     @torch.no_grad()
+    def start_norms(self) -> None:
+        """Compute ||W||, and start the magnitude from it: what `add_adapter` could not do on the meta device.
+
+        W must be whole, and so must the adapter be: that of a fresh start.
+        """
+        self._norms.forget()
+        if self.magnitude is not None:
+            self.magnitude.start_from(self._norms.norm(None))
+
+    def watch_stored(self) -> None:
+        """Know a change of the factors by a write to the shards that are registered now."""
+        if self.direction is not None:
+            self._norms.watch(list(self.direction.parameters(recurse=False)))
+
+    @torch.no_grad()
     def weight_norm(self) -> torch.Tensor:
         """||W + c BA|| of each row: (O,) at least float32, a constant."""
         return self._norms.norm(None if self.direction is None else self.direction.update())

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qdora.adapters.direction import adapter_parameter
-from qdora.adapters.update import widened
+from qdora.adapters.direction import adapter_parameter, start
+from qdora.adapters.whole import whole
 
 
 class Magnitude(nn.Module):
@@ -20,6 +20,7 @@ class Magnitude(nn.Module):
     Attributes:
         offset_O: (O,) parameter, zero at the start.
         initial_O: (O,) frozen, at least float32, not 0: the row norms of W, or a loaded magnitude.
+        storage: dtype of the offset where it is whole; its shards are float32.
     """
 
     initial_O: torch.Tensor
@@ -27,11 +28,20 @@ class Magnitude(nn.Module):
     def __init__(self, initial_O: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         self.register_buffer("initial_O", initial_O, persistent=False)
+        self.storage = dtype
         self.offset_O = adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))
 
+    def initial(self, name: str) -> torch.Tensor:
+        """Where a parameter starts, as a whole, on the CPU."""
+        return torch.zeros(self.offset_O.shape)
+
     def value(self) -> torch.Tensor:
-        """m: (O,), dtype of `initial_O`, differentiable in the offset."""
-        return self.initial_O + widened(self.offset_O, self.initial_O.dtype)
+        """m: (O,), dtype of `initial_O`; of a sharded offset every process must ask at the same time."""
+        return self.initial_O + whole(self.offset_O, self.storage).to(self.initial_O.dtype)
+
+    def start_from(self, initial_O: torch.Tensor) -> None:
+        """Set the frozen start, where the layer was made before its weight was there."""
+        self.initial_O = initial_O
 
     def load(self, m_O: torch.Tensor) -> None:
         """Start from a given magnitude: it becomes the frozen part, exactly, and the offset zero.
@@ -41,8 +51,7 @@ class Magnitude(nn.Module):
         self.initial_O.copy_(m_O)
         least = torch.finfo(self.initial_O.dtype).tiny ** 0.5
         self.initial_O.masked_fill_(self.initial_O == 0, least)
-        with torch.no_grad():
-            self.offset_O.zero_()
+        start(self)
 
     def extra_repr(self) -> str:
         return f"{self.offset_O.shape[0]}, {self.offset_O.dtype}"

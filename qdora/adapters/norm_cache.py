@@ -6,6 +6,7 @@ recomputation and generation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,17 +40,33 @@ class NormCache:
         self._wa_OR: torch.Tensor | None = None
         self._norm_O: torch.Tensor | None = None
         self._versions: tuple[int, ...] | None = None
+        self._watched: Sequence[torch.Tensor] | None = None
+
+    def watch(self, stored: Sequence[torch.Tensor]) -> None:
+        """Know a change of the factors by a write to these, where those at hand are gathered copies of them.
+
+        A gathered copy is written at every gather, without a version, into memory that comes and goes.
+        """
+        self._watched = stored
 
     @torch.no_grad()
     def squared_base(self) -> torch.Tensor:
         """||W||² of each row: (O,)."""
+        if self._weight.device.type == "meta":
+            return torch.empty(self._weight.out_features, dtype=self._weight.norm_dtype, device="meta")
         if self._w2_O is None:
             self._w2_O = row_norms_squared(self._weight)
         return self._w2_O
 
     def is_fresh(self, update: Update) -> bool:
         """Whether the norm is known for the factors as they are now."""
-        return self._norm_O is not None and self._versions == _versions(update)
+        return self._norm_O is not None and self._versions == self._current(update)
+
+    def _current(self, update: Update) -> tuple[int, ...]:
+        """Changes with every write to a factor, in place or by replacing the storage."""
+        if self._watched is not None:
+            return tuple(t._version for t in self._watched)
+        return tuple(number for t in update.stored() for number in (t._version, t.data_ptr()))
 
     @torch.no_grad()
     def norm(self, update: Update | None) -> torch.Tensor:
@@ -68,7 +85,7 @@ class NormCache:
             with torch.no_grad():
                 self._wa_OR = weight_times_a(self._weight, a_RI)
                 self._norm_O = factored_norm(self.squared_base(), self._wa_OR, a_RI, b_OR, update.scale)
-                self._versions = _versions(update)
+                self._versions = self._current(update)
         assert self._norm_O is not None
         return exact_norm(a_RI, b_OR, self._norm_O, self._wa_OR, self._weight, update.scale)
 
@@ -81,14 +98,9 @@ class NormCache:
         if update.inner_R is not None:
             wa_OR = wa_OR.to(w2_O.dtype) * update.inner_R
         self._norm_O = factored_norm(w2_O, wa_OR, a_RI, b_OR, update.scale)
-        self._versions = _versions(update)
+        self._versions = self._current(update)
         return self._norm_O
 
     def forget(self) -> None:
         """W has moved: everything is computed again where it lands."""
         self._w2_O = self._wa_OR = self._norm_O = self._versions = None
-
-
-def _versions(update: Update) -> tuple[int, ...]:
-    """Changes with every write to a factor, in place or by replacing the storage."""
-    return tuple(number for t in update.stored() for number in (t._version, t.data_ptr()))

@@ -33,9 +33,12 @@ from qdora.adapters.peft_layout import (
     read_saved,
 )
 from qdora.adapters.peft_settings import adapter_config, peft_settings, shared_pair
+from qdora.adapters.whole import put, whole
 from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, InputError
 from qdora.files import write_file, write_json
+
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 def check_savable(model: nn.Module) -> None:
@@ -47,11 +50,12 @@ def check_savable(model: nn.Module) -> None:
         raise InputError("the model has no adapter to save")
 
 
-def save_adapter(model: nn.Module, directory: str | Path) -> None:
+def save_adapter(model: nn.Module, directory: str | Path | None) -> None:
     """Write a model's adapter in PEFT's layout, each file whole or not at all.
 
     Args:
-        model: as `inject` or `load_adapter` left it.
+        model: as `inject` or `load_adapter` left it.  Of a sharded one, every process must call this.
+        directory: None on the processes that only contribute their shards.
     Raises: InputError: the model has no adapter, or the folder cannot be written.
     """
     check_savable(model)
@@ -63,6 +67,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             {"peft_type": OWN_TYPE, "qdora_method": full_method(model)},
             full_tensors(model, PREFIX),
         )
+    if directory is None:
+        return
     config = {
         **config,
         "task_type": "CAUSAL_LM",
@@ -90,24 +96,53 @@ def load_adapter(model: nn.Module, directory: str | Path) -> InjectionReport:
         CheckpointError: the weights file is truncated or corrupt.
     """
     saved = read_saved(Path(directory))
-    present = base_fingerprint(model)
-    if saved.fingerprint and present and saved.fingerprint != present:
-        raise InputError(
-            f"{directory}: the adapter was made for another base: its fingerprint is "
-            f"{saved.fingerprint[:16]}…, the loaded model's is {present[:16]}…"
-        )
+    check_base(model, saved)
     named = saved.settings.get("qdora_method")
     if named in METHODS and METHODS[named].trains_base:
         tensors = {key.removeprefix(PREFIX): tensor for key, tensor in saved.others.items()}
         return load_full(model, tensors, named, str(directory))
+    report = inject_saved(model, saved)
+    fill_saved(model, saved)
+    return report
+
+
+def check_base(model: nn.Module, saved: SavedAdapter) -> None:
+    """Compare fingerprints, where both sides have one.
+
+    Raises: InputError: the adapter was made for another base.
+    """
+    present = base_fingerprint(model)
+    if saved.fingerprint and present and saved.fingerprint != present:
+        raise InputError(
+            f"{saved.directory}: the adapter was made for another base: its fingerprint is "
+            f"{saved.fingerprint[:16]}…, the loaded model's is {present[:16]}…"
+        )
+
+
+def inject_saved(model: nn.Module, saved: SavedAdapter) -> InjectionReport:
+    """Give a model the layers of a saved adapter, at their fresh start; `fill_saved` puts its values there.
+
+    Raises: InputError: settings that are not supported, an adapter made for other layers or shapes, a
+            fully trained model, which has no layers to add.
+    """
+    if saved.settings.get("qdora_method") in METHODS and METHODS[saved.settings["qdora_method"]].trains_base:
+        raise InputError(
+            f"{saved.directory}: a fully trained model does not go onto a sharded base; use it without FSDP"
+        )
     config = adapter_config(model, saved)
     _check_shapes(model, saved, config)
-    report = inject(model, config, seed=int(saved.settings.get("projection_prng_key") or 0))
-    with torch.no_grad():
-        _fill_pair(model, saved)
-        for name, layer in adapted_layers(model).items():
-            _fill(layer, saved.layers[name])
-    return report
+    return inject(model, config, seed=int(saved.settings.get("projection_prng_key") or 0))
+
+
+@torch.no_grad()
+def fill_saved(model: nn.Module, saved: SavedAdapter) -> None:
+    """Put a saved adapter's values into a model that `inject_saved` prepared, sharded or not.
+
+    Raises: CheckpointError: VeRA's matrices are missing or of another shape.
+    """
+    _fill_pair(model, saved)
+    for name, layer in adapted_layers(model).items():
+        _fill(layer, saved.layers[name])
 
 
 def adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, torch.Tensor]:
@@ -117,24 +152,25 @@ def adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, torch.Tens
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        for part, tensor in _layer_tensors(layer).items():
-            tensors[f"{PREFIX}{name}.{part}"] = _stored(tensor)
+        for part, parameter in _factors(layer).items():
+            assert layer.direction is not None
+            tensors[f"{PREFIX}{name}.{part}"] = _stored(whole(parameter, layer.direction.storage))
+        if layer.magnitude is not None:
+            tensors[f"{PREFIX}{name}.{_MAGNITUDE}"] = _stored(layer.magnitude.value().float())
     pair = shared_pair(layers)
     if pair is not None and pair.seed is None:
         tensors |= {key: _stored(getattr(pair, part)) for part, key in PAIR_NAMES.items()}
     return tensors
 
 
-def _layer_tensors(layer: AdaptedLinear) -> dict[str, torch.Tensor]:
+def _factors(layer: AdaptedLinear) -> dict[str, torch.Tensor]:
+    """The trained parameters of a layer's direction, by what PEFT calls them."""
     direction = layer.direction
-    tensors: dict[str, torch.Tensor] = {}
     if isinstance(direction, LowRank):
-        tensors = {"lora_A.weight": direction.a_RI, "lora_B.weight": direction.b_OR}
-    elif isinstance(direction, Vera):
-        tensors = {"vera_lambda_d": direction.d_R, "vera_lambda_b": direction.b_O}
-    if layer.magnitude is not None:
-        tensors["lora_magnitude_vector"] = layer.magnitude.value().float()
-    return tensors
+        return {"lora_A.weight": direction.a_RI, "lora_B.weight": direction.b_OR}
+    if isinstance(direction, Vera):
+        return {"vera_lambda_d": direction.d_R, "vera_lambda_b": direction.b_O}
+    return {}
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
@@ -148,7 +184,7 @@ def _check_shapes(model: nn.Module, saved: SavedAdapter, config: AdapterConfig) 
         expected = {
             "lora_A.weight": (r, layer.in_features),
             "lora_B.weight": (layer.out_features, r),
-            "lora_magnitude_vector": (layer.out_features,),
+            _MAGNITUDE: (layer.out_features,),
             "vera_lambda_d": (r,),
             "vera_lambda_b": (layer.out_features,),
         }
@@ -178,8 +214,8 @@ def _fill_pair(model: nn.Module, saved: SavedAdapter) -> None:
 
 
 def _fill(layer: AdaptedLinear, tensors: Mapping[str, torch.Tensor]) -> None:
-    for part, parameter in _layer_tensors(layer).items():
-        if part != "lora_magnitude_vector":
-            parameter.copy_(tensors[part])
+    for part, parameter in _factors(layer).items():
+        assert layer.direction is not None
+        put(parameter, tensors[part], layer.direction.storage)
     if layer.magnitude is not None:
-        layer.magnitude.load(tensors["lora_magnitude_vector"])
+        layer.magnitude.load(tensors[_MAGNITUDE])

@@ -1,13 +1,26 @@
-"""The base model that a configuration names."""
+"""The base model that a configuration names, whole or sharded over the processes of a launch."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapters.peft_format import check_base, fill_saved, inject_saved, load_adapter
+from qdora.adapters.peft_layout import read_saved
 from qdora.config import ModelConfig
 from qdora.errors import InputError
-from qdora.models.load import load_base
+from qdora.models.fill import fill
+from qdora.models.load import load_base, open_skeleton
+from qdora.parallel.agreement import together
+from qdora.parallel.processes import Processes
+from qdora.parallel.shard import shard_model, start_sharded
+from qdora.parallel.shard_peers import ShardPeers
+
+T = TypeVar("T")
 
 
 def load_configured(
@@ -27,6 +40,68 @@ def load_configured(
         double_quantization=settings.double_quantization,
         progress=progress,
     )
+    return model, _present(tokenizer, settings)
+
+
+def load_adapted(
+    settings: ModelConfig, prepare: Callable[[PreTrainedModel], T], processes: Processes
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, T]:
+    """The configured model with adapters, sharded where the launch asks for FSDP.
+
+    Sharded, it gets its adapters and is divided before it has a weight; then each process reads its rows.
+
+    Args:
+        prepare: gives the model its adapters: `inject` or `inject_saved` with their settings.
+    Returns: the model, its tokenizer, what `prepare` returned.
+    Raises: InputError: as `load_base` and `prepare`; on every process where it happened to one.
+    """
+    if processes.fsdp is None:
+        model, tokenizer = load_configured(settings, device=processes.device, progress=processes.is_main)
+        return model, tokenizer, prepare(model)
+    assert processes.mesh is not None
+    with together(processes):
+        skeleton = open_skeleton(
+            settings.path,
+            base=settings.base,
+            dtype=settings.dtype,
+            device=processes.device,
+            revision=settings.revision,
+            block_size=settings.block_size,
+            double_quantization=settings.double_quantization,
+        )
+        tokenizer = _present(skeleton.checkpoint.tokenizer(), settings)
+        report = prepare(skeleton.model)
+        shard_model(skeleton.model, processes.mesh, processes.fsdp)
+    peers = ShardPeers(processes)
+    model = fill(skeleton, processes.device, peers=peers, progress=processes.is_main)
+    start_sharded(model, processes.device, peers.storage)
+    return model, tokenizer, report
+
+
+def load_with_adapter(
+    settings: ModelConfig, adapter: Path | None, processes: Processes
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The configured model with a saved adapter on it, sharded where the launch asks for FSDP.
+
+    Args:
+        adapter: folder in PEFT's format; None leaves the base alone.
+    Raises: InputError: anything that cannot be loaded or does not fit.
+    """
+    if adapter is None or processes.fsdp is None:
+        model, tokenizer, _ = load_adapted(settings, lambda model: None, processes)
+        with together(processes):
+            if adapter is not None:
+                load_adapter(model, adapter)
+        return model, tokenizer
+    with together(processes):
+        saved = read_saved(adapter)
+    model, tokenizer, _ = load_adapted(settings, lambda model: inject_saved(model, saved), processes)
+    check_base(model, saved)
+    fill_saved(model, saved)
+    return model, tokenizer
+
+
+def _present(tokenizer: PreTrainedTokenizerBase | None, settings: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise InputError(f"{settings.path}: the model comes without a tokenizer")
-    return model, tokenizer
+    return tokenizer

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapters.peft_format import load_adapter
-from qdora.commands.base import load_configured
+from qdora.commands.base import load_with_adapter
 from qdora.config import RunConfig
 from qdora.data.example import Example
 from qdora.data.prepare import load_test
@@ -17,6 +16,8 @@ from qdora.data.tokenize import choose_pad_token
 from qdora.errors import InputError, suggest
 from qdora.evaluation.evaluate import Scores, evaluate
 from qdora.evaluation.report import write_scores
+from qdora.parallel.agreement import together
+from qdora.parallel.generation import for_generation
 from qdora.parallel.processes import Processes
 
 
@@ -33,19 +34,23 @@ def score_model(
 
     Raises: InputError: prompt and answer do not fit into the model's context.
     """
-    return evaluate(
-        model,
-        tokenizer,
-        examples[: config.evaluation.limit],
-        prompt=config.data.prompt,
-        max_new_tokens=config.evaluation.max_new_tokens,
-        batch_size=config.evaluation.batch_size,
-        kind=config.data.test.answer_kind,
-        rank=processes.rank,
-        world_size=processes.count,
-        gather=processes.gather,
-        show_progress=show_progress and processes.is_main,
-    )
+    settings = config.evaluation
+    tokens = settings.batch_size * (config.data.max_length + settings.max_new_tokens)
+    with for_generation(model, processes, tokens) as in_step:
+        return evaluate(
+            model,
+            tokenizer,
+            examples[: settings.limit],
+            prompt=config.data.prompt,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            kind=config.data.test.answer_kind,
+            rank=processes.rank,
+            world_size=processes.count,
+            gather=processes.gather,
+            in_step=in_step,
+            show_progress=show_progress and processes.is_main,
+        )
 
 
 def score_adapter(
@@ -64,9 +69,10 @@ def score_adapter(
         task: only this task of the test set.
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
-    model, tokenizer = load_configured(config.model, device=processes.device, progress=processes.is_main)
+    model, tokenizer = load_with_adapter(config.model, adapter, processes)
     choose_pad_token(tokenizer)
-    test = load_test(config.data, tokenizer)
+    with together(processes):
+        test = load_test(config.data, tokenizer)
     if test.skipped and processes.is_main:
         first = test.skipped[0]
         print(
@@ -74,8 +80,6 @@ def score_adapter(
             file=sys.stderr,
         )
     examples = _of_task(test.examples, task)
-    if adapter is not None:
-        load_adapter(model, adapter)
     scores = score_model(model, tokenizer, examples, config, processes)
     if processes.is_main and folder is not None:
         for score in scores:

@@ -16,16 +16,17 @@ from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.inject import InjectionReport, initial_a_fingerprint, inject
 from qdora.adapters.peft_format import check_savable, save_adapter
 from qdora.analysis.plots import plot_loss
-from qdora.commands.base import load_configured
+from qdora.commands.base import load_adapted
 from qdora.commands.score import score_model
 from qdora.config import RunConfig
-from qdora.config_file import load_config
+from qdora.config_file import config_digest, load_config
 from qdora.data.prepare import PreparedData, prepare
 from qdora.errors import InputError
 from qdora.evaluation.report import write_scores
 from qdora.models.dtype import compute_dtype
+from qdora.parallel.agreement import refuse_disagreement, together
 from qdora.parallel.processes import Processes
-from qdora.run import RunDirectory, make_manifest
+from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.training.checkpoint import load_checkpoint, newest_usable, save_checkpoint
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import (
@@ -77,14 +78,19 @@ def train(config: RunConfig, resume: str | None = None, processes: Processes | N
     """
     processes = processes or Processes.start(config.training.trackers, config.output.dir)
     directory = RunDirectory(config.output.dir)
-    if resume is None:
-        directory.refuse_if_used(config.output.overwrite)
+    refuse_disagreement(processes, {"the configuration": config_digest(config), **package_versions()})
+    with together(processes):
+        if resume is None:
+            directory.refuse_if_used(config.output.overwrite)
     say = _say if processes.is_main else _silent
     reset_peak_memory(processes.device)
-    model, tokenizer = load_configured(config.model, device=processes.device, progress=processes.is_main)
-    data = prepare(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
+    model, tokenizer, report = load_adapted(
+        config.model, lambda model: inject(model, config.adapter, seed=config.training.seed), processes
+    )
+    with together(processes):
+        data = prepare(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
+    refuse_disagreement(processes, _input_facts(model, data))
     _say_data(data, say)
-    report = inject(model, config.adapter, seed=config.training.seed)
     check_savable(model)
     say(str(report))
     trainer = Trainer(
@@ -92,14 +98,13 @@ def train(config: RunConfig, resume: str | None = None, processes: Processes | N
     )
     settings = _settings(config, model, data)
     start = _restore(trainer, directory, resume, settings, say)
-    processes.wait()
-    if processes.is_main:
-        _open_directory(
-            directory, config, start, resume, _facts(config, model, data, report, trainer), processes.count
-        )
+    facts = _facts(config, model, data, report, trainer)
+    with together(processes):
+        if processes.is_main:
+            _open_directory(directory, config, start, resume, facts, processes.count)
     _train(trainer, directory, config, settings, start, tokenizer, data)
+    save_adapter(model, directory.adapter if processes.is_main else None)
     if processes.is_main:
-        save_adapter(model, directory.adapter)
         steps = read_metrics(directory.metrics_file)
         plot_loss(
             {config.adapter.method: steps}, directory.loss_plot, f"Training loss, {directory.path.name}"
@@ -193,6 +198,12 @@ def _open_directory(
     else:
         directory.go_on(config, start)
     keep_until(directory.metrics_file, start)
+
+
+def _input_facts(model: PreTrainedModel, data: PreparedData) -> dict[str, str]:
+    """What all processes must have read alike, from whatever disks."""
+    named = {f"the {part} data": value[:16] for part, value in data.fingerprints.items()}
+    return {**named, "the base model": str(base_fingerprint(model))[:16]}
 
 
 def _facts(

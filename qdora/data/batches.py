@@ -9,7 +9,7 @@ Shape legend: B sequences of a batch, T tokens of the longest one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -115,3 +115,8 @@ def collate(examples: Sequence[TokenizedExample], pad_id: int) -> Batch:
         input_ids_BT[b, :end] = ids_T
         labels_BT[b, start:end] = ids_T[start:]
     return Batch(input_ids_BT, labels_BT, lengths)
+
+
+def without_labels(batch: Batch) -> Batch:
+    """The same inputs with nothing to learn from: a loss of exactly 0 and gradients of 0."""
+    return replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORED_LABEL))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,6 +38,7 @@ class _Setup:
     rank: int
     world_size: int
     gather: Gather
+    in_step: bool
     show_progress: bool
 
     def decoding(self) -> dict[str, object]:
@@ -65,13 +65,13 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     gather: Gather = list,
+    in_step: bool = False,
     show_progress: bool = True,
 ) -> list[Scores]:
     """Generate an answer to every example and score it by exact match.
 
     Several processes call this together, each with all the examples; each generates its share and
-    all return the same scores.  Where torch.distributed is initialized they keep calling the
-    model in step, as a sharded model needs.
+    all return the same scores.
 
     Args:
         prompt: name of the prompt template.
@@ -80,6 +80,7 @@ def evaluate(
         kind: how answers of a user's own data are compared; known tasks have theirs.
         rank, world_size: this process and the number of them.
         gather: joins the lists of all processes; needed from two processes on.
+        in_step: the processes share one sharded model, and call it equally often.
         show_progress: a bar per task on stderr, on the first process.
     Returns: one `Scores` per task, in the order of their first example.
     Raises: InputError: no examples, unknown template, a prompt longer than the model's context
@@ -98,6 +99,7 @@ def evaluate(
         rank,
         world_size,
         gather,
+        in_step,
         show_progress and rank == 0,
     )
     groups = _by_task(examples, kind)
@@ -173,7 +175,7 @@ def _generate_all(
             max_new_tokens=setup.max_new_tokens,
             batch_size=setup.batch_size,
             progress=progress,
-            synced=setup.world_size > 1 and torch.distributed.is_initialized(),
+            synced=setup.in_step and setup.world_size > 1,
         )
     gathered: list[tuple[int, Generation]] = setup.gather(list(zip(share, own, strict=True)))
     # A share may repeat the first example to fill it up; greedy answers to it are the same.

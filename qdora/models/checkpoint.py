@@ -6,10 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+
+class TensorFacts(NamedTuple):
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,25 @@ class Checkpoint(ABC):
         """Tensor names, as `transformers` names parameters, in the order of `tensors`."""
 
     @abstractmethod
+    def facts(self, name: str) -> TensorFacts:
+        """Shape and dtype of a tensor as `read` hands it out, without reading it."""
+
+    @abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """A tensor, or consecutive rows of one, on the CPU.
+
+        Args:
+            rows: along the first dimension; all where None.
+        Raises: CheckpointError: the file became shorter since it was opened.
+        """
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and CPU tensor, read one by one in file order; none is kept after it was handed out.
 
         Raises: CheckpointError: the file became shorter since it was opened.
         """
+        for name in self.names():
+            yield name, self.read(name)
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase | None:

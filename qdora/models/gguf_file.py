@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTo
 
 from qdora.errors import CheckpointError, InputError
 from qdora.models.byte_range import read_bytes
-from qdora.models.checkpoint import Checkpoint
+from qdora.models.checkpoint import Checkpoint, TensorFacts
 from qdora.models.gguf_config import gguf_config
 from qdora.models.gguf_header import Header, TensorPlace, read_header
 
@@ -83,10 +82,17 @@ class GGUFFile(Checkpoint):
     def names(self) -> list[str]:
         return list(self.places)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Plain encodings keep their dtype; quantized ones are dequantized to float32."""
-        for name, place in self.places.items():
-            yield name, self._in_head_order(name, _read_plain(self.path, place))
+    def facts(self, name: str) -> TensorFacts:
+        place = self.places[name]
+        return TensorFacts(tuple(place.shape), _PLAIN.get(place.kind, torch.float32))
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Plain encodings keep their dtype; quantized ones are dequantized to float32.
+
+        The file is read one tensor at a time, whatever rows are wanted: their order changes.
+        """
+        tensor = self._in_head_order(name, _read_plain(self.path, self.places[name]))
+        return tensor if rows is None or not tensor.dim() else tensor[rows].clone()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         if "tokenizer.ggml.tokens" not in self.header.metadata:

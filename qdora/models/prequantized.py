@@ -6,21 +6,23 @@ Such a layer is stored as its packed codes, `X.weight`, and a handful of statist
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 
 from qdora.config import BaseKind
 from qdora.errors import CheckpointError, InputError
 from qdora.models.checkpoint import Checkpoint
-from qdora.quant.nf4 import NF4Weight
+from qdora.quant.nf4 import CODE_BOOK
+from qdora.quant.nf4_quantize import ABSMAX_BLOCK, NF4Parts, block_count
+from qdora.quant.share import Share
 
-_STATE = ".weight.quant_state.bitsandbytes__"
-_PLAIN = ("absmax", "quant_map")
-_NESTED = ("nested_absmax", "nested_quant_map")
-
-WeightOf = Callable[[tuple[int, int]], NF4Weight]
+_STATE = ".quant_state.bitsandbytes__"
+_ABSMAX, _NESTED_ABSMAX, _NESTED_CODE = ".absmax", ".nested_absmax", ".nested_quant_map"
 
 
 def check_quantization(checkpoint: Checkpoint, base: BaseKind) -> bool:
@@ -39,49 +41,108 @@ def check_quantization(checkpoint: Checkpoint, base: BaseKind) -> bool:
     return True
 
 
-class PrequantizedParts:
-    """Collects the tensors of each stored layer until they are complete."""
+@dataclass(frozen=True)
+class StoredNF4:
+    """A layer that is stored as NF4: how, as its small JSON says.
 
-    def __init__(self) -> None:
-        self._parts: dict[str, dict[str, torch.Tensor]] = {}
+    Attributes:
+        weight: name of its packed codes; the statistics are called after it.
+        shape: (out, in).
+        nested_block_size: scales that share one; ABSMAX_BLOCK where they are not quantized again.
+        offset: of the second quantization; None where there is none.
+    """
 
-    def is_part(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether a tensor belongs to a quantized layer."""
-        return ".weight." in name or (name.endswith(".weight") and tensor.dtype == torch.uint8)
-
-    def add(self, name: str, tensor: torch.Tensor) -> tuple[str, WeightOf] | None:
-        """Take a part; once its layer is complete, the layer's name and its weight, given the shape.
-
-        Raises: CheckpointError: the statistics cannot be used.
-        """
-        layer = name.partition(".weight")[0]
-        parts = self._parts.setdefault(layer, {})
-        parts[name] = tensor
-        if not _complete(layer, parts):
-            return None
-        del self._parts[layer]
-        return layer, lambda shape: _weight(layer, parts, shape)
-
-    def incomplete(self) -> list[str]:
-        """Layers of which some part never came."""
-        return sorted(self._parts)
+    weight: str
+    shape: tuple[int, int]
+    block_size: int
+    nested_block_size: int
+    offset: float | None
 
 
-def _complete(layer: str, parts: dict[str, torch.Tensor]) -> bool:
-    state = [name for name in parts if name.startswith(layer + _STATE)]
-    if not state or f"{layer}.weight" not in parts:
-        return False
-    nested = "nested" in bytes(parts[state[0]].cpu().tolist()).decode("utf-8", "replace")
-    wanted = _PLAIN + (_NESTED if nested else ())
-    return all(f"{layer}.weight.{part}" in parts for part in wanted)
+def is_part(name: str) -> bool:
+    """Whether a tensor is a statistic of a stored layer, and not its codes."""
+    return ".weight." in name
 
 
-def _weight(layer: str, parts: dict[str, torch.Tensor], shape: tuple[int, int]) -> NF4Weight:
-    packed = parts.pop(f"{layer}.weight")
+def stored_nf4(
+    checkpoint: Checkpoint, names: frozenset[str], weight: str, shape: tuple[int, int]
+) -> StoredNF4 | None:
+    """How a linear layer's weight is stored; None where it is not quantized.
+
+    Args:
+        names: of all tensors of the checkpoint.
+        weight: name of the weight.
+        shape: (out, in), as the model's configuration says.
+    Raises: CheckpointError: a statistic is missing or cannot be used.
+    """
+    states = [name for name in names if name.startswith(weight + _STATE)]
+    if not states and checkpoint.facts(weight).dtype != torch.uint8:
+        return None
     try:
-        state = bnb.QuantState.from_dict(parts, device=packed.device)
-        if tuple(state.shape) != shape:
-            raise ValueError(f"shape {tuple(state.shape)}, the model's configuration says {shape}")
-        return NF4Weight.from_quant_state(packed, state, shape)
-    except (ValueError, AssertionError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{layer}.weight: unusable quantization statistics: {error}") from None
+        if not states:
+            raise ValueError(f"tensor {weight}{_STATE}nf4 is missing")
+        state = json.loads(bytes(checkpoint.read(states[0]).tolist()))
+        stored = _stored(weight, state, shape)
+        _check_parts(checkpoint, names, stored)
+        return stored
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{weight}: unusable quantization statistics: {error}") from None
+
+
+def read_stored(checkpoint: Checkpoint, stored: StoredNF4, share: Share, device: torch.device) -> NF4Parts:
+    """A rank's share of a stored layer's bytes.
+
+    Raises: CheckpointError: the file became shorter.
+    """
+    half = stored.shape[1] // 2
+    rows = share.rows(stored.shape[0])
+    packed = checkpoint.read(stored.weight, slice(rows.start * half, rows.stop * half))
+    blocks = share.rows(block_count(stored.shape, stored.block_size))
+    absmax = checkpoint.read(stored.weight + _ABSMAX, blocks).to(device)
+    packed = packed.view(torch.uint8).view(rows.stop - rows.start, half).to(device)
+    if stored.offset is None:
+        return NF4Parts(packed, absmax)
+    return NF4Parts(
+        packed,
+        absmax,
+        checkpoint.read(stored.weight + _NESTED_ABSMAX).to(device),
+        checkpoint.read(stored.weight + _NESTED_CODE).to(device),
+        torch.tensor(stored.offset, device=device),
+    )
+
+
+def _stored(weight: str, state: Mapping[str, Any], shape: tuple[int, int]) -> StoredNF4:
+    if state["quant_type"] != "nf4":
+        raise ValueError(f"only NF4 weights are supported, got {state['quant_type']!r}")
+    if tuple(state["shape"]) != shape:
+        raise ValueError(f"shape {tuple(state['shape'])}, the model's configuration says {shape}")
+    offset = state.get("nested_offset")
+    return StoredNF4(
+        weight,
+        shape,
+        int(state["blocksize"]),
+        int(state.get("nested_blocksize", ABSMAX_BLOCK)),
+        None if offset is None else float(offset),
+    )
+
+
+def _check_parts(checkpoint: Checkpoint, names: frozenset[str], stored: StoredNF4) -> None:
+    """Raises: ValueError: a part is missing or has another size or dtype than it must have."""
+    blocks = block_count(stored.shape, stored.block_size)
+    double = stored.offset is not None
+    expected = {
+        "": (math.prod(stored.shape) // 2, torch.uint8),
+        _ABSMAX: (blocks, torch.uint8 if double else torch.float32),
+    }
+    if double:
+        expected[_NESTED_ABSMAX] = (-(-blocks // stored.nested_block_size), torch.float32)
+        expected[_NESTED_CODE] = (CODE_BOOK, torch.float32)
+    for part, (count, dtype) in expected.items():
+        name = stored.weight + part
+        if name not in names:
+            raise ValueError(f"tensor {name} is missing")
+        facts = checkpoint.facts(name)
+        if math.prod(facts.shape) != count or facts.dtype.itemsize != dtype.itemsize:
+            raise ValueError(
+                f"tensor {name} is {facts.dtype} of shape {tuple(facts.shape)}, expected {count} x {dtype}"
+            )

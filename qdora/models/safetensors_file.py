@@ -9,6 +9,7 @@ Source: safetensors format, https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
-def read_tensor(place: StoredTensor) -> torch.Tensor:
-    """One tensor, on the CPU, in the dtype of the file.
+def read_tensor(place: StoredTensor, rows: slice | None = None) -> torch.Tensor:
+    """One tensor or some of its rows, on the CPU, in the dtype of the file; no other byte is read.
 
+    Args:
+        rows: start and stop along the first dimension; all where None.
     Raises: CheckpointError: the file became shorter.
     """
-    if place.size == 0:  # torch does not reinterpret a tensor without elements
-        return torch.empty(place.shape, dtype=place.dtype)
-    raw = torch.from_numpy(read_bytes(place.path, place.start, place.size))
-    return raw.view(place.dtype).view(place.shape)
+    shape, first = place.shape, 0
+    if rows is not None and shape:
+        shape, first = (rows.stop - rows.start, *shape[1:]), rows.start * math.prod(shape[1:])
+    count = math.prod(shape)
+    if count == 0:  # torch does not reinterpret a tensor without elements
+        return torch.empty(shape, dtype=place.dtype)
+    size = place.dtype.itemsize
+    raw = torch.from_numpy(read_bytes(place.path, place.start + first * size, count * size))
+    return raw.view(place.dtype).view(shape)
 
 
 def _place(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from qdora.errors import CheckpointError, InputError
-from qdora.models.checkpoint import Checkpoint
+from qdora.models.checkpoint import Checkpoint, TensorFacts
 from qdora.models.folder_config import read_config, read_json
 from qdora.models.safetensors_file import StoredTensor, read_header, read_tensor
 
@@ -46,9 +45,11 @@ class SafetensorsFolder(Checkpoint):
     def names(self) -> list[str]:
         return list(self.places)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, place in self.places.items():
-            yield name, read_tensor(place)
+    def facts(self, name: str) -> TensorFacts:
+        return TensorFacts(self.places[name].shape, self.places[name].dtype)
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        return read_tensor(self.places[name], rows)
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):

@@ -7,37 +7,50 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qdora.errors import InputError
+from qdora.parallel.join import join_processes
+from qdora.parallel.launch_settings import FsdpSettings, read_flag, read_fsdp_settings
 
 
 class Processes:
-    """Data parallelism over accelerate's processes, one of them where nothing was launched.
+    """Accelerate's processes, one of them where nothing was launched.
 
-    Adapters are small, so their gradients are summed in one float32 vector after the last
-    micro-batch; the frozen base never travels.
+    Without FSDP each holds the whole model. Adapters are small, so their gradients are summed in one
+    float32 vector after the last micro-batch; the frozen base never travels.
+
+    Attributes:
+        fsdp: how the model is sharded; None where each process holds all of it.
+        mesh: all processes in one dimension; with FSDP only.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator, fsdp: FsdpSettings | None = None) -> None:
         self.accelerator = accelerator
         self.rank: int = accelerator.process_index
         self.count: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
+        self.fsdp = fsdp
+        self.mesh: DeviceMesh | None = None
+        if fsdp is not None:
+            self.mesh = init_device_mesh(self.device.type, (self.count,), mesh_dim_names=("shard",))
 
     @classmethod
     def start(cls, trackers: Iterable[str] = (), project_dir: str | None = None) -> Processes:
         """Join the processes that `accelerate launch` started.
 
         Raises: InputError: the launch configuration asks for a kind of sharding or precision that
-            is not supported.
+            is not supported; the processes cannot meet.
         """
+        fsdp = read_fsdp_settings(os.environ)
         for variable, what in _UNSUPPORTED.items():
-            if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            if read_flag(os.environ, variable):
                 raise InputError(
-                    f"the launch configuration asks for {what} ({variable}); "
-                    f"allowed: distributed_type NO or MULTI_GPU; several CPU processes: torchrun"
+                    f"the launch configuration asks for {what} ({variable}); allowed: distributed_type NO, "
+                    f"MULTI_GPU or FSDP; several CPU processes: FSDP, or torchrun"
                 )
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision not in ("no", ""):
@@ -46,14 +59,15 @@ class Processes:
                 f"set by model.dtype: allowed in the launch configuration is mixed_precision 'no'"
             )
         _use_all_cores()
-        return cls(
-            Accelerator(
-                cpu=not torch.cuda.is_available(),
-                mixed_precision="no",
-                log_with=list(trackers) or None,
-                project_dir=project_dir,
-            )
+        cpu = not torch.cuda.is_available() or read_flag(os.environ, "ACCELERATE_USE_CPU")
+        join_processes(os.environ, cpu=cpu, sharded=fsdp is not None)
+        if fsdp is not None:
+            # Every process reads its own rows; transformers must not leave weights out on its own account.
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision="no", log_with=list(trackers) or None, project_dir=project_dir
         )
+        return cls(accelerator, fsdp)
 
     @property
     def is_main(self) -> bool:
@@ -83,7 +97,18 @@ class Processes:
             assert p.grad is not None
             p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
             offset += p.numel()
-        summed: torch.Tensor = self.accelerator.reduce(extras.double().to(self.device), reduction="sum")
+        return self.sum(extras)
+
+    def sum(self, vector: torch.Tensor) -> torch.Tensor:
+        """Sum a small vector over the processes, in float64.
+
+        Args:
+            vector: (K,) numbers, the same K everywhere; on any device.
+        Returns: (K,) float64 on the CPU, the same bits on every process.
+        """
+        summed = vector.detach().to(self.device, torch.float64, copy=True)
+        if self.count > 1:
+            dist.all_reduce(summed)
         return summed.cpu()
 
     def gather(self, items: list[Any]) -> list[Any]:
@@ -114,7 +139,6 @@ def _use_all_cores() -> None:
 
 
 _UNSUPPORTED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",

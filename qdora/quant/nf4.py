@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 
+from qdora.quant.nf4_quantize import ABSMAX_BLOCK, NF4Parts, block_count, check_even, quantize_share
 from qdora.quant.weight import align_rows, rows_per_tile
 
-ABSMAX_BLOCK = 256
-"""NF4 scales that share one scale of the second quantization."""
+CODE_BOOK = 256
+"""Entries of the code book of the second quantization."""
 
 
 class NF4Weight(nn.Module):
@@ -23,13 +23,14 @@ class NF4Weight(nn.Module):
 
     Attributes:
         packed: (out, in / 2) uint8, two codes a byte, the flattened matrix in row order.
-        absmax: (out * in / block,) block scales; uint8 codes where doubly quantized, else float32.
+        absmax: (out * in / block,) block scales; uint8 codes where doubly quantized, else float32.  A
+            parameter, so that it is sharded with the codes.
         nested_absmax, nested_code, offset: the statistics of the second quantization, or None.
         block_size: weights that share one scale.
     """
 
     packed: nn.Parameter
-    absmax: torch.Tensor
+    absmax: nn.Parameter
     nested_absmax: torch.Tensor | None
     nested_code: torch.Tensor | None
     offset: torch.Tensor | None
@@ -48,11 +49,11 @@ class NF4Weight(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        _check_even(self.in_features)
+        check_even(self.in_features)
         self.block_size = block_size
         self.nested_block_size = nested_block_size
         self.packed = nn.Parameter(packed.view(self.out_features, self.in_features // 2), requires_grad=False)
-        self.register_buffer("absmax", absmax)
+        self.absmax = nn.Parameter(absmax, requires_grad=False)
         self.register_buffer("nested_absmax", nested_absmax)
         self.register_buffer("nested_code", nested_code)
         self.register_buffer("offset", offset)
@@ -67,54 +68,59 @@ class NF4Weight(nn.Module):
             w_OI: (out, in), in even.
         Raises: ValueError: `in` is odd.
         """
-        out_features, in_features = w_OI.shape
-        _check_even(in_features)
-        packed = torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=w_OI.device)
-        scales = torch.empty(-(-w_OI.numel() // block_size), dtype=torch.float32, device=w_OI.device)
-        # By tiles, since the CPU kernel holds several float32 copies of what it is given.
-        wanted = rows_per_tile(out_features, in_features, torch.float32, w_OI.device)
-        step = align_rows(wanted, in_features, block_size)
-        for start in range(0, out_features, step):
-            tile = w_OI[start : start + step].contiguous()
-            codes, tile_scales = torch.ops.bitsandbytes.quantize_4bit(tile, block_size, "nf4", torch.uint8)
-            packed[start : start + step] = codes.view(-1, in_features // 2)
-            first = start * in_features // block_size
-            scales[first : first + tile_scales.numel()] = tile_scales
-        shape = (out_features, in_features)
-        if not double_quantization:
-            return cls(packed, scales, shape, block_size=block_size)
-        offset = scales.mean()
-        absmax, nested = bnb.quantize_blockwise(scales - offset, blocksize=ABSMAX_BLOCK)
+        shape = (w_OI.shape[0], w_OI.shape[1])
+        parts = quantize_share(w_OI, shape, block_size=block_size, double_quantization=double_quantization)
+        return cls.of_parts(parts, shape, block_size=block_size)
+
+    @classmethod
+    def of_parts(
+        cls,
+        parts: NF4Parts,
+        shape: tuple[int, int],
+        *,
+        block_size: int,
+        nested_block_size: int = ABSMAX_BLOCK,
+    ) -> NF4Weight:
+        """The whole weight from its parts, which are taken over, not copied."""
         return cls(
-            packed,
-            absmax,
+            parts.packed,
+            parts.absmax,
             shape,
             block_size=block_size,
-            nested_absmax=nested.absmax,
-            nested_code=nested.code,
-            offset=offset,
+            nested_absmax=parts.nested_absmax,
+            nested_code=parts.nested_code,
+            offset=parts.offset,
+            nested_block_size=nested_block_size,
         )
 
     @classmethod
-    def from_quant_state(
-        cls, packed: torch.Tensor, state: bnb.QuantState, shape: tuple[int, int]
+    def on_meta(
+        cls,
+        shape: tuple[int, int],
+        *,
+        block_size: int,
+        double_quantization: bool,
+        nested_block_size: int = ABSMAX_BLOCK,
     ) -> NF4Weight:
-        """Take over what bitsandbytes quantized, here or in a saved model.
+        """The same layer without its bytes, which `fill` puts in place.
 
-        Raises: ValueError: the codes are not NF4.
+        Raises: ValueError: `in` is odd.
         """
-        if state.quant_type != "nf4":
-            raise ValueError(f"only NF4 weights are supported, got {state.quant_type!r}")
-        nested = state.state2 if state.nested else None
+        check_even(shape[1])
+        blocks = block_count(shape, block_size)
+        packed = torch.empty(shape[0], shape[1] // 2, dtype=torch.uint8, device="meta")
+        absmax = torch.empty(
+            blocks, dtype=torch.uint8 if double_quantization else torch.float32, device="meta"
+        )
+        nested: dict[str, torch.Tensor] = {}
+        if double_quantization:
+            nested = {
+                "nested_absmax": torch.empty(-(-blocks // nested_block_size), device="meta"),
+                "nested_code": torch.empty(CODE_BOOK, device="meta"),
+                "offset": torch.empty((), device="meta"),
+            }
         return cls(
-            packed,
-            state.absmax,
-            shape,
-            block_size=state.blocksize,
-            nested_absmax=nested.absmax if nested else None,
-            nested_code=nested.code if nested else None,
-            offset=state.offset if nested else None,
-            nested_block_size=nested.blocksize if nested else ABSMAX_BLOCK,
+            packed, absmax, shape, block_size=block_size, nested_block_size=nested_block_size, **nested
         )
 
     @property
@@ -128,9 +134,9 @@ class NF4Weight(nn.Module):
     def scales(self) -> torch.Tensor:
         """(out * in / block,) float32 block scales."""
         if self.nested_absmax is None or self.offset is None:
-            return self.absmax
+            return self.absmax.detach()
         scales: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-            self.absmax, self.nested_absmax, self.nested_code, self.nested_block_size, torch.float32
+            self.absmax.detach(), self.nested_absmax, self.nested_code, self.nested_block_size, torch.float32
         )
         return scales.add_(self.offset)
 
@@ -178,8 +184,3 @@ class NF4Weight(nn.Module):
     def extra_repr(self) -> str:
         double = "double" if self.nested_absmax is not None else "single"
         return f"{self.out_features}x{self.in_features}, nf4, block {self.block_size}, {double} quantization"
-
-
-def _check_even(in_features: int) -> None:
-    if in_features % 2:
-        raise ValueError(f"NF4 packs two weights a byte; in_features must be even, got {in_features}")

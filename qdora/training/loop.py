@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from qdora.config import TrainingConfig
-from qdora.data.batches import BatchPlan, collate
+from qdora.data.batches import Batch, BatchPlan, collate, without_labels
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import InputError, InterruptedRunError
 from qdora.models.heap import keep_freed_memory
+from qdora.parallel.forward import as_forward
 from qdora.parallel.processes import Processes
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
@@ -39,7 +41,7 @@ class Callbacks:
 
     Attributes:
         log: after every step, on the main process.
-        save: writes a checkpoint after so many steps, on the main process.
+        save: writes a checkpoint after so many steps, on every process.
         evaluate: after so many steps, on every process.
     """
 
@@ -86,7 +88,8 @@ class Trainer:
             name: p for name, p in model.named_parameters() if p.requires_grad
         }
         self.optimizer = AdapterOptimizer(self.parameters, config)
-        if config.gradient_checkpointing:
+        self.loss = as_forward(model, completion_loss)
+        if config.gradient_checkpointing or (processes.fsdp and processes.fsdp.activation_checkpointing):
             model.activation_checkpointing_enable({"use_reentrant": False})
 
     def run(self, start: int, callbacks: Callbacks) -> None:
@@ -119,8 +122,7 @@ class Trainer:
         self.model.eval()
 
     def _save(self, done: int, callbacks: Callbacks) -> None:
-        if self.processes.is_main:
-            callbacks.save(done)
+        callbacks.save(done)
         self.processes.wait()
 
     def _step(self, step: int, stop: StopRequest) -> tuple[StepMetrics, int | None]:
@@ -131,22 +133,16 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = 0.0
         for micro_batch in self._own_micro_batches(batch):
-            collated = collate(micro_batch, self.pad_id)
             device = self.processes.device
             # Divided by the labels of the whole batch: the sum over micro-batches and processes
             # is the mean over tokens, however unevenly they are spread.
-            share = (
-                completion_loss(self.model, collated.input_ids_BT.to(device), collated.labels_BT.to(device))
-                / labels
-            )
+            share = self.loss(micro_batch.input_ids_BT.to(device), micro_batch.labels_BT.to(device)) / labels
             share.backward()
             loss += float(share.detach())
         # One process's signal stops all of them, after the same step.
         extras = torch.tensor([loss, float(stop.number is not None)], dtype=torch.float64)
-        loss, stopping = self.processes.sum_gradients(self.parameters.values(), extras).tolist()
-        grad_norm = float(
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm or math.inf)
-        )
+        loss, stopping = self._sum(extras).tolist()
+        grad_norm = _clip(self.parameters.values(), self.config.clip_norm or math.inf)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             origins = ", ".join(e.origin for e in batch)
             raise DivergedError(
@@ -169,12 +165,30 @@ class Trainer:
         )
         return metrics, (stop.number or int(signal.SIGTERM)) if stopping else None
 
-    def _own_micro_batches(self, batch: list[TokenizedExample]) -> list[list[TokenizedExample]]:
+    def _sum(self, extras: torch.Tensor) -> torch.Tensor:
+        """Sum some numbers over the processes, and the gradients, unless backward has summed their shards."""
+        if self.processes.fsdp is not None:
+            return self.processes.sum(extras)
+        return self.processes.sum_gradients(self.parameters.values(), extras)
+
+    def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
         """This process's micro-batches: neighbours in length together, so that little is padding."""
         ordered = sorted(batch, key=lambda e: len(e.input_ids))
         size = self.config.batch_size // (self.config.gradient_accumulation * self.processes.count)
         chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        return chunks[self.processes.rank :: self.processes.count]
+        own = chunks[self.processes.rank :: self.processes.count]
+        for chunk in own:
+            yield collate(chunk, self.pad_id)
+        if self.processes.fsdp is not None:
+            # A sharded model is gathered by all together: who has fewer micro-batches runs empty ones.
+            for _ in range(-(-len(chunks) // self.processes.count) - len(own)):
+                yield without_labels(collate(ordered[:1], self.pad_id))
+
+
+def _clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
+    """Scale the gradients down to a global norm; the norm before, over all shards where they are sharded."""
+    norm = nn.utils.clip_grad_norm_(parameters, largest)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.errors import InputError
+from qdora.parallel.forward import gathered
 
 IGNORED = -100
 """Label of a position without loss."""
@@ -50,10 +51,11 @@ def completion_loss(
     labelled_BT = targets_BT != IGNORED
     hidden_NI = hidden_BTI[:, :-1][labelled_BT]
     head = model.get_output_embeddings()
-    trained = [p for p in head.parameters() if p.requires_grad]
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_NI, targets_BT[labelled_BT], head, *trained
-    )
+    with gathered(head) as logits_of:
+        trained = [p for p in head.parameters() if p.requires_grad]
+        loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden_NI, targets_BT[labelled_BT], logits_of, head.out_features, *trained
+        )
     return loss
 
 
@@ -66,18 +68,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NI: torch.Tensor, targets_N: torch.Tensor, head: nn.Module, *trained: torch.Tensor
+        ctx: Any,
+        hidden_NI: torch.Tensor,
+        targets_N: torch.Tensor,
+        logits_of: Callable[..., torch.Tensor],
+        vocabulary: int,
+        *trained: torch.Tensor,
     ) -> torch.Tensor:
         needs_grad = ctx.needs_input_grad[0] or bool(trained)
         grads = [torch.empty_like(hidden_NI)] if needs_grad else []
         grads += [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         total = hidden_NI.new_zeros((), dtype=torch.float32)
-        step = max(1, CHUNK_BYTES // (4 * int(head.out_features)))  # type: ignore[arg-type]
+        step = max(1, CHUNK_BYTES // (4 * vocabulary))
         for start in range(0, len(hidden_NI), step):
             rows = slice(start, start + step)
             chunk_NI = hidden_NI[rows].detach().requires_grad_(needs_grad)
             with torch.set_grad_enabled(needs_grad):
-                loss = F.cross_entropy(head(chunk_NI).float(), targets_N[rows], reduction="sum")
+                logits_NV = logits_of(chunk_NI).float()
+                loss = F.cross_entropy(logits_NV, targets_N[rows], reduction="sum")
             total += loss.detach()
             if needs_grad:
                 grads[0][rows], *parts = torch.autograd.grad(loss, [chunk_NI, *trained])
@@ -89,4 +97,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_NI, *trained = (kept * grad.to(kept.dtype) for kept in ctx.saved_tensors)
-        return hidden_NI, None, None, *trained
+        return hidden_NI, None, None, None, *trained

@@ -87,7 +87,7 @@ def test_two_processes_act_as_one(tmp_path, tiny_model_folder):
             child.kill()
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert (zero.pop("main"), one.pop("main")) == (True, False)
-    assert (zero.pop("saved"), one.pop("saved")) == ([2], [])
+    assert (zero.pop("saved"), one.pop("saved")) == ([2], [2])
     assert zero == one
     assert zero["count"] == 2
     assert zero["gathered"] == ["0-0", "0-1", "0-2", "1-0"]

@@ -85,6 +85,34 @@ def test_a_folder_quantized_by_bitsandbytes_loads_as_it_is(whole_blocks, tmp_pat
         load_base(str(tmp_path), base="dense")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quant_type": "fp4"}, "only NF4 weights are supported, got 'fp4'"),
+        ({"shape": [64, 65]}, r"shape \(64, 65\), the model's configuration says \(64, 64\)"),
+        ({"blocksize": 128}, "absmax is torch.uint8 of shape"),
+        (None, "Expecting property name"),
+    ],
+)
+def test_a_stored_layers_statistics_are_checked(whole_blocks, tmp_path, change, words):
+    """Catches: FP4 codes read with the NF4 table, statistics of another shape or block size believed."""
+    transformers_in_4_bits(whole_blocks).save_pretrained(tmp_path)
+    path = next(tmp_path.glob("*.safetensors"))
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[name].tolist()))
+    text = "{" if change is None else json.dumps(state | change)
+    tensors[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"q_proj.weight: unusable quantization statistics: .*{words}"):
+        load_base(str(tmp_path))
+    del tensors["model.layers.1.self_attn.q_proj.weight.absmax"]
+    tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight\.absmax is missing"):
+        load_base(str(tmp_path))
+
+
 def test_other_quantizations_are_refused(tiny_model_folder, tmp_path):
     """Catches: 8-bit or FP4 codes read as if they were NF4."""
     folder = write_tiny_model(tmp_path / "m")

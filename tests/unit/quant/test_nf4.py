@@ -96,13 +96,6 @@ def test_odd_rows_are_refused():
         NF4Weight.quantize(torch.randn(4, 33))
 
 
-def test_fp4_is_refused():
-    """Catches: FP4 codes read with the NF4 table."""
-    packed, state = bnb.quantize_4bit(torch.randn(8, 64), blocksize=64, quant_type="fp4")
-    with pytest.raises(ValueError, match="fp4"):
-        NF4Weight.from_quant_state(packed, state, (8, 64))
-
-
 def test_float64_tiles_hold_the_float32_values():
     """Catches: the exactness tests running on other weights than training does."""
     weight = NF4Weight.quantize(torch.randn(20, 64))

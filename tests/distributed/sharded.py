@@ -1,0 +1,191 @@
+"""The same small trainings on one process and, sharded, on several: what both write to be compared.
+
+python -m tests.distributed.sharded OUT MODELS             one process
+torchrun --nproc-per-node N -m tests.distributed.sharded OUT MODELS --fsdp
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from qdora.adapters.fingerprint import base_fingerprint
+from qdora.adapters.inject import adapted_layers, initial_a_fingerprint, inject
+from qdora.adapters.peft_format import save_adapter
+from qdora.commands.base import load_adapted
+from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
+from qdora.data.tokenize import TokenizedExample
+from qdora.models import safetensors_file
+from qdora.parallel.launch_settings import FsdpSettings
+from qdora.parallel.processes import Processes
+from qdora.quant.nf4 import NF4Weight
+from qdora.training.loop import Callbacks, Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One training.
+
+    Attributes:
+        model: folder in MODELS.
+        adapter, training, fsdp: settings other than the common ones.
+        double: quantization of the scales.
+        examples: of the training set; where a batch of 8 does not divide it, the last one is uneven.
+    """
+
+    model: str = "tied"
+    adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fsdp: dict[str, Any] = dataclasses.field(default_factory=dict)
+    double: bool = True
+    examples: int = 19
+
+
+FLOAT32 = {"dtype": "float32"}
+CASES = {
+    "qdora": Case(adapter=FLOAT32, training={"max_steps": 20}),
+    "qdora bf16": Case(training={"max_steps": 20}),
+    "qdora awkward": Case("awkward", FLOAT32, {"gradient_checkpointing": True}),
+    "qdora awkward single": Case("awkward", FLOAT32, double=False),
+    "qdora awkward bf16": Case("awkward", double=False),
+    "qdora stored": Case("stored", FLOAT32),
+    "qdora kept": Case(adapter=FLOAT32, fsdp={"reshard_after_forward": False}),
+    "qdora one group": Case("awkward", FLOAT32, fsdp={"wrap": False}),
+    "qdora offloaded": Case("awkward", FLOAT32, fsdp={"offload": True}),
+    "qdora recomputed": Case(adapter=FLOAT32, fsdp={"activation_checkpointing": True}),
+    "qdora accumulated": Case(adapter=FLOAT32, training={"gradient_accumulation": 2, "max_steps": 20}),
+    "qdora exact": Case(adapter=FLOAT32 | {"norm_gradient": "exact"}),
+    "qlora": Case(adapter=FLOAT32 | {"method": "qlora"}, training={"max_steps": 20}),
+    "qlora accumulated": Case(
+        adapter=FLOAT32 | {"method": "qlora"},
+        training={"gradient_accumulation": 2, "gradient_checkpointing": True},
+    ),
+    "dora": Case(adapter=FLOAT32 | {"method": "dora"}, training={"max_steps": 20}),
+    "dora accumulated": Case(
+        "awkward", FLOAT32 | {"method": "dora"}, {"gradient_accumulation": 2, "gradient_checkpointing": True}
+    ),
+    "magnitude": Case(adapter=FLOAT32 | {"method": "magnitude"}, training={"max_steps": 20}),
+    "qmagnitude accumulated": Case(
+        "awkward",
+        FLOAT32 | {"method": "qmagnitude"},
+        {"gradient_accumulation": 2, "gradient_checkpointing": True},
+    ),
+    "qdvora": Case(adapter=FLOAT32 | {"method": "qdvora", "r": 16}),
+    "head": Case("awkward", FLOAT32 | {"method": "lora", "targets": ("q_proj", "lm_head")}),
+    "wide": Case("wide", training={"max_steps": 1}),
+    "wide dense": Case("wide", {"method": "dora"}, {"max_steps": 1}),
+    "full": Case(adapter={"method": "full"}),
+    "full awkward": Case("awkward", {"method": "full"}),
+}
+
+
+def main(out: Path, models: Path, fsdp: bool) -> None:
+    """Run all cases; process 0 writes OUT/NAME/, every process OUT/NAME/rank-N.json."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    for name, case in CASES.items():
+        settings = FsdpSettings(**case.fsdp) if fsdp else None
+        run_case(out / name, models, case, Processes(accelerator, settings))
+    accelerator.end_training()
+
+
+def run_case(out: Path, models: Path, case: Case, processes: Processes) -> None:
+    """One training, from the model's folder to the adapter's."""
+    adapter = AdapterConfig(**({"r": 4, "alpha": 12} | case.adapter))
+    base = "nf4" if adapter.method.startswith("q") else "dense"
+    model_config = ModelConfig(
+        path=str(models / case.model), base=base, dtype="float32", double_quantization=case.double
+    )
+    with CountedReads() as reads:
+        model, _, report = load_adapted(model_config, lambda m: inject(m, adapter, seed=3), processes)
+    facts = {
+        "bytes_read": reads.bytes,
+        "resident": {n: _local(p).nbytes for n, p in model.named_parameters() if not p.requires_grad},
+        "rows": {n: len(_local(p)) for n, p in model.named_parameters() if isinstance(p, DTensor)},
+        "report": str(report),
+        "fingerprint": base_fingerprint(model),
+        "initial_a": initial_a_fingerprint(model),
+    }
+    state = weights(model)
+    norms = {
+        name: layer.magnitude.initial_O.clone()
+        for name, layer in adapted_layers(model).items()
+        if layer.magnitude is not None
+    }
+    training = TrainingConfig(**({"max_steps": 6, "batch_size": 8, "learning_rate": 2e-3} | case.training))
+    trainer = Trainer(model, examples(model.config.vocab_size, case.examples), training, processes, pad_id=0)
+    steps = []
+    trainer.run(
+        0,
+        Callbacks(
+            log=lambda m: steps.append((m.loss, m.grad_norm)),
+            save=lambda step: None,
+            evaluate=lambda step: None,
+        ),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    save_adapter(model, out / "adapter" if processes.is_main else None)
+    (out / f"rank-{processes.rank}.json").write_text(json.dumps(facts))
+    if processes.is_main:
+        save_file(state, out / "weights.safetensors")
+        save_file(norms or {"none": torch.zeros(1)}, out / "norms.safetensors")
+        (out / "steps.json").write_text(json.dumps(steps))
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every frozen parameter and statistic, whole; all processes must ask."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            tensors[name] = _whole(parameter.detach())
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Weight):
+            tensors |= {f"{name}.{key}": b.clone() for key, b in module.named_buffers(recurse=False)}
+    return tensors or {"none": torch.zeros(1)}
+
+
+def examples(vocabulary: int, count: int) -> list[TokenizedExample]:
+    """Random tokens in sequences of very different lengths."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(8, 48, (count,), generator=generator).tolist()
+    return [
+        TokenizedExample(torch.randint(4, vocabulary, (n,), generator=generator).tolist(), 1 + n // 3, str(i))
+        for i, n in enumerate(lengths)
+    ]
+
+
+class CountedReads:
+    """Bytes of weights that this process reads while entered."""
+
+    def __enter__(self) -> CountedReads:
+        self.bytes, self._read = 0, safetensors_file.read_bytes
+
+        def counted(path: Path, start: int, count: int) -> Any:
+            self.bytes += count
+            return self._read(path, start, count)
+
+        safetensors_file.read_bytes = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        safetensors_file.read_bytes = self._read
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), fsdp="--fsdp" in sys.argv)
