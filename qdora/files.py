@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from qdora.errors import InputError
 
@@ -35,6 +38,22 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
             _flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, the same bytes for the same contents.
+
+    The library writes metadata in an order that changes from call to call.
+    """
+    save_file(dict(tensors), path, dict(metadata))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(ordered) <= length, "the same header, in another order"
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from qdora.adapters.direction import LowRank, Vera
@@ -36,7 +35,7 @@ from qdora.adapters.peft_settings import adapter_config, peft_settings, shared_p
 from qdora.adapters.whole import put, whole
 from qdora.config import AdapterConfig
 from qdora.errors import CheckpointError, InputError
-from qdora.files import write_file, write_json
+from qdora.files import write_file, write_json, write_tensors
 
 _MAGNITUDE = "lora_magnitude_vector"
 
@@ -80,7 +79,7 @@ def save_adapter(model: nn.Module, directory: str | Path | None) -> None:
     if fingerprint:
         metadata[FINGERPRINT_KEY] = fingerprint
     directory = Path(directory)
-    write_file(directory / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata))
+    write_file(directory / WEIGHTS_FILE, lambda path: write_tensors(path, tensors, metadata))
     write_json(directory / CONFIG_FILE, config)
 
 

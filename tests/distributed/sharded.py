@@ -22,12 +22,18 @@ from qdora.adapters.inject import adapted_layers, initial_a_fingerprint, inject
 from qdora.adapters.peft_format import save_adapter
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
+from qdora.data.example import Example
 from qdora.data.tokenize import TokenizedExample
+from qdora.evaluation.evaluate import evaluate
 from qdora.models import safetensors_file
+from qdora.models.load import load_base
+from qdora.parallel import generation
+from qdora.parallel.generation import for_generation
 from qdora.parallel.launch_settings import FsdpSettings
 from qdora.parallel.processes import Processes
 from qdora.quant.nf4 import NF4Weight
 from qdora.training.loop import Callbacks, Trainer
+from tests.tiny import tiny_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Case:
         adapter, training, fsdp: settings other than the common ones.
         double: quantization of the scales.
         examples: of the training set; where a batch of 8 does not divide it, the last one is uneven.
+        generates: also answer questions, from a complete copy and in step.
     """
 
     model: str = "tied"
@@ -47,17 +54,18 @@ class Case:
     fsdp: dict[str, Any] = dataclasses.field(default_factory=dict)
     double: bool = True
     examples: int = 19
+    generates: bool = False
 
 
 FLOAT32 = {"dtype": "float32"}
 CASES = {
-    "qdora": Case(adapter=FLOAT32, training={"max_steps": 20}),
+    "qdora": Case(adapter=FLOAT32, training={"max_steps": 20}, generates=True),
     "qdora bf16": Case(training={"max_steps": 20}),
-    "qdora awkward": Case("awkward", FLOAT32, {"gradient_checkpointing": True}),
+    "qdora awkward": Case("awkward", FLOAT32, {"gradient_checkpointing": True}, generates=True),
     "qdora awkward single": Case("awkward", FLOAT32, double=False),
     "qdora awkward bf16": Case("awkward", double=False),
     "qdora stored": Case("stored", FLOAT32),
-    "qdora kept": Case(adapter=FLOAT32, fsdp={"reshard_after_forward": False}),
+    "qdora kept": Case(adapter=FLOAT32, fsdp={"reshard_after_forward": False}, generates=True),
     "qdora one group": Case("awkward", FLOAT32, fsdp={"wrap": False}),
     "qdora offloaded": Case("awkward", FLOAT32, fsdp={"offload": True}),
     "qdora recomputed": Case(adapter=FLOAT32, fsdp={"activation_checkpointing": True}),
@@ -133,11 +141,67 @@ def run_case(out: Path, models: Path, case: Case, processes: Processes) -> None:
     )
     out.mkdir(parents=True, exist_ok=True)
     save_adapter(model, out / "adapter" if processes.is_main else None)
+    if processes.fsdp is not None:
+        save_from_one_process(out / "alone", model, model_config, adapter, processes.is_main)
+    if case.generates:
+        answers = {"gathered": generate(model, processes)}
+        with NoRoom():
+            answers["in step"] = generate(model, processes)
+        facts["answers"] = answers
     (out / f"rank-{processes.rank}.json").write_text(json.dumps(facts))
     if processes.is_main:
         save_file(state, out / "weights.safetensors")
         save_file(norms or {"none": torch.zeros(1)}, out / "norms.safetensors")
         (out / "steps.json").write_text(json.dumps(steps))
+
+
+def save_from_one_process(
+    out: Path, model: torch.nn.Module, settings: ModelConfig, adapter: AdapterConfig, main: bool
+) -> None:
+    """What one process writes from the same state."""
+    state = {name: _whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    if not main:
+        return
+    alone, _ = load_base(
+        settings.path, base=settings.base, dtype="float32", double_quantization=settings.double_quantization
+    )
+    inject(alone, adapter, seed=3)
+    with torch.no_grad():
+        for name, parameter in alone.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[name])
+    save_adapter(alone, out)
+
+
+def generate(model: Any, processes: Processes) -> list[str]:
+    """Answers to questions that do not divide over the processes, every process's list."""
+    questions = [Example("?" * (1 + 3 * i % 11), "x", str(i), "sums", f"q:{i}") for i in range(7)]
+    with for_generation(model, processes, tokens=100) as in_step:
+        (scores,) = evaluate(
+            model,
+            tiny_tokenizer(),
+            questions,
+            prompt="question_answer",
+            max_new_tokens=6,
+            batch_size=2,
+            rank=processes.rank,
+            world_size=processes.count,
+            gather=processes.gather,
+            in_step=in_step,
+            show_progress=False,
+        )
+    return [str(in_step and processes.count > 1), *(p.output for p in scores.predictions)]
+
+
+class NoRoom:
+    """No memory for a complete copy while entered."""
+
+    def __enter__(self) -> None:
+        self._free = generation.free_memory
+        generation.free_memory = lambda device: 0
+
+    def __exit__(self, *_: object) -> None:
+        generation.free_memory = self._free
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

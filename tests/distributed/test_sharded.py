@@ -156,3 +156,27 @@ def test_a_rank_holds_and_reads_its_share(one, several, case):
         facts = json.loads((out / case / f"rank-{rank}.json").read_text())
         assert facts["bytes_read"] < whole["bytes_read"] * (1 / count + 0.02)
         assert sum(facts["resident"].values()) < sum(whole["resident"].values()) * (1 / count + 0.02)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_adapter_file_is_what_one_process_writes(several, case):
+    """Catches: an adapter of which only one rank's rows are saved, float32 masters saved for bf16, metadata in
+    an order that changes from run to run."""
+    folder = several[1] / case
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "adapter" / name).read_bytes() == (folder / "alone" / name).read_bytes()
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.generates])
+def test_answers_are_those_of_one_process(one, several, case):
+    """Catches: an example lost, doubled or given to another's answer; a rank that waits for one that
+    is done."""
+    count, out = several
+    (alone, *expected), _ = json.loads((one / case / "rank-0.json").read_text())["answers"].values()
+    assert alone == "False"
+    assert len(expected) == 7
+    assert len(set(expected)) > 1 or case != "qdora awkward"
+    for rank in range(count):
+        answers = json.loads((out / case / f"rank-{rank}.json").read_text())["answers"]
+        assert answers["gathered"] == ["False", *expected]
+        assert answers["in step"] == ["True", *expected]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qdora.errors import InputError
-from qdora.files import new_directory, read_json, write_file, write_json, write_text
+from qdora.files import new_directory, read_json, write_file, write_json, write_tensors, write_text
 
 
 @pytest.fixture
@@ -165,3 +166,16 @@ def test_a_full_device(small_device):
         write_file(small_device / "y", lambda path: save_file(big, path))
     assert tree(small_device) == {"out/x": "old"}
     assert [p.name for p in small_device.iterdir()] == ["out"]
+
+
+def test_tensors_are_the_same_bytes_each_time(tmp_path):
+    """Catches: two files of one state that differ, by which nobody could tell that a run was repeated."""
+    tensors = {"b": torch.arange(3.0), "a": torch.arange(2)}
+    metadata = {key: "é" + key for key in "zyxwvutsrq"}
+    for i in range(6):
+        write_tensors(tmp_path / str(i), tensors, metadata)
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(6)}) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("b"), tensors["b"])
+        assert torch.equal(file.get_tensor("a"), tensors["a"])
