@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CLOSED_FORM = "tests/unit/adapters/test_closed_form.py"
 NORM = "tests/unit/adapters/test_norm_and_magnitude.py"
+SHARES = "tests/unit/quant/test_shares.py"
+SHARDED = "tests/distributed/test_sharded.py"
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Mutant:
         file: relative to the package.
         old, new: text that stands there exactly once, and what replaces it.
         test: must pass without the bug and fail with it.
+        slow: the test starts processes; not part of every test run.
     """
 
     file: str
     old: str
     new: str
     test: str
+    slow: bool = False
 
 
 MUTANTS = {
@@ -119,6 +123,74 @@ MUTANTS = {
         "                parameter.copy_(master)\n",
         "                parameter.copy_(master)\n                master.copy_(parameter)\n",
         f"{NORM}::test_the_tail_of_a_decayed_rate_moves_as_float32_does",
+    ),
+    "blocks cut at the shard": Mutant(
+        "quant/nf4_quantize.py",
+        "slice(start // block_size * block_size, min(",
+        "slice(start, min(",
+        f"{SHARES}::test_shares_are_the_whole",
+    ),
+    "scales of the neighbour": Mutant(
+        "quant/nf4_quantize.py",
+        "first_block = blocks.start - values.start // block_size",
+        "first_block = 0",
+        f"{SHARES}::test_shares_are_the_whole",
+    ),
+    "gradients averaged over ranks": Mutant(
+        "parallel/shard.py",
+        "sharded.set_gradient_divide_factor(1.0)",
+        "pass",
+        f"{SHARDED}::test_float32_training_is_that_of_one_process[2-qdora]",
+        slow=True,
+    ),
+    "sharded norm never stale": Mutant(
+        "adapters/norm_cache.py",
+        "return tuple(t._version for t in self._watched)",
+        "return tuple(0 for t in self._watched)",
+        f"{SHARDED}::test_float32_training_is_that_of_one_process[2-qdora]",
+        slow=True,
+    ),
+    "frozen scales rounded to the adapters' dtype": Mutant(
+        "parallel/shard.py",
+        "initialize(replace(policy, param_dtype=None))",
+        "initialize(policy)",
+        f"{SHARDED}::test_bf16_adapters_differ_by_their_rounding_alone[2-qdora awkward bf16]",
+        slow=True,
+    ),
+    "sharded gradients rounded to bf16": Mutant(
+        "parallel/forward.py",
+        "parameter.grad_dtype = torch.float32",
+        "pass",
+        f"{SHARDED}::test_bf16_adapters_differ_by_their_rounding_alone[2-qdora bf16]",
+        slow=True,
+    ),
+    "one rank's rows saved": Mutant(
+        "adapters/whole.py",
+        "stored = stored.full_tensor()",
+        "stored = stored.to_local()",
+        f"{SHARDED}::test_the_adapter_file_is_what_one_process_writes[2-qdora]",
+        slow=True,
+    ),
+    "masters saved": Mutant(
+        "adapters/whole.py",
+        "return stored.to(storage)",
+        "return stored",
+        f"{SHARDED}::test_the_adapter_file_is_what_one_process_writes[2-qdora bf16]",
+        slow=True,
+    ),
+    "every rank reads everything": Mutant(
+        "models/fill.py",
+        "rows = rows_to_read(shape, layer.block_size, share)",
+        "self._read(name, facts, None)\n                rows = rows_to_read(shape, layer.block_size, share)",
+        f"{SHARDED}::test_a_rank_holds_and_reads_its_share[2-wide]",
+        slow=True,
+    ),
+    "a rank's own fresh norms": Mutant(
+        "parallel/shard.py",
+        "            group.unshard()\n            for layer",
+        "            for layer",
+        f"{SHARDED}::test_the_initial_norms_are_the_same[2-qdora]",
+        slow=True,
     ),
 }
 

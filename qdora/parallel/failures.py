@@ -21,7 +21,7 @@ def lost_process(error: BaseException) -> str | None:
         if isinstance(cause, DistError) or (
             isinstance(cause, RuntimeError) and "gloo/transport" in str(cause)
         ):
-            reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+            reason = str(cause).partition("\n")[0]
             return (
                 "another process of this run has ended or does not answer, so this one ends too; the other's "
                 "own output says why. A training run goes on from its last checkpoint with --resume. "

@@ -121,7 +121,7 @@ def _in_words(
 ) -> str:
     address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     seconds = f"{timeout.total_seconds():g} s"
-    reason = "no answer" if error is None else (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    reason = "no answer" if error is None else str(error).partition("\n")[0].rstrip(".")
     if "EADDRINUSE" in reason:
         return (
             f"port {environment.get('MASTER_PORT')} of this machine is in use, by another run perhaps; set "

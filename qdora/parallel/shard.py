@@ -33,7 +33,8 @@ from qdora.adapters.magnitude import Magnitude
 from qdora.adapters.whole import own_rows
 from qdora.errors import InputError, suggest
 from qdora.models.fill import replace_parameter, shard_like
-from qdora.parallel.forward import as_forward, take_wide_gradients
+from qdora.models.heap import release_freed_memory
+from qdora.parallel.forward import take_wide_gradients
 from qdora.parallel.launch_settings import FsdpSettings
 from qdora.quant.nf4 import NF4Weight
 
@@ -69,6 +70,10 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, settings: FsdpSettings
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
         cast(nn.Module, sharded).register_forward_pre_hook(take_wide_gradients)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, FSDPModule):
+        # The gradient of a table needs no table; it would be gathered ahead of backward for nothing.
+        embedding.set_unshard_in_backward(False)
 
 
 def start_sharded(model: PreTrainedModel, device: torch.device, storage: torch.device | None = None) -> None:
@@ -91,8 +96,7 @@ def start_sharded(model: PreTrainedModel, device: torch.device, storage: torch.d
                 module.register_parameter(name, nn.Parameter(shard))
     for layer in adapted_layers(model).values():
         layer.watch_stored()
-    as_forward(model, _start_norms)()
-    cast(FSDPModule, model).reshard()  # a forward pass leaves the root's parameters gathered
+    _start_norms(model)
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -115,6 +119,7 @@ def _start_norms(model: PreTrainedModel) -> None:
             for layer in layers:
                 layer.start_norms()
             group.reshard()
+            release_freed_memory()
 
 
 def _groups(model: PreTrainedModel, settings: FsdpSettings) -> list[nn.Module]:
