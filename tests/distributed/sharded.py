@@ -24,6 +24,7 @@ from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.example import Example
 from qdora.data.tokenize import TokenizedExample
+from qdora.errors import CheckpointError, InputError
 from qdora.evaluation.evaluate import evaluate
 from qdora.models import safetensors_file
 from qdora.models.load import load_base
@@ -102,7 +103,32 @@ def main(out: Path, models: Path, fsdp: bool) -> None:
     for name, case in CASES.items():
         settings = FsdpSettings(**case.fsdp) if fsdp else None
         run_case(out / name, models, case, Processes(accelerator, settings))
+    if fsdp:
+        fail_in_the_middle(out, models, Processes(accelerator, FsdpSettings()))
     accelerator.end_training()
+
+
+def fail_in_the_middle(out: Path, models: Path, processes: Processes) -> None:
+    """The last rank's disk fails halfway through the weights; every rank writes what it was told."""
+    read, calls = safetensors_file.read_bytes, 0
+
+    def failing(path: Path, start: int, count: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 12 and processes.rank == processes.count - 1:
+            raise CheckpointError(f"{path}: truncated")
+        return read(path, start, count)
+
+    safetensors_file.read_bytes = failing
+    try:
+        settings = ModelConfig(path=str(models / "tied"), dtype="float32")
+        load_adapted(settings, lambda m: inject(m, AdapterConfig(r=4)), processes)
+        told = "nothing"
+    except InputError as error:
+        told = f"{type(error).__name__}: {error}"
+    finally:
+        safetensors_file.read_bytes = read
+    (out / f"told-{processes.rank}").write_text(told)
 
 
 def run_case(out: Path, models: Path, case: Case, processes: Processes) -> None:

@@ -160,8 +160,8 @@ def test_a_rank_holds_and_reads_its_share(one, several, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_adapter_file_is_what_one_process_writes(several, case):
-    """Catches: an adapter of which only one rank's rows are saved, float32 masters saved for bf16, metadata in
-    an order that changes from run to run."""
+    """Catches: an adapter of which only one rank's rows are saved, float32 masters saved for bf16, metadata
+    in an order that changes from run to run."""
     folder = several[1] / case
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (folder / "adapter" / name).read_bytes() == (folder / "alone" / name).read_bytes()
@@ -180,3 +180,13 @@ def test_answers_are_those_of_one_process(one, several, case):
         answers = json.loads((out / case / f"rank-{rank}.json").read_text())["answers"]
         assert answers["gathered"] == ["False", *expected]
         assert answers["in step"] == ["True", *expected]
+
+
+def test_a_disk_that_fails_halfway_ends_every_rank(several):
+    """Catches: ranks that wait at the exchange of scales for one that could not read its rows."""
+    count, out = several
+    told = [(out / f"told-{rank}").read_text() for rank in range(count)]
+    assert told[-1].startswith("CheckpointError: ")
+    for words in told[:-1]:
+        assert words.startswith(f"InputError: rank {count - 1}: ")
+        assert words.endswith("model.safetensors: truncated")
