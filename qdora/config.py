@@ -208,6 +208,8 @@ class TrainingConfig(Section):
     """Steps between checkpoints; where not given, only at the end."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Newest checkpoints kept."""
+    async_checkpoints: bool = False
+    """Write checkpoints while the next steps compute, from a copy of the trained state in CPU memory."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml"], ...] = ()
     """Experiment trackers, through accelerate."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 
 from qdora.errors import InputError
 
+_REPLACED = ".replaced"
+
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Write under a temporary name in the same folder, flush to the device, rename.
@@ -25,7 +28,7 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         write: writes the file at the path it is given.
     Raises: InputError: the device is full, or the folder cannot be written; `path` is as before.
     """
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -33,9 +36,9 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         try:
             write(temporary)
             temporary.chmod(0o644)
-            _flush(temporary)
+            flush(temporary)
             temporary.replace(path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -87,20 +90,55 @@ def new_directory(path: Path) -> Iterator[Path]:
 
     Raises: InputError: the device is full, or the folder cannot be written; nothing is left behind.
     """
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        replaced = temporary.with_name(temporary.name + ".replaced")
+    with explained(path):
+        temporary = temporary_directory(path)
         try:
             yield temporary
-            for file in [*temporary.rglob("*"), temporary]:
-                # Temporary files are private; what they become is as readable as any other file.
-                file.chmod(0o755 if file.is_dir() else 0o644)
-                _flush(file)
-            _swap(temporary, path, replaced)
-            _flush(path.parent)
+            put_directory(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_directory(path: Path) -> Path:
+    """A new hidden folder beside `path`, for `put_directory`; the folder around them is made where missing.
+
+    Raises: InputError: the folder cannot be written.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+
+
+def put_directory(temporary: Path, path: Path) -> None:
+    """Flush a filled temporary folder and rename it to `path`; what stood there is replaced.
+
+    Raises: InputError: the device is full, or the folder cannot be written; `path` is as before.
+    """
+    with explained(path):
+        for file in [*temporary.rglob("*"), temporary]:
+            # Temporary files are private; what they become is as readable as any other file.
+            file.chmod(0o755 if file.is_dir() else 0o644)
+            flush(file)
+        _swap(temporary, path, temporary.with_name(temporary.name + _REPLACED))
+        flush(path.parent)
+
+
+def clear_leftovers(folder: Path, name: str) -> None:
+    """Remove the temporary folders of a process that was killed while it wrote to `folder`.
+
+    Where it was killed between the two renames that replace a folder, the old one is put back.
+
+    Args:
+        name: pattern of the folders that were written.
+    Raises: InputError: the folder cannot be written.
+    """
+    with explained(folder):
+        for left in sorted(folder.glob(f".{name}.*")):
+            path = folder / left.name.removesuffix(_REPLACED)[1:].rpartition(".")[0]
+            if left.name.endswith(_REPLACED) and not os.path.lexists(path):
+                left.rename(path)
+            else:
+                shutil.rmtree(left)
 
 
 def _swap(new: Path, path: Path, replaced: Path) -> None:
@@ -123,7 +161,14 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Until the device has a file's contents, or a folder's names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -132,7 +177,11 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Say of a refusal of the operating system what could not be written.
+
+    Raises: InputError: the block was refused.
+    """
     try:
         yield
     except OSError as error:

@@ -21,13 +21,13 @@ from qdora.commands.score import score_model
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
 from qdora.data.prepare import PreparedData, prepare
-from qdora.errors import InputError
 from qdora.evaluation.report import write_scores
 from qdora.models.dtype import compute_dtype
 from qdora.parallel.agreement import refuse_disagreement, together
 from qdora.parallel.processes import Processes
 from qdora.run import RunDirectory, make_manifest, package_versions
-from qdora.training.checkpoint import load_checkpoint, newest_usable, save_checkpoint
+from qdora.training.checkpoint import load_checkpoint, newest_usable
+from qdora.training.checkpoint_writer import CheckpointWriter
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import (
     StepMetrics,
@@ -45,6 +45,9 @@ _FREE_TO_CHANGE = (
     "training.epochs",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.async_checkpoints",
+    # Divides the same batch: other processes may need other micro-batches.
+    "training.gradient_accumulation",
 )
 
 
@@ -127,7 +130,15 @@ def _train(
     accelerator = processes.accelerator
     if config.training.trackers:
         accelerator.init_trackers("qdora", config=_flat(config.model_dump(mode="json")))
-    with TrainingBar(trainer.total_steps, start, shown=processes.is_main) as bar:
+    checkpoints = CheckpointWriter(
+        directory.checkpoints,
+        settings,
+        processes,
+        keep=config.training.keep_checkpoints,
+        whole=processes.fsdp is not None and processes.fsdp.state_dict_type == "full",
+        in_background=config.training.async_checkpoints,
+    )
+    with TrainingBar(trainer.total_steps, start, shown=processes.is_main) as bar, checkpoints:
 
         def log(metrics: StepMetrics) -> None:
             append_metrics(directory.metrics_file, metrics)
@@ -135,13 +146,10 @@ def _train(
             accelerator.log(dataclasses.asdict(metrics), step=metrics.step)
 
         def save(step: int) -> None:
-            save_checkpoint(
-                directory.checkpoints,
-                step,
-                trainer.optimizer.state(),
-                settings,
-                keep=config.training.keep_checkpoints,
-                save_adapter=lambda folder: save_adapter(trainer.model, folder),
+            epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
+            position = {"seed": config.training.seed, "epoch": epoch, "batch": batch}
+            checkpoints.save(
+                step, trainer.optimizer.state(), position, lambda folder: save_adapter(trainer.model, folder)
             )
 
         def evaluate(step: int) -> None:
@@ -167,20 +175,18 @@ def _restore(
     """Steps already done, with the trainer put back to where they ended."""
     if resume is None:
         return 0
+    processes, state = trainer.processes, trainer.optimizer.state()
     if resume == "auto":
-        found = newest_usable(directory.checkpoints, settings, say)
+        found = newest_usable(directory.checkpoints, state, settings, processes, say)
     else:
-        found = load_checkpoint(Path(resume), settings)
+        found = load_checkpoint(Path(resume), state, settings, processes)
     if found is None:
         say(f"{directory.path}: no usable checkpoint; starting from the beginning")
         return 0
-    step, tensors = found
-    try:
-        trainer.optimizer.load_state(tensors)
-    except ValueError as error:
-        raise InputError(f"the checkpoint of step {step} does not fit this model: {error}") from None
-    say(f"resuming after step {step}")
-    return step
+    trainer.optimizer.load_state(found.tensors)
+    writers = f"{found.processes} process{'es' if found.processes > 1 else ''}"
+    say(f"resuming after step {found.step}, written by {writers}")
+    return found.step
 
 
 def _open_directory(

@@ -92,6 +92,12 @@ class Scores:
         """Generated tokens per second of wall-clock time, over all processes."""
         return self.generated_tokens / self.seconds if self.seconds > 0 else 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.task}: exact match {100 * self.score:.1f}% ± {100 * self.stderr:.1f} "
+            f"({self.correct}/{self.total})"
+        )
+
 
 def summarize(
     task: Task, predictions: Sequence[Prediction], decoding: Mapping[str, object], seconds: float

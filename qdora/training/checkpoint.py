@@ -1,62 +1,47 @@
-"""Training checkpoints: written atomically, verified before use, the newest few kept.
+"""Training checkpoints: verified before use, by all processes alike, whatever their number was.
 
-A checkpoint is `checkpoints/step-N/`: state.safetensors (parameters, masters, moments),
-state.json (step, settings, SHA-256 of every file) and adapter/ in PEFT's format.
-Data order and dropout follow from seed and step, so nothing else is needed to go on.
+A checkpoint is `checkpoints/step-N/`: state-R.safetensors (rank R's rows of the float32 parameters and of
+both moments), state.json (step, position, settings, SHA-256 of every file) and adapter/ in PEFT's format.
+Data order and dropout follow from seed, step and rank, so nothing else is needed to go on.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from qdora.errors import CheckpointError, InputError
-from qdora.files import new_directory, read_json
+from qdora.files import clear_leftovers, read_json
+from qdora.parallel.agreement import together
+from qdora.parallel.processes import Processes
+from qdora.training.checkpoint_storage import Reader, load_tensors
 
-STATE = "state.safetensors"
 FACTS = "state.json"
+FORMAT = 2
+
+T = TypeVar("T")
 
 
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, torch.Tensor],
-    settings: Mapping[str, Any],
-    *,
-    keep: int,
-    save_adapter: Callable[[Path], None],
-) -> Path:
-    """Write `directory/step-N` whole or not at all, then remove all but the newest `keep`.
+@dataclass(frozen=True)
+class SavedState:
+    """A verified checkpoint.
 
-    Args:
+    Attributes:
         step: optimizer steps done.
-        tensors: the optimizer's state.
-        settings: what a resumed run must agree on.
-        save_adapter: writes the adapter into the folder it is given.
-    Raises: InputError: no space left, or the folder cannot be written; older checkpoints are intact.
+        processes: how many wrote it.
+        tensors: the optimizer's state on the CPU; of a sharded tensor the rows of this process.
     """
-    final = directory / f"step-{step}"
-    with new_directory(final) as folder:
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, folder / STATE)
-        save_adapter(folder / "adapter")
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        facts = {
-            "step": step,
-            "settings": settings,
-            "sha256": {str(path.relative_to(folder)): file_digest(path) for path in files},
-        }
-        (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for old in list_checkpoints(directory)[keep:]:
-        shutil.rmtree(old)
-    return final
+
+    step: int
+    processes: int
+    tensors: dict[str, torch.Tensor]
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -65,53 +50,100 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def load_checkpoint(folder: Path, settings: Mapping[str, Any]) -> tuple[int, dict[str, torch.Tensor]]:
-    """A verified checkpoint: its step and the optimizer's state.
+def load_checkpoint(
+    folder: Path, like: Mapping[str, torch.Tensor], settings: Mapping[str, Any], processes: Processes
+) -> SavedState:
+    """Read a checkpoint of any number of processes; every process must call this, and all fare alike.
 
-    Raises: CheckpointError: a file is missing, truncated or corrupt.
-        InputError: it was written under other settings; the first that differs is named.
+    Args:
+        like: the optimizer's state as it is; its tensors say what is read and stay as they are.
+        settings: of this run.
+    Raises: CheckpointError: a file is missing, truncated or corrupt, under whichever process.
+        InputError: it was written under other settings, or for another model; the first difference is named.
     """
-    try:
-        facts = read_json(folder / FACTS)
-        for name, expected in facts["sha256"].items():
-            got = file_digest(folder / name)
-            if got != expected:
-                raise CheckpointError(f"{folder / name}: corrupt, its SHA-256 is not the one recorded")
-        tensors = load_file(folder / STATE)
-        step = int(facts["step"])
-        saved = dict(facts["settings"])
-        if folder.name[5:].isdigit() and folder.name != f"step-{step}":
-            raise CheckpointError(f"{folder / FACTS}: corrupt, it says step {step}")
-    except CheckpointError:
-        raise
-    except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: not a usable checkpoint: {error}") from None
-    _refuse_other_settings(folder, saved, settings)
-    return step, tensors
+    facts = _read_facts(folder, processes)
+    _refuse_other_settings(folder, facts["settings"], settings)
+    reader = Reader(folder, facts["sha256"])
+
+    def verify() -> Metadata:
+        # The processes share the files; each then verifies what it reads and has not verified here.
+        for name in sorted(reader.digests)[processes.rank :: processes.count]:
+            reader.verify(name)
+        return reader.read_metadata()
+
+    _refuse_other_tensors(folder, _alike(folder, processes, verify), like)
+    return SavedState(facts["step"], facts["processes"], load_tensors(like, reader, processes))
 
 
 def newest_usable(
-    directory: Path, settings: Mapping[str, Any], warn: Callable[[str], None]
-) -> tuple[int, dict[str, torch.Tensor]] | None:
+    directory: Path,
+    like: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+    processes: Processes,
+    warn: Callable[[str], None],
+) -> SavedState | None:
     """The newest checkpoint that verifies; each unusable one is named to `warn`. None where there is none.
+
+    Every process must call this, and all get the same one.
 
     Raises: InputError: as `load_checkpoint`, for settings that differ.
     """
-    for folder in list_checkpoints(directory):
+    names: list[str] = []
+    with together(processes):
+        if processes.is_main:
+            clear_leftovers(directory, "step-*")
+            names = [path.name for path in list_checkpoints(directory)]
+    for name in processes.gather([names])[0]:
         try:
-            return load_checkpoint(folder, settings)
+            return load_checkpoint(directory / name, like, settings, processes)
         except CheckpointError as error:
             warn(f"{error}; trying the one before")
     return None
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _read_facts(folder: Path, processes: Processes) -> dict[str, Any]:
+    """state.json as the main process reads it."""
+
+    def read() -> dict[str, Any]:
+        return _checked_facts(folder) if processes.is_main else {}
+
+    facts: dict[str, Any] = processes.gather([_alike(folder, processes, read)])[0]
+    return facts
+
+
+def _checked_facts(folder: Path) -> dict[str, Any]:
+    facts = read_json(folder / FACTS)
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: in format {facts.get('format', 1)!r}; this version of qdora reads format {FORMAT}"
+        )
+    checked = {
+        "step": int(facts["step"]),
+        "processes": int(facts["processes"]),
+        "settings": dict(facts["settings"]),
+        "sha256": {str(name): str(digest) for name, digest in facts["sha256"].items()},
+    }
+    if folder.name[5:].isdigit() and folder.name != f"step-{checked['step']}":
+        raise CheckpointError(f"{folder / FACTS}: corrupt, it says step {checked['step']}")
+    return checked
+
+
+def _alike(folder: Path, processes: Processes, action: Callable[[], T]) -> T:
+    """What the action returns here, if it finds the checkpoint in order under every process.
+
+    Raises: CheckpointError: under one of them it does not.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except CheckpointError as error:
+        problem = str(error)
+    except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        problem = f"{folder}: not a usable checkpoint: {error}"
+    for rank, words in enumerate(processes.gather([problem])):
+        if words is not None:
+            raise CheckpointError(f"rank {rank}: {words}" if processes.count > 1 else words)
+    return cast(T, result)
 
 
 def _refuse_other_settings(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -122,3 +154,21 @@ def _refuse_other_settings(folder: Path, saved: Mapping[str, Any], current: Mapp
                 f"{folder}: written with {key} = {saved.get(key)!r}, this run has {current.get(key)!r}; "
                 f"resume with the same settings"
             )
+
+
+def _refuse_other_tensors(folder: Path, saved: Metadata, like: Mapping[str, torch.Tensor]) -> None:
+    sizes = {
+        name: tuple(facts.size)
+        for name, facts in saved.state_dict_metadata.items()
+        if isinstance(facts, TensorStorageMetadata)
+    }
+    for name in sorted(sizes.keys() | like.keys()):
+        there, here = sizes.get(name), tuple(like[name].shape) if name in like else None
+        if there != here:
+            raise InputError(
+                f"{folder}: made for another model: {name} is {_shape(there)} there, {_shape(here)} here"
+            )
+
+
+def _shape(size: tuple[int, ...] | None) -> str:
+    return "missing" if size is None else f"of shape {size}"

@@ -74,12 +74,7 @@ class Trainer:
         evaluate_every: int | None = None,
     ) -> None:
         check_output_layer(model)
-        shares = config.gradient_accumulation * processes.count
-        if config.batch_size % shares:
-            raise InputError(
-                f"training.batch_size {config.batch_size} does not divide over {processes.count} processes "
-                f"x {config.gradient_accumulation} micro-batches; allowed: multiples of {shares}"
-            )
+        self.micro_batch_size = micro_batch_size(config, processes.count)
         self.model, self.examples, self.config = model, examples, config
         self.processes, self.pad_id, self.evaluate_every = processes, pad_id, evaluate_every
         self.plan = BatchPlan([len(e.input_ids) for e in examples], config.batch_size, config.seed)
@@ -174,7 +169,7 @@ class Trainer:
     def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
         """This process's micro-batches: neighbours in length together, so that little is padding."""
         ordered = sorted(batch, key=lambda e: len(e.input_ids))
-        size = self.config.batch_size // (self.config.gradient_accumulation * self.processes.count)
+        size = self.micro_batch_size
         chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         own = chunks[self.processes.rank :: self.processes.count]
         for chunk in own:
@@ -189,6 +184,23 @@ def _clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
     """Scale the gradients down to a global norm; the norm before, over all shards where they are sharded."""
     norm = nn.utils.clip_grad_norm_(parameters, largest)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def micro_batch_size(config: TrainingConfig, processes: int) -> int:
+    """Sequences that a process runs at once.
+
+    Raises: InputError: the batch does not divide over the processes and their micro-batches.
+    """
+    shares = config.gradient_accumulation * processes
+    if config.batch_size % shares == 0:
+        return config.batch_size // shares
+    own, rest = divmod(config.batch_size, processes)
+    counts = [] if rest else [str(n) for n in range(1, own + 1) if own % n == 0]
+    others = f", or training.gradient_accumulation {', '.join(counts)}" if counts else ""
+    raise InputError(
+        f"training.batch_size {config.batch_size} does not divide over {processes} processes "
+        f"x {config.gradient_accumulation} micro-batches; allowed: multiples of {shares}{others}"
+    )
 
 
 def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:

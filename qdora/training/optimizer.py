@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from qdora.config import TrainingConfig
 
@@ -56,37 +57,57 @@ class AdapterOptimizer:
                 master.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Parameters, masters and moments as flat named tensors; `load_state` takes them back."""
+        """Float32 parameters and moments as flat named tensors, sharded where the parameters are.
+
+        The same names and shapes for any number of processes, before the first step too.  A parameter in
+        16 bits is the rounding of its master, so it is not among them.
+        """
         tensors: dict[str, torch.Tensor] = {}
         for name, master in self.masters.items():
-            tensors[f"parameter/{name}"] = self.parameters[name].detach()
-            if master is not self.parameters[name]:
-                tensors[f"master/{name}"] = master.detach()
-            for key, value in self._adamw.state.get(master, {}).items():
-                tensors[f"{key}/{name}"] = value
+            moments = self._adamw.state.get(master) or _at_rest(master)
+            tensors[f"master/{name}"] = master.detach()
+            tensors |= {f"{key}/{name}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Continue exactly where `state` was taken.
 
+        Args:
+            tensors: as `state` names them; of a sharded one, it or the rows of this process.  On any device.
         Raises: ValueError: a tensor is missing or has another shape.
         """
         for name, parameter in self.parameters.items():
-            parameter.copy_(_named(tensors, f"parameter/{name}", parameter))
             master = self.masters[name]
+            state = {"master": master, **_at_rest(master)}
+            for key, place in state.items():
+                local_rows(place).copy_(_named(tensors, f"{key}/{name}", local_rows(place)))
+            # What is computed from a parameter is kept until its version changes; rows do not count theirs.
+            torch.autograd.graph.increment_version(master)
             if master is not parameter:
-                master.copy_(_named(tensors, f"master/{name}", master))
-            self._adamw.state[master] = {
-                "step": _named(tensors, f"step/{name}", torch.zeros(())).clone(),
-                "exp_avg": _named(tensors, f"exp_avg/{name}", master).to(master.device).clone(),
-                "exp_avg_sq": _named(tensors, f"exp_avg_sq/{name}", master).to(master.device).clone(),
-            }
+                parameter.copy_(master)
+            self._adamw.state[master] = {key: place for key, place in state.items() if key != "master"}
+
+
+def local_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _at_rest(master: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdamW's state of a parameter before its first step."""
+    return {
+        "step": torch.zeros((), device=master.device),
+        "exp_avg": torch.zeros_like(master),
+        "exp_avg_sq": torch.zeros_like(master),
+    }
 
 
 def _named(tensors: Mapping[str, torch.Tensor], key: str, like: torch.Tensor) -> torch.Tensor:
     tensor = tensors.get(key)
-    if tensor is None or tensor.shape != like.shape:
-        got = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+    rows = None if tensor is None else local_rows(tensor)
+    if rows is None or rows.shape != like.shape:
+        got = "missing" if rows is None else f"of shape {tuple(rows.shape)}"
         raise ValueError(f"tensor {key} is {got}, expected shape {tuple(like.shape)}")
-    return tensor
+    return rows

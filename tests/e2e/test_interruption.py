@@ -75,7 +75,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_checkpoint(tmp_path, tiny_mode
     process.communicate()
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
     # A damaged newest checkpoint is named, and the one before it is used.
-    state = newest / "state.safetensors"
+    state = newest / "state-0.safetensors"
     state.write_bytes(state.read_bytes()[:-50])
     output = finish(start("launch/train.py", "--config", config, "--resume", "auto"))
     assert f"{state}: corrupt" in output

@@ -12,10 +12,10 @@ import torch
 from qdora.adapters.inject import adapted_layers
 from qdora.data.batches import collate
 from qdora.errors import InputError, InterruptedRunError
-from qdora.training.checkpoint import load_checkpoint, save_checkpoint
 from qdora.training.loop import DivergedError, count_steps
 from qdora.training.loss import completion_loss
 
+from .checkpoints import read_checkpoint, write_checkpoint
 from .trainers import make_trainer, parameters, run
 
 
@@ -90,15 +90,14 @@ def test_resumed_equals_uninterrupted(tiny_model_folder, tmp_path, dtype):
     first = make_trainer(tiny_model_folder, save_every=2, **options)
 
     def save(step):
-        state = first.optimizer.state()
-        save_checkpoint(tmp_path, step, state, {}, keep=9, save_adapter=lambda p: p.mkdir())
+        write_checkpoint(tmp_path, step, first.optimizer.state(), {})
 
     run(first, save=save)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-2", "step-4", "step-6", "step-7"]
-    step, tensors = load_checkpoint(tmp_path / "step-4", {})
     second = make_trainer(tiny_model_folder, **options)
-    second.optimizer.load_state(tensors)
-    rest = run(second, start=step)
+    found = read_checkpoint(tmp_path / "step-4", second.optimizer.state(), {})
+    second.optimizer.load_state(found.tensors)
+    rest = run(second, start=found.step)
     assert [(m.step, m.loss, m.lr, m.grad_norm) for m in rest] == [
         (m.step, m.loss, m.lr, m.grad_norm) for m in expected[4:]
     ]

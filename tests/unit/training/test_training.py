@@ -17,13 +17,15 @@ from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.models.load import load_base
 from qdora.parallel.processes import Processes
 from qdora.training import loss as loss_module
-from qdora.training.checkpoint import list_checkpoints, load_checkpoint, newest_usable, save_checkpoint
+from qdora.training.checkpoint import list_checkpoints, newest_usable
 from qdora.training.loop import Callbacks, DivergedError, Trainer
 from qdora.training.loss import completion_loss
 from qdora.training.optimizer import AdapterOptimizer
 from qdora.training.schedule import learning_rate
 from tests.golden.curves import examples
 from tests.tiny import tiny_tokenizer
+
+from .checkpoints import alone, read_checkpoint, write_checkpoint
 
 
 def make_trainer(folder, *, dtype="float32", dropout=0.0, **training) -> Trainer:
@@ -138,16 +140,14 @@ def test_repeatable_and_resumable_bit_for_bit(tiny_model_folder, tmp_path):
     first = make_trainer(tiny_model_folder, dtype="bfloat16", dropout=0.2)
 
     def save(step):
-        save_checkpoint(
-            tmp_path, step, first.optimizer.state(), {"a": 1}, keep=5, save_adapter=lambda p: p.mkdir()
-        )
+        write_checkpoint(tmp_path, step, first.optimizer.state(), {"a": 1})
 
     first.config = first.config.model_copy(update={"save_every": 4})
     run(first, save=save)
-    step, tensors = load_checkpoint(tmp_path / "step-4", {"a": 1})
     second = make_trainer(tiny_model_folder, dtype="bfloat16", dropout=0.2)
-    second.optimizer.load_state(tensors)
-    rest = run(second, start=step)
+    found = read_checkpoint(tmp_path / "step-4", second.optimizer.state(), {"a": 1})
+    second.optimizer.load_state(found.tensors)
+    rest = run(second, start=found.step)
     assert [m.loss for m in rest] == [m.loss for m in all_metrics[4:]]
     for trainer in (first, second):
         for name, value in parameters(straight).items():
@@ -179,10 +179,10 @@ def test_sigterm_saves_and_stops(tiny_model_folder):
 
 def test_checkpoints_are_whole_verified_and_few(tmp_path):
     """Catches: a half-written folder, a corrupt byte that is loaded, old checkpoints that pile up."""
-    tensors = {"parameter/x": torch.arange(8.0)}
+    tensors = {"master/x": torch.arange(8.0)}
 
     def save(step, adapter=lambda p: p.mkdir()):
-        save_checkpoint(tmp_path, step, tensors, {"rate": 1}, keep=2, save_adapter=adapter)
+        write_checkpoint(tmp_path, step, tensors, {"rate": 1}, keep=2, save_adapter=adapter)
 
     for step in (1, 2, 3):
         save(step)
@@ -190,16 +190,16 @@ def test_checkpoints_are_whole_verified_and_few(tmp_path):
     with pytest.raises(RuntimeError, match="adapter"):
         save(4, adapter=lambda p: (_ for _ in ()).throw(RuntimeError("adapter")))
     assert {p.name for p in tmp_path.iterdir()} == {"step-3", "step-2"}
-    state = tmp_path / "step-3" / "state.safetensors"
+    state = tmp_path / "step-3" / "state-0.safetensors"
     data = bytearray(state.read_bytes())
     data[-1] ^= 1
     state.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match=r"state\.safetensors: corrupt"):
-        load_checkpoint(tmp_path / "step-3", {"rate": 1})
+    with pytest.raises(CheckpointError, match=r"state-0\.safetensors: corrupt"):
+        read_checkpoint(tmp_path / "step-3", tensors, {"rate": 1})
     warnings: list[str] = []
-    found = newest_usable(tmp_path, {"rate": 1}, warnings.append)
+    found = newest_usable(tmp_path, tensors, {"rate": 1}, alone(), warnings.append)
     assert found is not None
-    assert found[0] == 2
+    assert found.step == 2
     assert "step-3" in warnings[0]
     with pytest.raises(InputError, match="written with rate = 1, this run has 2"):
-        load_checkpoint(tmp_path / "step-2", {"rate": 2})
+        read_checkpoint(tmp_path / "step-2", tensors, {"rate": 2})

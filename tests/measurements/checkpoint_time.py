@@ -1,0 +1,80 @@
+"""How long a checkpoint keeps training waiting, written at once and in the background.
+
+python -m tests.measurements.checkpoint_time 60            one process, 60 MB of state
+ACCELERATE_USE_FSDP=true FSDP_VERSION=2 ACCELERATE_USE_CPU=true \\
+    torchrun --nproc-per-node 2 -m tests.measurements.checkpoint_time 30    two, each with 30 MB
+
+The state is that of 672 parameters: A, B and the magnitude of the seven layers of 32 blocks.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+from qdora.files import write_file, write_tensors
+from qdora.parallel.processes import Processes
+from qdora.training.checkpoint_writer import CheckpointWriter
+
+PARAMETERS, SAVES = 672, 5
+MOMENTS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def main(megabytes: float) -> None:
+    torch.set_num_threads(1)
+    processes = Processes.start()
+    rows = int(megabytes * 1e6 / (len(MOMENTS) * PARAMETERS * 4 * 16))
+    state = make_state(rows, processes)
+    adapter = torch.zeros(PARAMETERS * rows * 16 * processes.count, dtype=torch.bfloat16)
+    directory = Path(processes.gather([tempfile.mkdtemp()])[0])
+    for in_background in (False, True):
+        waited, written = [], []
+        with CheckpointWriter(directory, {}, processes, keep=2, in_background=in_background) as checkpoints:
+            for step in range(SAVES):
+                processes.wait()
+                started = time.perf_counter()
+                checkpoints.save(step, state, {}, partial(save_adapter, adapter))
+                waited.append(time.perf_counter() - started)
+                checkpoints.finish()
+                written.append(time.perf_counter() - started)
+        if processes.is_main:
+            print(
+                f"{processes.count} processes, {megabytes:g} MB each, in background: {in_background}; "
+                f"training waits {spread(waited)}, written after {spread(written)}"
+            )
+    if processes.is_main:
+        shutil.rmtree(directory)
+    processes.end()
+
+
+def make_state(rows: int, processes: Processes) -> dict[str, torch.Tensor]:
+    """Named tensors, each process with so many rows of 16 numbers."""
+    state: dict[str, torch.Tensor] = {}
+    for i in range(PARAMETERS):
+        state[f"step/{i}"] = torch.zeros(())
+        for name in MOMENTS:
+            own = torch.randn(rows, 16)
+            mesh = processes.mesh
+            state[f"{name}/{i}"] = own if mesh is None else DTensor.from_local(own, mesh, [Shard(0)])
+    return state
+
+
+def save_adapter(adapter: torch.Tensor, folder: Path | None) -> None:
+    if folder is not None:
+        write_file(folder / "adapter_model.safetensors", lambda path: write_tensors(path, {"a": adapter}, {}))
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))
