@@ -206,7 +206,13 @@ def shard_like(old: torch.Tensor, own: torch.Tensor, storage: torch.device | Non
     """
     if not isinstance(old, DTensor):
         return own
-    local = own if storage is None else own.to(storage)
-    return DTensor.from_local(
-        local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-    )
+    if storage is None:
+        return DTensor.from_local(
+            own, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+        )
+    # `from_local` would move it to the mesh's device.
+    shard = torch.empty_like(old, device=storage)
+    assert isinstance(shard, DTensor)
+    with torch.no_grad():
+        shard.to_local().copy_(own)
+    return shard

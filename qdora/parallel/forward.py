@@ -28,10 +28,20 @@ def as_forward(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]
         return partial(function, model)
     name = f"_qdora_{function.__name__.lstrip('_')}"
     if not hasattr(model, name):
-        object.__setattr__(model, name, MethodType(function, model))
+        object.__setattr__(model, name, MethodType(_with_wide_gradients(function), model))
         register_fsdp_forward_method(model, name)
     method: Callable[..., T] = getattr(model, name)
     return method
+
+
+def _with_wide_gradients(function: Callable[..., T]) -> Callable[..., T]:
+    """For what the root holds itself: forward hooks run around `forward` alone."""
+
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> T:
+        take_wide_gradients(model)
+        return function(model, *args, **kwargs)
+
+    return call
 
 
 @contextmanager

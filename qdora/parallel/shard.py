@@ -92,7 +92,8 @@ def start_sharded(model: PreTrainedModel, device: torch.device, storage: torch.d
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
                 rounded = module.initial(name).to(module.storage).float()
-                shard = shard_like(parameter, own_rows(parameter, rounded).to(storage or device, copy=True))
+                own = own_rows(parameter, rounded).to(storage or device, copy=True)
+                shard = shard_like(parameter, own, storage)
                 module.register_parameter(name, nn.Parameter(shard))
     for layer in adapted_layers(model).values():
         layer.watch_stored()

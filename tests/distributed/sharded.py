@@ -68,7 +68,12 @@ CASES = {
     "qdora stored": Case("stored", FLOAT32),
     "qdora kept": Case(adapter=FLOAT32, fsdp={"reshard_after_forward": False}, generates=True),
     "qdora one group": Case("awkward", FLOAT32, fsdp={"wrap": False}),
-    "qdora offloaded": Case("awkward", FLOAT32, fsdp={"offload": True}),
+    "qdora one group bf16": Case(fsdp={"wrap": False}),
+    "qdora two groups a layer": Case(
+        "awkward", FLOAT32, fsdp={"layer_classes": ("LlamaMLP", "LlamaAttention")}
+    ),
+    "qdora offloaded": Case("awkward", FLOAT32, fsdp={"offload": True}, generates=True),
+    "qdora offloaded bf16": Case(fsdp={"offload": True}),
     "qdora recomputed": Case(adapter=FLOAT32, fsdp={"activation_checkpointing": True}),
     "qdora accumulated": Case(adapter=FLOAT32, training={"gradient_accumulation": 2, "max_steps": 20}),
     "qdora exact": Case(adapter=FLOAT32 | {"norm_gradient": "exact"}),
@@ -104,8 +109,19 @@ def main(out: Path, models: Path, fsdp: bool) -> None:
         settings = FsdpSettings(**case.fsdp) if fsdp else None
         run_case(out / name, models, case, Processes(accelerator, settings))
     if fsdp:
+        (out / f"refused-{accelerator.process_index}").write_text(refusal(models, accelerator))
         fail_in_the_middle(out, models, Processes(accelerator, FsdpSettings()))
     accelerator.end_training()
+
+
+def refusal(models: Path, accelerator: Accelerator) -> str:
+    """What a launch that names a layer which the model does not have is told."""
+    processes = Processes(accelerator, FsdpSettings(layer_classes=("LlamaDecoderLayr",)))
+    try:
+        load_adapted(ModelConfig(path=str(models / "tied")), lambda m: None, processes)
+    except InputError as error:
+        return str(error)
+    return "nothing"
 
 
 def fail_in_the_middle(out: Path, models: Path, processes: Processes) -> None:

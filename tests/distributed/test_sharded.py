@@ -191,3 +191,12 @@ def test_a_disk_that_fails_halfway_ends_every_rank(several):
     for words in told[:-1]:
         assert words.startswith(f"InputError: rank {count - 1}: ")
         assert words.endswith("model.safetensors: truncated")
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused(several):
+    """Catches: a misspelt class that leaves the whole model in one group."""
+    count, out = several
+    for rank in range(count):
+        told = (out / f"refused-{rank}").read_text()
+        assert "fsdp_transformer_layer_cls_to_wrap: 'LlamaDecoderLayr'" in told
+        assert "did you mean 'LlamaDecoderLayer'?" in told
