@@ -21,12 +21,13 @@ from qdora.commands.score import score_model
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
 from qdora.data.prepare import PreparedData, prepare
+from qdora.errors import InputError
 from qdora.evaluation.report import write_scores
 from qdora.models.dtype import compute_dtype
 from qdora.parallel.agreement import refuse_disagreement, together
 from qdora.parallel.processes import Processes
 from qdora.run import RunDirectory, make_manifest, package_versions
-from qdora.training.checkpoint import load_checkpoint, newest_usable
+from qdora.training.checkpoint import list_checkpoints, load_checkpoint, newest_usable
 from qdora.training.checkpoint_writer import CheckpointWriter
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import (
@@ -181,7 +182,13 @@ def _restore(
     else:
         found = load_checkpoint(Path(resume), state, settings, processes)
     if found is None:
-        say(f"{directory.path}: no usable checkpoint; starting from the beginning")
+        left = processes.gather([[path.name for path in list_checkpoints(directory.checkpoints)]])[0]
+        if left:  # a first save would remove them, and the disk may only be away for the moment
+            raise InputError(
+                f"{directory.checkpoints}: none of its checkpoints ({', '.join(left)}) can be used; look at "
+                f"them, or start anew without --resume and with --set output.overwrite=true"
+            )
+        say(f"{directory.path}: no checkpoint; starting from the beginning")
         return 0
     trainer.optimizer.load_state(found.tensors)
     writers = f"{found.processes} process{'es' if found.processes > 1 else ''}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -128,3 +129,14 @@ def test_no_space_left_is_said_and_older_checkpoints_stay(tmp_path, tiny_model_f
         assert all(name.startswith("step-") for name in names)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_checkpoints_that_cannot_be_read_stay(tmp_path, uninterrupted, capsys):
+    """Catches: a run that starts over and removes the checkpoints of weeks, because a disk was away."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for state in (tmp_path / "run" / "checkpoints").glob("*/state-0.safetensors"):
+        state.write_bytes(b"")
+    words = ["--config", str(uninterrupted.parent / "config.yaml"), "--resume"]
+    assert run_command("train", [*words, "--set", f"output.dir={tmp_path / 'run'}"]) == 2
+    assert "none of its checkpoints (step-40, step-35, step-30) can be used" in capsys.readouterr().err
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 3
