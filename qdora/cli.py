@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "score a run, a model or an adapter by exact match",
     "export": "merge an adapter and write fp16 or bf16 weights",
     "compare": "train arms under identical conditions and report",
+    "estimate": "what a run takes on each GPU, found without one",
     "benchmark": "what a layer or a training step costs next to PEFT's",
     "demo": "the whole way on an embedded example",
 }

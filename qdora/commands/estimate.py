@@ -1,0 +1,238 @@
+"""`estimate`: what a run takes on each GPU, before there is a GPU or a weight."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from qdora.analysis.communication import Traffic, traffic
+from qdora.analysis.memory_advice import Proposal, advise
+from qdora.analysis.memory_depth import Architecture
+from qdora.analysis.memory_estimate import Estimate, estimate
+from qdora.analysis.memory_launch import LaunchFile, find_architecture, read_launch_file
+from qdora.analysis.memory_parts import Breakdown, parse_size, show_size
+from qdora.analysis.memory_step import Launch
+from qdora.analysis.scaling import LINKS, Point, plot_efficiency, scale
+from qdora.config import RunConfig
+from qdora.config_file import load_config
+from qdora.errors import InputError
+from qdora.files import write_json
+from qdora.parallel.launch_settings import FsdpSettings
+
+RESERVE = "1GiB"
+"""Set aside on a GPU: its context, buffers of NCCL and cuBLAS, what the allocator cannot use."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument("--gpus", type=int, help="processes, one a GPU (default: the launch file's, else 1)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="of one GPU, 24GiB or 24GB: does the run fit?")
+    parser.add_argument(
+        "--reserve", default=RESERVE, metavar="SIZE", help=f"set aside on it for CUDA (default: {RESERVE})"
+    )
+    parser.add_argument(
+        "--architecture", metavar="FOLDER", help="with a config.json, instead of the one of model.path"
+    )
+    parser.add_argument(
+        "--accelerate-config",
+        metavar="FILE",
+        help="how the processes share the model (default: FSDP as in configs/accelerate/fsdp.yaml, "
+        "nothing shared with one GPU)",
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="whose kernels (default: cuda)")
+    parser.add_argument("--scaling", action="store_true", help="also: bytes and times for 2 to 1024 GPUs")
+    parser.add_argument("--plot", metavar="PNG", help="with --scaling: efficiency over the number of GPUs")
+    parser.add_argument("--json", metavar="FILE", help="write every figure there as well")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Entry of the command."""
+    memory = None if arguments.gpu_memory is None else parse_size(arguments.gpu_memory, "--gpu-memory")
+    reserve = parse_size(arguments.reserve, "--reserve")
+    if arguments.plot and not arguments.scaling:
+        raise InputError("--plot goes with --scaling")
+    config = load_config(arguments.config, arguments.set)
+    launch, architecture = _what(arguments, config)
+    if launch.device == "cpu":
+        reserve = 0
+    result = estimate(architecture, launch)
+    moved = traffic(architecture, launch)
+    headline = _headline(arguments.architecture or config.model.path, config, architecture, launch)
+    print(headline)
+    print(_parts(result))
+    print(_around(result, moved, launch))
+    tree = _tree(launch, result, moved)
+    if memory is not None:
+        tree["proposals"] = _verdict(architecture, launch, result, memory, reserve)
+        tree |= {"memory": memory, "reserve": reserve, "fits": result.fits(memory, reserve)}
+    if arguments.scaling:
+        points = scale(architecture, launch)
+        print(_scaling(points, launch))
+        tree["scaling"] = [_point(point) for point in points]
+        if arguments.plot:
+            plot_efficiency(points, Path(arguments.plot), headline)
+    if arguments.json:
+        write_json(Path(arguments.json), tree)
+
+
+def _what(arguments: argparse.Namespace, config: RunConfig) -> tuple[Launch, Architecture]:
+    file = None if arguments.accelerate_config is None else read_launch_file(arguments.accelerate_config)
+    count = arguments.gpus if arguments.gpus is not None else file.processes if file else 1
+    if count < 1:
+        raise InputError(f"--gpus {count}; allowed: 1 or more")
+    device = arguments.device or (file.device if file else "cuda")
+    launch = Launch(
+        adapter=config.adapter,
+        training=config.training,
+        max_length=config.data.max_length,
+        processes=count,
+        fsdp=_sharding(file, count),
+        device=device,
+    )
+    _ = launch.micro_batch_size  # refuses a batch that does not divide, before anything is built
+    return launch, find_architecture(config.model, arguments.architecture, Path(arguments.config), device)
+
+
+def _sharding(file: LaunchFile | None, count: int) -> FsdpSettings | None:
+    if file is not None:
+        return file.fsdp
+    return FsdpSettings() if count > 1 else None
+
+
+def _headline(model: str, config: RunConfig, architecture: Architecture, launch: Launch) -> str:
+    dtype = str(architecture.compute).removeprefix("torch.")
+    places = {"cuda": ("GPU", "GPUs"), "cpu": ("process", "processes")}[launch.device]
+    return (
+        f"{model}, {config.adapter.method} r {config.adapter.r}, {dtype}, "
+        f"{launch.processes} {places[launch.processes > 1]}, {_shared(launch)}; "
+        f"{launch.micro_batch_size} x {launch.max_length} tokens at once"
+    )
+
+
+def _shared(launch: Launch) -> str:
+    if launch.fsdp is None:
+        return "each with the whole model"
+    words = ["FSDP"]
+    words += [] if launch.fsdp.reshard_after_forward else ["gathered layers kept"]
+    words += ["parameters offloaded"] if launch.fsdp.offload else []
+    return ", ".join(words)
+
+
+def _parts(result: Estimate) -> str:
+    rows = [
+        (part.value, f"{size / 2**30:.3f}", f"{100 * size / result.peak.total:.1f}")
+        for part, size in result.peak
+    ]
+    rows.append(("total", f"{result.peak.total / 2**30:.3f}", "100.0"))
+    return "\n" + tabulate(
+        rows,
+        headers=["at the peak", "GiB", "%"],
+        colalign=("left", "right", "right"),
+        disable_numparse=True,
+    )
+
+
+def _around(result: Estimate, moved: Traffic, launch: Launch) -> str:
+    rows = [("the peak is in", _moment(result.moment)), ("between steps", show_size(result.at_rest.total))]
+    if launch.offload:
+        rows.append(("in CPU memory", f"{show_size(result.host.total)} a process"))
+    if launch.processes > 1:
+        rows.append(("sent in a step", f"{show_size(int(moved.sent))} by each, and received"))
+    return "\n" + tabulate(rows, tablefmt="plain")
+
+
+def _moment(stretch: str) -> str:
+    """The stretch of a step in words: `backward of layer -1, micro-batch 1`."""
+    for name, words in (("-1", "the last layer"), ("-2", "the last layer but one"), ("0", "the first layer")):
+        stretch = stretch.replace(f"layer {name},", f"{words},")
+    return stretch.replace("micro-batch 0", "first micro-batch").replace(
+        "micro-batch 1", "a later micro-batch"
+    )
+
+
+def _verdict(
+    architecture: Architecture, launch: Launch, result: Estimate, memory: int, reserve: int
+) -> list[dict[str, Any]]:
+    """Say whether it fits; where not, what to change."""
+    left = memory - reserve - result.peak.total
+    aside = f" ({show_size(reserve)} set aside)" if reserve else ""
+    if left >= 0:
+        print(f"\nfits in {show_size(memory)}{aside}: {show_size(left)} left")
+        return []
+    print(f"\ndoes not fit in {show_size(memory)}{aside}: {show_size(-left)} too much", flush=True)
+    print("estimating what would change that ...", file=sys.stderr)
+    proposals = list(advise(architecture, launch, result, lambda e: e.fits(memory, reserve)))
+    rows = [
+        (
+            p.change.settings,
+            f"{p.estimate.peak.total / 2**30:.2f}",
+            "yes" if p.fits else "no",
+            p.change.price if p.change.same_run else f"another run: {p.change.price}",
+        )
+        for p in proposals
+    ]
+    print("\n" + tabulate(rows, headers=["set", "GiB", "fits", "price"], disable_numparse=True))
+    if not any(p.fits for p in proposals):
+        print("\nnothing here is enough: take GPUs with more memory, or a smaller model")
+    return [_proposal(p) for p in proposals]
+
+
+def _scaling(points: list[Point], launch: Launch) -> str:
+    rows = [
+        (
+            point.scheme,
+            point.moved.ranks,
+            f"{point.moved.sent / 1e9:.2f}",
+            *(f"{point.ratios[link.name]:.2f}" for link in LINKS),
+        )
+        for point in points
+    ]
+    headers = ["scheme", "GPUs", "GB sent by each", *(link.name for link in LINKS)]
+    tokens = launch.micro_batch_size * launch.max_length * launch.training.gradient_accumulation
+    return (
+        f"\nA step of {tokens} tokens on each GPU: bytes, and time of products over time of collectives\n\n"
+        + tabulate(
+            rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * (2 + len(LINKS)))
+        )
+    )
+
+
+def _tree(launch: Launch, result: Estimate, moved: Traffic) -> dict[str, Any]:
+    return {
+        "processes": launch.processes,
+        "micro_batch": [launch.micro_batch_size, launch.max_length],
+        "peak": _bytes(result.peak),
+        "moment": result.moment,
+        "between_steps": _bytes(result.at_rest),
+        "cpu_memory": _bytes(result.host),
+        "sent_bytes": moved.sent,
+        "collectives": dict(result.exchanged),
+    }
+
+
+def _bytes(breakdown: Breakdown) -> dict[str, int]:
+    return {**{part.value: size for part, size in breakdown}, "total": breakdown.total}
+
+
+def _proposal(proposal: Proposal) -> dict[str, Any]:
+    return {
+        "set": proposal.change.settings,
+        "same_run": proposal.change.same_run,
+        "fits": proposal.fits,
+        "peak": _bytes(proposal.estimate.peak),
+    }
+
+
+def _point(point: Point) -> dict[str, Any]:
+    return {
+        "scheme": point.scheme,
+        "ranks": point.moved.ranks,
+        "sent_bytes": point.moved.sent,
+        "ratios": dict(point.ratios),
+    }

@@ -1,0 +1,106 @@
+"""What sharded training steps hold and send, counted on every process.
+
+torchrun --nproc-per-node N -m tests.distributed.traffic OUT MODEL
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from qdora.adapters.inject import inject
+from qdora.analysis.memory_step import Launch
+from qdora.commands.base import load_adapted
+from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
+from qdora.parallel.launch_settings import FsdpSettings
+from qdora.parallel.processes import Processes
+from tests.real_step import record_real_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fsdp: dict[str, Any] | None = dataclasses.field(default_factory=dict)
+
+
+CASES = {
+    "qdora": Case(training={"gradient_accumulation": 2}),
+    "qlora recomputed": Case({"method": "qlora", "dropout": 0.1}, {"gradient_checkpointing": True}),
+    "kept": Case(fsdp={"reshard_after_forward": False}),
+    "one group": Case(fsdp={"wrap": False}),
+    "dora": Case({"method": "dora"}),
+    "head": Case({"method": "lora", "targets": ("q_proj", "lm_head")}),
+    "full": Case({"method": "full"}),
+    "data parallel": Case(fsdp=None),
+}
+
+
+def launch_of(case: Case, processes: int) -> Launch:
+    training = {"max_steps": 1, "batch_size": 4 * processes} | case.training
+    return Launch(
+        adapter=AdapterConfig(**({"r": 8} | case.adapter)),
+        training=TrainingConfig(**training),
+        max_length=40,
+        processes=processes,
+        fsdp=None if case.fsdp is None else FsdpSettings(**case.fsdp),
+        device="cpu",
+    )
+
+
+class CountedCalls:
+    """Bytes that the collectives of `torch.distributed` are given by this process while entered."""
+
+    def __enter__(self) -> CountedCalls:
+        self.sent: dict[str, int] = {}
+        names = ("all_gather_single", "reduce_scatter_single")
+        self._originals = {name: getattr(dist, name) for name in names}
+        for name, original in self._originals.items():
+            setattr(dist, name, self._counted(name, original))
+        return self
+
+    def _counted(self, name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            whole = max(tensors, key=lambda t: t.numel())
+            self.sent[name] = self.sent.get(name, 0) + whole.numel() * whole.element_size()
+            return original(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *_: object) -> None:
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+
+def main(out: Path, model: str) -> None:
+    """Every process writes OUT/NAME-RANK.json."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    for name, case in CASES.items():
+        launch = launch_of(case, accelerator.num_processes)
+        processes = Processes(accelerator, launch.fsdp)
+        base = "nf4" if launch.adapter.method.startswith("q") else "dense"
+        settings = ModelConfig(path=model, base=base, dtype="float32")
+        loaded, _, _ = load_adapted(settings, lambda m, a=launch.adapter: inject(m, a), processes)
+        with CountedCalls() as calls:
+            record = record_real_step(loaded, launch, processes)
+        facts = {
+            "peaks": {stretch: peak.total for stretch, peak in record.peaks.items()},
+            "at_rest": {part.value: size for part, size in record.at_rest},
+            "exchanged": record.exchanged,
+            "calls": calls.sent,
+        }
+        (out / f"{name}-{processes.rank}.json").write_text(json.dumps(facts))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,102 @@
+"""Bytes on the loopback interface in a sharded training step over gloo, next to the formula's.
+
+    python -m tests.measurements.wire_bytes          # the 135M model, 2 and 4 processes
+
+The interface counts what all processes of the machine send over it, so nothing else should use it meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tabulate import tabulate
+
+from qdora.adapters.inject import inject
+from qdora.analysis.communication import traffic
+from qdora.analysis.memory_launch import find_architecture
+from qdora.analysis.memory_step import Launch
+from qdora.commands.base import load_adapted
+from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
+from qdora.data.tokenize import TokenizedExample
+from qdora.parallel.launch_settings import FsdpSettings
+from qdora.parallel.processes import Processes
+from qdora.training.loop import Callbacks, Trainer
+from tests.measurements.sharded_memory import PACKAGED, ROOT
+
+LENGTH, STEPS = 32, 2
+MODEL = ModelConfig(path=PACKAGED, dtype="float32")
+ADAPTER = AdapterConfig(r=16)
+
+
+def main() -> None:
+    """Count, compute, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        count()
+        return
+    rows = []
+    for processes in arguments.processes:
+        launch = Launch(ADAPTER, training(processes), LENGTH, processes, FsdpSettings(), "cpu")
+        architecture = find_architecture(MODEL, None, Path("none"), "cpu")
+        expected = processes * traffic(architecture, launch).sent
+        counted = launched(processes)
+        rows.append([processes, expected / 1e6, counted / 1e6, counted / expected])
+    print(tabulate(rows, headers=["processes", "formula, MB", "on the wire, MB", "ratio"], floatfmt=".3f"))
+
+
+def training(processes: int) -> TrainingConfig:
+    return TrainingConfig(max_steps=STEPS, batch_size=2 * processes, gradient_accumulation=2)
+
+
+def launched(processes: int) -> float:
+    """Bytes of one step of a launch."""
+    words = [
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "tests.measurements.wire_bytes",
+        "--child",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, check=True)
+    (found,) = re.findall(r"COUNTED (\d+)", done.stdout)
+    return int(found) / STEPS
+
+
+def count() -> None:
+    """As one of the processes: train, and let the first one read the interface before and after."""
+    processes = Processes.start()
+    model, _, _ = load_adapted(MODEL, lambda m: inject(m, ADAPTER), processes)
+    example = TokenizedExample(torch.arange(3, 3 + LENGTH).tolist(), 1, "")
+    settings = training(processes.count)
+    trainer = Trainer(model, [example] * settings.batch_size, settings, processes, pad_id=0)
+    dist.barrier()
+    before = sent()
+    trainer.run(0, Callbacks(log=lambda m: None, save=lambda s: None, evaluate=lambda s: None))
+    dist.barrier()
+    if processes.is_main:
+        print(f"COUNTED {sent() - before}", flush=True)
+    processes.end()
+
+
+def sent() -> int:
+    """Bytes that the loopback interface has sent since it came up."""
+    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("lo:"))
+    return int(line.partition(":")[2].split()[8])
+
+
+if __name__ == "__main__":
+    main()
