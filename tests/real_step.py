@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers
+from qdora.analysis.memory_model import shard_sizes
 from qdora.analysis.memory_parts import Breakdown, Part
 from qdora.analysis.memory_step import Launch, StepRecord, _WorstBatch
 from qdora.analysis.memory_tracker import _COLLECTIVES, StepTracker
@@ -50,4 +51,4 @@ def record_real_step(model: PreTrainedModel, launch: Launch, processes: Processe
         tracker.restart()
         model.train()
         trainer._step(0, SimpleNamespace(number=None))
-    return StepRecord(tracker.peaks, at_rest, dict(tracker.exchanged))
+    return StepRecord(tracker.peaks, at_rest, shard_sizes(model), dict(tracker.exchanged))

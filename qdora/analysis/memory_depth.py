@@ -101,7 +101,8 @@ def _extended(first: StepRecord, second: StepRecord, depth: int) -> StepRecord:
         for stretch, peak in first.peaks.items()
     }
     at_rest = Breakdown.of(_line(dict(first.at_rest), dict(second.at_rest), depth))
-    return StepRecord(peaks, at_rest, _line(first.exchanged, second.exchanged, depth))
+    shards = Breakdown.of(_line(dict(first.shards), dict(second.shards), depth))
+    return StepRecord(peaks, at_rest, shards, _line(first.exchanged, second.exchanged, depth))
 
 
 def _line(first: Mapping[K, int], second: Mapping[K, int], depth: int) -> dict[K, int]:

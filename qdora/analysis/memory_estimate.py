@@ -9,9 +9,6 @@ from qdora.analysis.memory_depth import Architecture, record
 from qdora.analysis.memory_parts import Breakdown, Part
 from qdora.analysis.memory_step import Launch, StepRecord
 
-ON_THE_HOST = (Part.WEIGHTS, Part.STATISTICS, Part.ADAPTERS, Part.GRADIENTS, Part.OPTIMIZER)
-"""What `fsdp_offload_params` keeps in CPU memory."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -45,17 +42,16 @@ def estimate(architecture: Architecture, launch: Launch) -> Estimate:
 
 
 def _read_off(step: StepRecord, offload: bool) -> Estimate:
-    on_device = {name: _split(peak, offload)[0] for name, peak in step.peaks.items()}
-    moment = max(on_device, key=lambda name: on_device[name].total)
-    host = max((_split(peak, offload)[1] for peak in step.peaks.values()), key=lambda part: part.total)
-    at_rest, _ = _split(step.at_rest, offload)
-    return Estimate(on_device[moment], moment, at_rest, host, step.exchanged)
+    peaks = {name: _split(step, peak, offload) for name, peak in step.peaks.items()}
+    moment = max(peaks, key=lambda name: peaks[name][0].total)
+    host = max((away for _, away in peaks.values()), key=lambda away: away.total)
+    at_rest, _ = _split(step, step.at_rest, offload)
+    return Estimate(peaks[moment][0], moment, at_rest, host, step.exchanged)
 
 
-def _split(breakdown: Breakdown, offload: bool) -> tuple[Breakdown, Breakdown]:
-    """On the device, and in CPU memory."""
-    away = ON_THE_HOST if offload else ()
-    return (
-        Breakdown.of({part: count for part, count in breakdown if part not in away}),
-        Breakdown.of({part: count for part, count in breakdown if part in away}),
-    )
+def _split(step: StepRecord, moment: Breakdown, offload: bool) -> tuple[Breakdown, Breakdown]:
+    """On the device, and in CPU memory: offloaded are a rank's shares, their gradients and moments."""
+    away = dict.fromkeys(Part, 0)
+    if offload:
+        away = dict(step.shards) | {part: moment[part] for part in (Part.GRADIENTS, Part.OPTIMIZER)}
+    return Breakdown.of({part: size - away[part] for part, size in moment}), Breakdown.of(away)

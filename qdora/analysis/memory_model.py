@@ -12,7 +12,7 @@ from qdora.adapters.direction import SharedPair
 from qdora.adapters.inject import inject
 from qdora.adapters.magnitude import Magnitude
 from qdora.analysis.memory_fakes import CPU
-from qdora.analysis.memory_parts import Part
+from qdora.analysis.memory_parts import Breakdown, Part
 from qdora.analysis.memory_tracker import StepTracker
 from qdora.config import AdapterConfig
 from qdora.models.fill import replace_parameter, shard_like
@@ -60,6 +60,17 @@ def mark_model(model: nn.Module, tracker: StepTracker) -> None:
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             tracker.mark([tensor], _part_of(module, name, tensor))
+
+
+def shard_sizes(model: nn.Module) -> Breakdown:
+    """Bytes of this rank's shares of the parameters; what is whole on every rank is not among them."""
+    sizes = dict.fromkeys(Part, 0)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                part = _part_of(module, name, parameter)
+                sizes[part] += parameter.to_local().untyped_storage().nbytes()
+    return Breakdown.of(sizes)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -28,7 +28,7 @@ class Part(StrEnum):
     TILES = "tiles"
     """Tiles of dequantized weights."""
     GATHERED = "gather buffers"
-    """Layers gathered by FSDP, and the buffers of its collectives."""
+    """Layers gathered by FSDP, their gradients until those are scattered, and buffers of its collectives."""
     LOGITS = "logits"
     """Logits of a chunk of the labelled tokens, and their gradients."""
     OTHER = "other"

@@ -23,6 +23,7 @@ from qdora.analysis.memory_model import (
     decoder_layers,
     fill_with_fakes,
     mark_model,
+    shard_sizes,
     start_adapters,
 )
 from qdora.analysis.memory_parts import Breakdown, Part
@@ -80,11 +81,13 @@ class StepRecord:
     Attributes:
         peaks: the worst moment of each stretch of the step.
         at_rest: between two steps.
+        shards: of that, this rank's shares of the parameters.
         exchanged: bytes of all ranks' shares together, by collective.
     """
 
     peaks: Mapping[str, Breakdown]
     at_rest: Breakdown
+    shards: Breakdown
     exchanged: Mapping[str, int]
 
 
@@ -115,7 +118,7 @@ def record_step(model: PreTrainedModel, launch: Launch) -> StepRecord:
             tracker.restart()
             model.train()
             trainer._step(0, cast(StopRequest, SimpleNamespace(number=None)))
-        return StepRecord(tracker.peaks, at_rest, dict(tracker.exchanged))
+        return StepRecord(tracker.peaks, at_rest, shard_sizes(model), dict(tracker.exchanged))
 
 
 class _WorstBatch(Trainer):

@@ -132,7 +132,7 @@ class StepTracker(MemTracker):
         @wraps(method)
         def inner(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             gathered = [p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
-            self.mark(_gradients(gathered), Part.GRADIENTS)
+            self.mark(_gradients(gathered), Part.GATHERED)
             result = reduce(*args, **kwargs)
             self.mark(_gradients(p.sharded_param for p in group.fsdp_params), Part.GRADIENTS)
             return result

@@ -146,16 +146,19 @@ def plot_efficiency(points: Sequence[Point], path: Path, title: str) -> None:
         title: above the panels.
     """
     figure, panels = plt.subplots(1, len(LINKS), figsize=(11, 3.6), dpi=130, sharey=True)
+    ranks = sorted({point.moved.ranks for point in points})
     for axes, link in zip(panels, LINKS, strict=True):
         for name in dict.fromkeys(point.scheme for point in points):
             own = [point for point in points if point.scheme == name]
             x = [point.moved.ranks for point in own]
             axes.plot(x, [100 * p.efficiency[link.name] for p in own], marker="o", ms=3, label=name)
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
+        axes.set_xticks(ranks, [str(count) for count in ranks])
+        axes.minorticks_off()
         axes.set_title(f"{link.name}, {link.rate / 1e9:g} GB/s", fontsize=10)
         axes.set_xlabel("GPUs")
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("time spent in products (%)")
+    panels[0].set_ylabel("time spent in products (%),\nall else hidden behind them")
     panels[0].set_ylim(0, 105)
     panels[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)

@@ -23,7 +23,7 @@ from qdora.errors import InputError
 from qdora.files import write_json
 from qdora.parallel.launch_settings import FsdpSettings
 
-RESERVE = "1GiB"
+RESERVE = "2GiB"
 """Set aside on a GPU: its context, buffers of NCCL and cuBLAS, what the allocator cannot use."""
 
 

@@ -37,7 +37,7 @@ def test_every_kind_is_printed_and_they_add_up(words, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(any(line.startswith(part.value) for line in shown.splitlines()) for part in Part)
     assert "2 GPUs, FSDP; 4 x 32 tokens at once" in shown
-    assert "fits in 24.00 GiB (1.00 GiB set aside)" in shown
+    assert "fits in 24.00 GiB (2.00 GiB set aside)" in shown
     figures = json.loads(out.read_text())
     assert figures["fits"] is True
     assert figures["proposals"] == []

@@ -129,9 +129,17 @@ def test_offloaded_shards_are_in_cpu_memory():
     here = estimate(architecture(LAYERS), launch(2))
     away = estimate(architecture(LAYERS), launch(2, offload=True))
     assert here.host.total == 0
-    assert away.host[Part.WEIGHTS] == here.at_rest[Part.WEIGHTS]
+    norms = (2 * LAYERS + 1) * HIDDEN * 2
+    nested = LAYERS * sum(-(-o * i // 64 // 256) * 4 + 256 * 4 + 4 for o, i in LINEARS)
+    assert away.host[Part.WEIGHTS] == weights(2) - norms
+    assert away.host[Part.STATISTICS] == statistics(2) - nested
+    assert away.host[Part.ADAPTERS] == 4 * trained(2)
     assert away.host[Part.OPTIMIZER] == here.at_rest[Part.OPTIMIZER]
-    assert away.peak[Part.WEIGHTS] == away.peak[Part.OPTIMIZER] == 0
+    # What every rank has whole stays where it computes.
+    assert away.peak[Part.WEIGHTS] == away.at_rest[Part.WEIGHTS] == norms
+    assert away.peak[Part.STATISTICS] == nested
+    assert away.peak[Part.ADAPTERS] >= vectors()
+    assert away.peak[Part.OPTIMIZER] == 0
     assert away.peak[Part.GATHERED] > 0
 
 
