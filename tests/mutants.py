@@ -120,8 +120,8 @@ MUTANTS = {
     ),
     "step without a master": Mutant(
         "training/optimizer.py",
-        "                parameter.copy_(master)\n",
-        "                parameter.copy_(master)\n                master.copy_(parameter)\n",
+        "parameter.copy_(master)\n                master.grad = None\n",
+        "parameter.copy_(master)\n                master.copy_(parameter)\n",
         f"{NORM}::test_the_tail_of_a_decayed_rate_moves_as_float32_does",
     ),
     "blocks cut at the shard": Mutant(

@@ -35,7 +35,7 @@ def interrupt(folder: Path, model: Path, send: int, launcher: bool) -> tuple[sub
     config = write_config(folder, tree)
     process = start("launch/train.py", "--config", config, launcher=launcher)
     lines = folder / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (lines.exists() and len(lines.read_text().splitlines()) >= 12):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
