@@ -65,14 +65,16 @@ def test_an_unknown_model_is_an_error_that_names_a_way_out(monkeypatch):
         find_architecture(ModelConfig(path="x"), str(CONFIGS), CONFIGS / "x.yaml", "cuda")
 
 
-def test_dtypes_and_quantization_are_those_of_the_run(tmp_path):
+def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
     """Catches: an estimate in float32 because there is no GPU here, a base that stays 16-bit or does not."""
+    monkeypatch.setattr("qdora.models.dtype._has_native_bfloat16", lambda device: False)
     folder = str(CONFIGS / "models" / "llama-3-8b")
 
     def of(device="cuda", **settings):
         return find_architecture(ModelConfig(path="x", **settings), folder, CONFIGS / "x.yaml", device)
 
     assert of().compute == torch.bfloat16
+    assert of(device="cpu").compute == torch.float32
     assert of(dtype="float32").compute == torch.float32
     assert of(device="cpu", dtype="bfloat16").compute == torch.bfloat16
     assert of(block_size=128, double_quantization=False).quantization == Quantization(128, False)
