@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +48,5 @@ def record_real_step(model: PreTrainedModel, launch: Launch, processes: Processe
         trainer.mark_what_stays()
         at_rest: Breakdown = tracker.current
         tracker.restart()
-        model.train()
-        trainer._step(0, SimpleNamespace(number=None))
+        trainer.run_step()
     return StepRecord(tracker.peaks, at_rest, shard_sizes(model), dict(tracker.exchanged))

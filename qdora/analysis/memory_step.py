@@ -9,8 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -116,8 +115,7 @@ def record_step(model: PreTrainedModel, launch: Launch) -> StepRecord:
             trainer.mark_what_stays()
             at_rest = tracker.current
             tracker.restart()
-            model.train()
-            trainer._step(0, cast(StopRequest, SimpleNamespace(number=None)))
+            trainer.run_step()
         return StepRecord(tracker.peaks, at_rest, shard_sizes(model), dict(tracker.exchanged))
 
 
@@ -161,6 +159,11 @@ class _WorstBatch(Trainer):
         self._tracker.mark(self.optimizer.state().values(), Part.OPTIMIZER)
         # Last: a parameter that is its own master is a parameter.
         mark_model(self.model, self._tracker)
+
+    def run_step(self) -> None:
+        """One step, as `run` makes many."""
+        self.model.train()
+        self._step(0, StopRequest())
 
     def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
         with unset_fake_temporarily():  # how long an example is, is read from its numbers
