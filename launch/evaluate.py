@@ -2,7 +2,7 @@
 
 import sys
 
-from qdora.cli import run_command
+from qdora.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(run_command("evaluate", sys.argv[1:]))
+    run_and_exit("evaluate", sys.argv[1:])

@@ -2,7 +2,7 @@
 
 import sys
 
-from qdora.cli import run_command
+from qdora.cli import run_and_exit
 
 if __name__ == "__main__":
-    sys.exit(run_command("export", sys.argv[1:]))
+    run_and_exit("export", sys.argv[1:])

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from qdora.errors import InputError, InterruptedRunError, suggest
 
@@ -38,7 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         print(f"qdora: unknown command {name!r}; {suggest(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(run_command(name, rest))
+    run_and_exit(name, rest)
+
+
+def run_and_exit(name: str, arguments: Sequence[str]) -> NoReturn:
+    """Run one command as all that this process does."""
+    code = run_command(name, arguments)
+    from qdora.distributed.context import end  # with torch, which the command has loaded
+
+    end(code)
 
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
@@ -68,7 +77,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         print(f"qdora {name}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except Exception as error:
-        from qdora.parallel.failures import leave, lost_process
+        from qdora.distributed.context import leave, lost_process
 
         lost = lost_process(error)
         if lost is None:

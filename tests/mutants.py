@@ -137,7 +137,7 @@ MUTANTS = {
         f"{SHARES}::test_shares_are_the_whole",
     ),
     "gradients averaged over ranks": Mutant(
-        "parallel/shard.py",
+        "distributed/fsdp.py",
         "sharded.set_gradient_divide_factor(1.0)",
         "pass",
         f"{SHARDED}::test_float32_training_is_that_of_one_process[2-qdora]",
@@ -151,14 +151,14 @@ MUTANTS = {
         slow=True,
     ),
     "frozen scales rounded to the adapters' dtype": Mutant(
-        "parallel/shard.py",
+        "distributed/fsdp.py",
         "initialize(replace(policy, param_dtype=None))",
         "initialize(policy)",
         f"{SHARDED}::test_the_initial_norms_are_the_same[2-qdora awkward bf16]",
         slow=True,
     ),
     "sharded gradients rounded to bf16": Mutant(
-        "parallel/forward.py",
+        "distributed/fsdp.py",
         "parameter.grad_dtype = torch.float32",
         "pass",
         f"{SHARDED}::test_bf16_adapters_differ_by_their_rounding_alone[2-qdora bf16]",
@@ -179,14 +179,14 @@ MUTANTS = {
         slow=True,
     ),
     "every rank reads everything": Mutant(
-        "models/fill.py",
+        "models/load.py",
         "rows = rows_to_read(shape, layer.block_size, share)",
         "self._read(name, facts, None)\n                rows = rows_to_read(shape, layer.block_size, share)",
         f"{SHARDED}::test_a_rank_holds_and_reads_its_share[2-wide]",
         slow=True,
     ),
     "a rank's own fresh norms": Mutant(
-        "parallel/shard.py",
+        "distributed/fsdp.py",
         "            group.unshard()\n            for layer",
         "            for layer",
         f"{SHARDED}::test_the_initial_norms_are_the_same[2-qdora]",

@@ -11,11 +11,10 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers
-from qdora.analysis.memory_model import shard_sizes
-from qdora.analysis.memory_parts import Breakdown, Part
-from qdora.analysis.memory_step import Launch, StepRecord, _WorstBatch
-from qdora.analysis.memory_tracker import _COLLECTIVES, StepTracker
-from qdora.parallel.processes import Processes
+from qdora.distributed.context import Processes
+from qdora.planner.internals import _COLLECTIVES, StepTracker
+from qdora.planner.report import Breakdown, Part
+from qdora.planner.simulate import Launch, StepRecord, _WorstBatch, shard_sizes
 
 
 class RealTracker(StepTracker):

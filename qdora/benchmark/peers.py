@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
-from qdora.export.merge import merged_tensors
+from qdora.export.write import merged_tensors
 
 
 def peft_module() -> Any:

@@ -10,12 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers, inject
-from qdora.benchmark.machine import square_product
-from qdora.benchmark.measure import Arm, alternate, ratio, timed
+from qdora.benchmark.measure import Arm, alternate, ratio, square_product, timed
 from qdora.benchmark.peers import peft_model
 from qdora.config import AdapterConfig, Method, ModelConfig, TrainingConfig
 from qdora.data.batches import IGNORED_LABEL, Batch
-from qdora.models.heap import keep_freed_memory
+from qdora.memory import keep_freed_memory
 from qdora.models.load import load_base
 from qdora.training.loss import completion_loss
 from qdora.training.optimizer import AdapterOptimizer

@@ -12,13 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapters.peft_format import check_base, fill_saved, inject_saved, load_adapter
 from qdora.adapters.peft_layout import read_saved
 from qdora.config import ModelConfig
+from qdora.distributed.context import Processes, together
+from qdora.distributed.fsdp import shard_model, start_sharded
+from qdora.distributed.shard_peers import ShardPeers
 from qdora.errors import InputError
-from qdora.models.fill import fill
-from qdora.models.load import load_base, open_skeleton
-from qdora.parallel.agreement import together
-from qdora.parallel.processes import Processes
-from qdora.parallel.shard import shard_model, start_sharded
-from qdora.parallel.shard_peers import ShardPeers
+from qdora.models.load import fill, load_base, open_skeleton
 
 T = TypeVar("T")
 

@@ -11,19 +11,19 @@ import torch
 from tabulate import tabulate
 
 from qdora.benchmark.layer import ARMS, LARGE, SMALL, Shape, benchmark_layer
-from qdora.benchmark.machine import facts, gemm_rate
+from qdora.benchmark.measure import facts, gemm_rate
 from qdora.benchmark.peers import peft_module
 from qdora.benchmark.step import benchmark_step
 from qdora.commands.base import load_configured
 from qdora.config import AdapterConfig, RunConfig
 from qdora.config_file import load_config
 from qdora.data.batches import Batch, BatchPlan, collate
-from qdora.data.prepare import prepare
 from qdora.errors import InputError
 from qdora.files import write_json
-from qdora.models.dtype import compute_dtype, resolve_device
-from qdora.models.heap import keep_freed_memory
+from qdora.memory import keep_freed_memory
+from qdora.models.load import compute_dtype, resolve_device
 from qdora.quant.weight import TILE_BYTES
+from qdora.tasks.prepare import prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,14 +10,13 @@ from typing import Any
 
 from qdora.commands.score import score_adapter
 from qdora.commands.train import train
-from qdora.compare.report import ArmRun, markdown, write_report
 from qdora.config import ArmConfig, CompareConfig, RunConfig
 from qdora.config_file import check_config, dump_config, load_config, read_yaml, set_key
+from qdora.distributed.context import Processes
 from qdora.errors import InputError
-from qdora.evaluation.report import read_scores
-from qdora.evaluation.scores import Scores
+from qdora.evaluation.scores import Scores, read_scores
+from qdora.experiments.report import ArmRun, markdown, write_report
 from qdora.files import write_text
-from qdora.parallel.processes import Processes
 from qdora.run import RunDirectory
 from qdora.training.metrics import read_metrics
 

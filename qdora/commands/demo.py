@@ -12,8 +12,7 @@ from tabulate import tabulate
 
 from qdora.config_file import load_config
 from qdora.errors import InputError
-from qdora.evaluation.report import read_scores
-from qdora.evaluation.scores import Scores
+from qdora.evaluation.scores import Scores, read_scores
 from qdora.run import RunDirectory
 from qdora.training.metrics import read_metrics
 

@@ -9,19 +9,17 @@ from typing import Any
 
 from tabulate import tabulate
 
-from qdora.analysis.communication import Traffic, traffic
-from qdora.analysis.memory_advice import Proposal, advise
-from qdora.analysis.memory_depth import Architecture
-from qdora.analysis.memory_estimate import Estimate, estimate
-from qdora.analysis.memory_launch import LaunchFile, find_architecture, read_launch_file
-from qdora.analysis.memory_parts import Breakdown, parse_size, show_size
-from qdora.analysis.memory_step import Launch
-from qdora.analysis.scaling import LINKS, Point, plot_efficiency, scale
 from qdora.config import RunConfig
 from qdora.config_file import load_config
+from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.files import write_json
-from qdora.parallel.launch_settings import FsdpSettings
+from qdora.planner.advise import Proposal, advise
+from qdora.planner.estimate import Estimate, estimate
+from qdora.planner.launch import LaunchFile, find_architecture, read_launch_file
+from qdora.planner.report import Breakdown, parse_size, show_size
+from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
+from qdora.planner.simulate import Architecture, Launch
 
 RESERVE = "2GiB"
 """Set aside on a GPU: its context, buffers of NCCL and cuBLAS, what the allocator cannot use."""

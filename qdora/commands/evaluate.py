@@ -8,10 +8,10 @@ from pathlib import Path
 from tabulate import tabulate
 
 from qdora.commands.score import score_adapter
-from qdora.commands.target import Target, add_target_arguments, resolve_target
+from qdora.distributed.context import Processes
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import Scores
-from qdora.parallel.processes import Processes
+from qdora.run import Target, add_target_arguments, resolve_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

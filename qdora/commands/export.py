@@ -9,12 +9,11 @@ from transformers import PreTrainedModel
 
 from qdora.adapters.peft_format import load_adapter
 from qdora.commands.base import load_configured
-from qdora.commands.target import add_target_arguments, resolve_target
 from qdora.errors import InputError
-from qdora.export.merge import merged_onto
 from qdora.export.verify import verify_export
-from qdora.export.write import DTYPES, merge_and_export
-from qdora.models.resolve import open_checkpoint
+from qdora.export.write import DTYPES, merge_and_export, merged_onto
+from qdora.models.hub import open_checkpoint
+from qdora.run import add_target_arguments, resolve_target
 
 VERIFIED_POSITIONS = (4, 64)
 """Sequences and tokens on which logits are compared."""

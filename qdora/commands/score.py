@@ -10,15 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.commands.base import load_with_adapter
 from qdora.config import RunConfig
-from qdora.data.example import Example
-from qdora.data.prepare import load_test
+from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token
+from qdora.distributed.context import Processes, together
+from qdora.distributed.generation import for_generation
 from qdora.errors import InputError, suggest
 from qdora.evaluation.evaluate import Scores, evaluate
-from qdora.evaluation.report import write_scores
-from qdora.parallel.agreement import together
-from qdora.parallel.generation import for_generation
-from qdora.parallel.processes import Processes
+from qdora.evaluation.scores import write_scores
+from qdora.tasks.prepare import load_test
 
 
 def score_model(

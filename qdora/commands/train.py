@@ -15,29 +15,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.inject import InjectionReport, initial_a_fingerprint, inject
 from qdora.adapters.peft_format import check_savable, save_adapter
-from qdora.analysis.plots import plot_loss
 from qdora.commands.base import load_adapted
 from qdora.commands.score import score_model
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
-from qdora.data.prepare import PreparedData, prepare
+from qdora.distributed.context import Processes, refuse_disagreement, together
 from qdora.errors import InputError
-from qdora.evaluation.report import write_scores
-from qdora.models.dtype import compute_dtype
-from qdora.parallel.agreement import refuse_disagreement, together
-from qdora.parallel.processes import Processes
+from qdora.evaluation.scores import write_scores
+from qdora.experiments.plots import plot_loss
+from qdora.models.load import compute_dtype
 from qdora.run import RunDirectory, make_manifest, package_versions
-from qdora.training.checkpoint import list_checkpoints, load_checkpoint, newest_usable
-from qdora.training.checkpoint_writer import CheckpointWriter
+from qdora.tasks.prepare import PreparedData, prepare
+from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import (
     StepMetrics,
+    TrainingBar,
     append_metrics,
     keep_until,
     read_metrics,
     reset_peak_memory,
 )
-from qdora.training.progress import TrainingBar
 
 # What may differ between a run and its continuation.  A longer run decays its rate more slowly from
 # where it goes on; what was done stays as it was.

@@ -1,12 +1,78 @@
-"""A row as a file has it, and its columns as text."""
+"""What every source gives: examples, the rows it could not use, and a fingerprint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from qdora.data.bad_rows import BadRowError
-from qdora.errors import suggest
+from qdora.errors import DataError, suggest
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question with the text to train on and the gold answer."""
+
+    question: str
+    """What goes into the prompt."""
+    completion: str
+    """What is trained on, without EOS."""
+    answer: str
+    """Gold answer."""
+    task: str
+    """Names the scoring rule and the report: `synthetic`, `gsm8k`, `boolq`, a file's name."""
+    origin: str
+    """`file:line` or `dataset[index]`; named in errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that was left out."""
+
+    origin: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """What a source gives."""
+
+    examples: list[Example]
+    skipped: list[Skipped]
+    fingerprint: str
+    """sha256 over the examples' contents, see `fingerprint`."""
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """sha256 over what the examples say and their order; where they came from does not count."""
+    digest = hashlib.sha256()
+    for example in examples:
+        contents = [example.question, example.completion, example.answer, example.task]
+        # JSON keeps the fields apart: ("ab", "c") and ("a", "bc") must differ.
+        digest.update(json.dumps(contents).encode() + b"\n")
+    return digest.hexdigest()
+
+
+BadRows = Literal["stop", "skip"]
+
+
+class BadRowError(Exception):
+    """A row cannot become an example; the message is the reason, without the row's origin."""
+
+
+def settle(skipped: Sequence[Skipped], bad_rows: BadRows) -> None:
+    """Stop at the first bad row if the configuration says so.
+
+    Raises: DataError: `bad_rows` is `stop` and a row is bad; names file and line, the reason,
+        and how many more there are.
+    """
+    if bad_rows == "skip" or not skipped:
+        return
+    first, others = skipped[0], len(skipped) - 1
+    more = f"; {others} more bad row{'s' if others > 1 else ''} after it" if others else ""
+    raise DataError(f"{first.origin}: {first.reason}{more} (data.bad_rows: skip leaves such rows out)")
 
 
 @dataclass(frozen=True, slots=True)

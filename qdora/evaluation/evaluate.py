@@ -11,14 +11,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.config import AnswerKind
-from qdora.data.example import Example
-from qdora.data.prompts import prompt_ids_of_all
+from qdora.data.rows import Example
+from qdora.data.templates import prompt_ids_of_all
 from qdora.data.tokenize import choose_pad_token
 from qdora.errors import InputError
-from qdora.evaluation.answers import SCORERS, Verdict, score_output
 from qdora.evaluation.generation import Generation, check_prompts, eos_token_ids, generate
 from qdora.evaluation.scores import Prediction, Scores, summarize
-from qdora.evaluation.tasks import Task, task_for
+from qdora.tasks.declared import Task, task_for
+from qdora.tasks.scoring import SCORERS, Verdict, score_output
 
 __all__ = ["Gather", "Scores", "evaluate"]
 

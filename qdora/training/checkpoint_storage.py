@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from qdora.distributed.context import Processes
 from qdora.errors import CheckpointError, InputError
 from qdora.files import explained, file_digest, flush, write_tensors
-from qdora.parallel.processes import Processes
 from qdora.training.optimizer import local_rows
 
 

@@ -7,10 +7,12 @@ random draw of a step follows from seed, step and rank, so a resumed run needs n
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType, TracebackType
 
 import torch
 from torch import nn
@@ -20,15 +22,13 @@ from transformers import PreTrainedModel
 from qdora.config import TrainingConfig
 from qdora.data.batches import Batch, BatchPlan, collate, without_labels
 from qdora.data.tokenize import TokenizedExample
+from qdora.distributed.context import Processes
+from qdora.distributed.fsdp import as_forward
 from qdora.errors import InputError, InterruptedRunError
-from qdora.models.heap import keep_freed_memory
-from qdora.parallel.forward import as_forward
-from qdora.parallel.processes import Processes
+from qdora.memory import keep_freed_memory
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
-from qdora.training.optimizer import AdapterOptimizer
-from qdora.training.schedule import learning_rate
-from qdora.training.signals import StopRequest
+from qdora.training.optimizer import AdapterOptimizer, learning_rate
 
 
 class DivergedError(InputError):
@@ -214,3 +214,44 @@ def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
 def _step_seed(seed: int, step: int, rank: int) -> int:
     # A generator takes 63 bits; a seed may be any number, a time in milliseconds for example.
     return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """While entered, a first signal is only noted, so that the step in progress can end.
+
+    A second Ctrl-C interrupts at once, as a user expects.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._previous: dict[int, signal.Handlers] = {}
+        self._parent = os.getppid()
+
+    def __enter__(self) -> StopRequest:
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._note)  # type: ignore[assignment]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def number(self) -> int | None:
+        """The signal to stop for; None where nobody asked.
+
+        `accelerate launch` does not pass SIGTERM on: its death is noticed by the change of parent.
+        """
+        if self._received is None and os.getppid() != self._parent:
+            return int(signal.SIGTERM)
+        return self._received
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from qdora.distributed.fsdp import gathered
 from qdora.errors import InputError
-from qdora.parallel.forward import gathered
 
 IGNORED = -100
 """Label of a position without loss."""

@@ -20,12 +20,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from qdora.config import TrainingConfig
+from qdora.distributed.context import Processes, end, leave, lost_process
 from qdora.files import file_digest
-from qdora.parallel.failures import leave, lost_process
-from qdora.parallel.processes import Processes
 from qdora.training import checkpoint_storage
-from qdora.training.checkpoint import load_checkpoint, newest_usable
-from qdora.training.checkpoint_writer import CheckpointWriter
+from qdora.training.checkpoint import CheckpointWriter, load_checkpoint, newest_usable
 from qdora.training.optimizer import AdapterOptimizer, local_rows
 
 SETTINGS = {"rate": 1e-3, "targets": ("q_proj", "v_proj")}
@@ -245,3 +243,4 @@ PARTS: dict[str, Callable[[Path, Processes], dict[str, Any]]] = {
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    end(0)

@@ -22,16 +22,16 @@ from qdora.adapters.inject import adapted_layers, initial_a_fingerprint, inject
 from qdora.adapters.peft_format import save_adapter
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
-from qdora.data.example import Example
+from qdora.data.rows import Example
 from qdora.data.tokenize import TokenizedExample
+from qdora.distributed import generation
+from qdora.distributed.context import Processes, end
+from qdora.distributed.generation import for_generation
+from qdora.distributed.launch import FsdpSettings
 from qdora.errors import CheckpointError, InputError
 from qdora.evaluation.evaluate import evaluate
-from qdora.models import safetensors_file
+from qdora.models.formats import safetensors as safetensors_file
 from qdora.models.load import load_base
-from qdora.parallel import generation
-from qdora.parallel.generation import for_generation
-from qdora.parallel.launch_settings import FsdpSettings
-from qdora.parallel.processes import Processes
 from qdora.quant.nf4 import NF4Weight
 from qdora.training.loop import Callbacks, Trainer
 from tests.tiny import tiny_tokenizer
@@ -295,3 +295,4 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), fsdp="--fsdp" in sys.argv)
+    end(0)

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qdora.training.checkpoint import list_checkpoints, newest_usable
-from qdora.training.checkpoint_writer import CheckpointWriter
+from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, newest_usable
 from tests.distributed.checkpoints import POSITION, SETTINGS, make_optimizer, no_adapter, train
 from tests.distributed.ranks import ROOT, SHARDED, ends, free_port
 from tests.unit.training.checkpoints import alone, read_checkpoint, write_checkpoint

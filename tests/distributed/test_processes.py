@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from qdora.errors import InterruptedRunError
-from qdora.parallel.processes import Processes
+from qdora.distributed.context import end
+from qdora.distributed.context import Processes
 from tests.unit.training.trainers import make_trainer, run
 
 out, model = sys.argv[1:]
@@ -53,6 +54,7 @@ facts["saved"] = saved
 facts["sum"] = float(sum(p.double().sum() for p in trainer.parameters.values()))
 Path(out, f"{rank}.json").write_text(json.dumps(facts))
 processes.end()
+end(0)
 """
 
 

@@ -27,11 +27,11 @@ module = types.ModuleType("qdora.commands.probe")
 module.run, module.add_arguments = run, lambda parser: None
 sys.modules[module.__name__] = module
 cli.COMMANDS["probe"] = "a probe"
-sys.exit(cli.run_command("probe", []))
+cli.run_and_exit("probe", [])
 """
 
 MEET = """
-from qdora.parallel.processes import Processes
+from qdora.distributed.context import Processes
 def run(parsed):
     Processes.start()
 """
@@ -41,8 +41,8 @@ import atexit, json, os, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from qdora.parallel.agreement import refuse_disagreement, together
-from qdora.parallel.processes import Processes
+from qdora.distributed.context import refuse_disagreement, together
+from qdora.distributed.context import Processes
 
 def caught(function, *arguments):
     try:

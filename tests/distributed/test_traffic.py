@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qdora.analysis.communication import traffic
-from qdora.analysis.memory_depth import Architecture
-from qdora.analysis.memory_step import record_step
-from qdora.models.folder_config import read_config
-from qdora.models.skeleton import Quantization
+from qdora.models.build import Quantization
+from qdora.models.formats.safetensors import read_config
+from qdora.planner.scaling import traffic
+from qdora.planner.simulate import Architecture, record_step
 from tests.distributed.traffic import CASES, launch_of
 from tests.tiny import write_tiny_model
 

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from qdora.adapters.inject import inject
-from qdora.analysis.memory_step import Launch
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
-from qdora.parallel.launch_settings import FsdpSettings
-from qdora.parallel.processes import Processes
+from qdora.distributed.context import Processes, end
+from qdora.distributed.launch import FsdpSettings
+from qdora.planner.simulate import Launch
 from tests.real_step import record_real_step
 
 
@@ -104,3 +104,4 @@ def main(out: Path, model: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    end(0)

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from qdora.adapters.inject import inject
 from qdora.adapters.methods import METHODS
 from qdora.config import AdapterConfig, Method, TrainingConfig
-from qdora.data.example import Example
+from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
+from qdora.distributed.context import Processes
 from qdora.models.load import load_base
-from qdora.parallel.processes import Processes
 from qdora.training.loop import Callbacks, Trainer
 from tests.tiny import tiny_tokenizer, write_tiny_model
 

@@ -20,9 +20,9 @@ from statistics import median
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from qdora.distributed.context import Processes
 from qdora.files import write_file, write_tensors
-from qdora.parallel.processes import Processes
-from qdora.training.checkpoint_writer import CheckpointWriter
+from qdora.training.checkpoint import CheckpointWriter
 
 PARAMETERS, SAVES = 672, 5
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")

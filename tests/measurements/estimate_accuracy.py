@@ -29,15 +29,15 @@ import torch
 from tabulate import tabulate
 
 from qdora.adapters.inject import inject
-from qdora.analysis.memory_estimate import Estimate, estimate
-from qdora.analysis.memory_launch import find_architecture
-from qdora.analysis.memory_step import Launch
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
-from qdora.models.heap import release_freed_memory
-from qdora.parallel.launch_settings import FsdpSettings
-from qdora.parallel.processes import Processes
+from qdora.distributed.context import Processes
+from qdora.distributed.launch import FsdpSettings
+from qdora.memory import release_freed_memory
+from qdora.planner.estimate import Estimate, estimate
+from qdora.planner.launch import find_architecture
+from qdora.planner.simulate import Launch
 from qdora.training import loop
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import peak_memory, reset_peak_memory

@@ -17,13 +17,12 @@ from unittest import mock
 import torch
 from tabulate import tabulate
 
-from qdora.analysis.memory_depth import Architecture
-from qdora.analysis.memory_estimate import Estimate, estimate
-from qdora.analysis.memory_step import Launch
 from qdora.config import AdapterConfig, Method, TrainingConfig
-from qdora.models.folder_config import read_config
-from qdora.models.skeleton import Quantization
-from qdora.parallel.launch_settings import FsdpSettings
+from qdora.distributed.launch import FsdpSettings
+from qdora.models.build import Quantization
+from qdora.models.formats.safetensors import read_config
+from qdora.planner.estimate import Estimate, estimate
+from qdora.planner.simulate import Architecture, Launch
 from qdora.training import loss
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"

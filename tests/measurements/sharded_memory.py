@@ -28,8 +28,8 @@ from qdora.adapters.inject import inject
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
-from qdora.models.heap import release_freed_memory
-from qdora.parallel.processes import Processes
+from qdora.distributed.context import Processes
+from qdora.memory import release_freed_memory
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import peak_memory, reset_peak_memory
 from tests.tiny import tiny_tokenizer

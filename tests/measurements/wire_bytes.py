@@ -21,14 +21,14 @@ import torch.distributed as dist
 from tabulate import tabulate
 
 from qdora.adapters.inject import inject
-from qdora.analysis.communication import traffic
-from qdora.analysis.memory_launch import find_architecture
-from qdora.analysis.memory_step import Launch
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
-from qdora.parallel.launch_settings import FsdpSettings
-from qdora.parallel.processes import Processes
+from qdora.distributed.context import Processes
+from qdora.distributed.launch import FsdpSettings
+from qdora.planner.launch import find_architecture
+from qdora.planner.scaling import traffic
+from qdora.planner.simulate import Launch
 from qdora.training.loop import Callbacks, Trainer
 from tests.measurements.sharded_memory import PACKAGED, ROOT
 

@@ -15,7 +15,7 @@ from qdora.commands.compare import arm_config
 from qdora.config import CompareConfig, RunConfig, Section
 from qdora.config_file import load_config, read_yaml
 from qdora.errors import InputError
-from qdora.evaluation.tasks import TASKS
+from qdora.tasks.declared import TASKS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from qdora.analysis.memory_parts import Part
 from qdora.cli import run_command
+from qdora.planner.report import Part
 from tests.tiny import tiny_config
 
 RUN = """

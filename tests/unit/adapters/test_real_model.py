@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.adapters.peft_format import save_adapter
 from qdora.config import AdapterConfig
-from qdora.export.merge import merged_tensors
+from qdora.export.write import merged_tensors
 from qdora.models.load import load_base
 
 from .oracle import move_off_the_identity, relative

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qdora.config import PromptName
-from qdora.data.prompts import PROMPTS, prompt_ids, prompt_ids_of_all
+from qdora.data.templates import PROMPTS, prompt_ids, prompt_ids_of_all
 from qdora.errors import InputError
 
 

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdora.data.readers.files import read_rows
-from qdora.data.readers.json_rows import read_json
+from qdora.data.readers import read_json, read_rows
 from qdora.errors import DataError, InputError
 
 

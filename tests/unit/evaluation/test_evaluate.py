@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qdora.evaluation.evaluate as evaluation
-from qdora.data.example import Example
+from qdora.data.rows import Example
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate
 from qdora.evaluation.generation import Generation

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from qdora.errors import InputError
-from qdora.evaluation.answers import score_output
-from qdora.evaluation.report import read_scores, write_scores
-from qdora.evaluation.scores import Prediction, Scores, summarize
-from qdora.evaluation.tasks import task_for
+from qdora.evaluation.scores import Prediction, Scores, read_scores, summarize, write_scores
+from qdora.tasks.declared import task_for
+from qdora.tasks.scoring import score_output
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
 from qdora.export import write
-from qdora.export.merge import merged_onto, merged_tensors
 from qdora.export.verify import VerificationError, verify_export
-from qdora.export.write import merge_and_export
+from qdora.export.write import merge_and_export, merged_onto, merged_tensors
+from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_base
-from qdora.models.resolve import open_checkpoint
 from tests.tiny import write_tiny_model
 from tests.unit.adapters.oracle import move_off_the_identity, relative
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qdora.errors import CheckpointError, InputError
-from qdora.models.safetensors_folder import SafetensorsFolder
+from qdora.models.formats.safetensors import SafetensorsFolder
 from tests.tiny import tiny_config
 
 INDEX = "model.safetensors.index.json"

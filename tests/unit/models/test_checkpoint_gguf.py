@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qdora.errors import CheckpointError, InputError
-from qdora.models.gguf_file import GGUFFile
+from qdora.models.formats.gguf import GGUFFile
 from qdora.models.packaged import ensure_packaged
 
 HEADS, KV_HEADS = 4, 2

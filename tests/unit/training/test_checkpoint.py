@@ -12,8 +12,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.training import checkpoint_storage
-from qdora.training.checkpoint import list_checkpoints, newest_usable
-from qdora.training.checkpoint_writer import CheckpointWriter
+from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, newest_usable
 
 from .checkpoints import POSITION, alone, read_checkpoint, write_checkpoint
 

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from qdora.config import TrainingConfig
-from qdora.training.schedule import learning_rate
+from qdora.training.optimizer import learning_rate
 
 RATE = 3e-4
 

@@ -13,15 +13,14 @@ from torch import nn
 from qdora.adapters.inject import inject
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.data.tokenize import tokenize_examples
+from qdora.distributed.context import Processes
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.models.load import load_base
-from qdora.parallel.processes import Processes
 from qdora.training import loss as loss_module
 from qdora.training.checkpoint import list_checkpoints, newest_usable
 from qdora.training.loop import Callbacks, DivergedError, Trainer
 from qdora.training.loss import completion_loss
-from qdora.training.optimizer import AdapterOptimizer
-from qdora.training.schedule import learning_rate
+from qdora.training.optimizer import AdapterOptimizer, learning_rate
 from tests.golden.curves import examples
 from tests.tiny import tiny_tokenizer
 

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.data.tokenize import tokenize_examples
+from qdora.distributed.context import Processes
 from qdora.models.load import load_base
-from qdora.parallel.processes import Processes
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import StepMetrics
 from tests.golden.curves import examples

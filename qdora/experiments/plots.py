@@ -1,0 +1,97 @@
+"""Plots of a run and of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from qdora.files import write_file
+from qdora.training.metrics import StepMetrics
+
+matplotlib.use("Agg")  # files only; no display is needed
+
+
+_COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060")
+_GREY = "#8a8a8a"
+BASE = "base"
+"""Name of the model without an adapter in a comparison's plot."""
+
+
+def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: str) -> None:
+    """Loss over steps, one line a run, the raw values faint behind their running mean.
+
+    Args:
+        curves: steps of each run, by name.
+        path: PNG to write.
+        title: above the axes.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), dpi=130)
+    draw_loss(axes, curves)
+    axes.set_title(title, fontsize=11)
+    figure.tight_layout()
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)
+
+
+def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]]) -> None:
+    """As `plot_loss`, into given axes."""
+    for color, (name, steps) in zip(_colors(curves), curves.items(), strict=True):
+        x = [m.step for m in steps]
+        y = [m.loss for m in steps]
+        axes.plot(x, y, color=color, alpha=0.25, linewidth=1)
+        axes.plot(x, running_mean(y, max(1, len(y) // 20)), color=color, linewidth=1.8, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per completion token)")
+    axes.grid(alpha=0.25)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+
+
+def plot_comparison(
+    curves: Mapping[str, Sequence[StepMetrics]],
+    scores: Mapping[str, tuple[float, float]],
+    path: Path,
+    title: str,
+) -> None:
+    """Loss curves beside exact match with its standard error.
+
+    Args:
+        curves: steps of each run, by name.
+        scores: exact match and standard error, as fractions, by arm.
+        path: PNG to write.
+        title: above both.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=130, width_ratios=(3, 2))
+    draw_loss(left, curves)
+    names = list(scores)
+    right.bar(
+        names,
+        [100 * scores[name][0] for name in names],
+        yerr=[100 * scores[name][1] for name in names],
+        color=_colors(names),
+        capsize=4,
+        width=0.55,
+    )
+    right.set_ylabel("exact match (%), ± standard error")
+    right.set_ylim(0, 100)
+    right.grid(axis="y", alpha=0.25)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and up to `width` - 1 values before it."""
+    return [sum(w) / len(w) for i in range(len(values)) if (w := values[max(0, i - width + 1) : i + 1])]
+
+
+def _colors(names: Iterable[str]) -> list[str]:
+    """One color an arm, the same in both panels and for all its seeds; the base, which is no arm, grey."""
+    arms = [name.partition(" seed ")[0] for name in names]
+    order = list(dict.fromkeys(arm for arm in arms if arm != BASE))
+    return [_GREY if arm == BASE else _COLORS[order.index(arm) % len(_COLORS)] for arm in arms]

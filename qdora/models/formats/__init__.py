@@ -1,0 +1,98 @@
+"""A base model on disk: its configuration, its tensors one at a time, its tokenizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from qdora.errors import CheckpointError
+
+
+class TensorFacts(NamedTuple):
+    """What a header says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Checkpoint(ABC):
+    """A base model on disk, opened and checked, with no tensor read yet.
+
+    Attributes:
+        origin: what the user typed.
+        path: the model folder or the GGUF file.
+        config: what `transformers` builds the model from.
+    """
+
+    origin: str
+    path: Path
+    config: PreTrainedConfig
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the stored weights are quantized (`quantization_config`); None where they are plain."""
+        stated = getattr(self.config, "quantization_config", None)
+        return None if stated is None else dict(stated)
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Tensor names, as `transformers` names parameters, in the order of `tensors`."""
+
+    @abstractmethod
+    def facts(self, name: str) -> TensorFacts:
+        """Shape and dtype of a tensor as `read` hands it out, without reading it."""
+
+    @abstractmethod
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """A tensor, or consecutive rows of one, on the CPU.
+
+        Args:
+            rows: along the first dimension; all where None.
+        Raises: CheckpointError: the file became shorter since it was opened.
+        """
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and CPU tensor, read one by one in file order; none is kept after it was handed out.
+
+        Raises: CheckpointError: the file became shorter since it was opened.
+        """
+        for name in self.names():
+            yield name, self.read(name)
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer stored with the model; None where there is none.
+
+        Raises: InputError: it is there and cannot be used.
+        """
+
+    @abstractmethod
+    def generation_config(self) -> GenerationConfig | None:
+        """The generation defaults stored with the model; None where there are none.
+
+        Raises: CheckpointError: the file is there and cannot be read.
+        """
+
+
+def read_bytes(path: Path, start: int, count: int) -> npt.NDArray[np.uint8]:
+    """Bytes `start` to `start + count` of a file.
+
+    Returns: (count,) uint8.
+    Raises: CheckpointError: the file ends before, or cannot be read.
+    """
+    try:
+        raw = np.fromfile(path, dtype=np.uint8, count=count, offset=start)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if raw.size != count:
+        raise CheckpointError(f"{path}: truncated: it ends {count - raw.size} bytes too early")
+    return raw

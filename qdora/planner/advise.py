@@ -1,0 +1,180 @@
+"""What to change in a run that does not fit, each change estimated before it is proposed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qdora.distributed.launch import FsdpSettings
+from qdora.planner.estimate import Estimate, estimate
+from qdora.planner.simulate import Architecture, Launch
+
+Fits = Callable[[Estimate], bool]
+
+_DOUBLINGS = 4
+"""Times that a number is doubled or halved in search of one that fits."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A launch with other settings.
+
+    Attributes:
+        settings: what to write, as in a configuration or on the command line.
+        price: what it costs.
+        same_run: whether the run stays the same but for rounding and random draws.
+    """
+
+    settings: str
+    price: str
+    launch: Launch
+    same_run: bool = True
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A change and what the run takes with it."""
+
+    change: Change
+    estimate: Estimate
+    fits: bool
+
+
+def advise(architecture: Architecture, launch: Launch, now: Estimate, fits: Fits) -> Iterator[Proposal]:
+    """Changes that lower the peak, one by one, then together where none of them is enough.
+
+    In the order in which to try them: those that keep the run as it is come first.
+
+    Args:
+        now: the estimate of the launch as it is.
+        fits: whether an estimate fits the device.
+    """
+    enough = False
+    useful: list[Callable[[Launch], Iterator[Change]]] = []
+    for kind in (*_SAME_RUN, *_OTHER_RUN):
+        proposal = _first_that_fits(architecture, kind(launch), fits)
+        if proposal is not None and proposal.estimate.peak.total < now.peak.total:
+            enough = enough or (proposal.fits and proposal.change.same_run)
+            if kind in _SAME_RUN and kind is not _more_gpus:
+                useful.append(kind)
+            yield proposal
+    if not enough and len(useful) > 1:
+        yield from _together(architecture, launch, useful, fits)
+
+
+def _first_that_fits(architecture: Architecture, changes: Iterator[Change], fits: Fits) -> Proposal | None:
+    """Of changes from mild to strong: the mildest that fits, else the strongest; None of none."""
+    ladder = list(changes)
+    if not ladder:
+        return None
+    best = _try(architecture, ladder.pop(), fits)
+    while best.fits and ladder:
+        # Memory falls along the ladder: half of what is left is settled by its middle.
+        middle = len(ladder) // 2
+        proposal = _try(architecture, ladder[middle], fits)
+        best, ladder = (proposal, ladder[:middle]) if proposal.fits else (best, ladder[middle + 1 :])
+    return best
+
+
+def _try(architecture: Architecture, change: Change, fits: Fits) -> Proposal:
+    result = estimate(architecture, change.launch)
+    return Proposal(change, result, fits(result))
+
+
+def _together(
+    architecture: Architecture,
+    launch: Launch,
+    kinds: list[Callable[[Launch], Iterator[Change]]],
+    fits: Fits,
+) -> Iterator[Proposal]:
+    """One change after the other on top of the ones before, until it fits."""
+    settings: list[str] = []
+    for kind in kinds:
+        proposal = _first_that_fits(architecture, kind(launch), fits)
+        if proposal is None:
+            continue
+        launch = proposal.change.launch
+        settings.append(proposal.change.settings)
+        if len(settings) > 1:
+            change = Change(" and ".join(settings), "all of these", launch)
+            yield replace(proposal, change=change)
+        if proposal.fits:
+            return
+
+
+def _checkpointing(launch: Launch) -> Iterator[Change]:
+    if not launch.checkpointing:
+        changed = _with_training(launch, gradient_checkpointing=True)
+        yield Change("training.gradient_checkpointing=true", "each layer is computed twice", changed)
+
+
+def _smaller_micro_batches(launch: Launch) -> Iterator[Change]:
+    own = launch.training.batch_size // launch.processes
+    now = launch.training.gradient_accumulation
+    for count in range(now + 1, own + 1):
+        if own % count == 0:
+            changed = _with_training(launch, gradient_accumulation=count)
+            price = "more gathers a step" if launch.fsdp else "smaller products"
+            yield Change(f"training.gradient_accumulation={count}", price, changed)
+
+
+def _sharding(launch: Launch) -> Iterator[Change]:
+    if launch.fsdp is None and launch.processes > 1:
+        yield Change(
+            "configs/accelerate/fsdp.yaml", "layers are gathered", replace(launch, fsdp=FsdpSettings())
+        )
+
+
+def _more_gpus(launch: Launch) -> Iterator[Change]:
+    """The batch stays what it is: what each of them accumulates falls first, then its micro-batch."""
+    for doubling in range(1, _DOUBLINGS + 1):
+        processes = launch.processes << doubling
+        accumulation = max(1, launch.training.gradient_accumulation >> doubling)
+        if launch.training.batch_size % (processes * accumulation):
+            return
+        changed = _with_training(launch, gradient_accumulation=accumulation)
+        changed = replace(changed, processes=processes, fsdp=launch.fsdp or FsdpSettings())
+        settings = f"{processes} GPUs"
+        if accumulation != launch.training.gradient_accumulation:
+            settings += f", training.gradient_accumulation={accumulation}"
+        yield Change(settings, "hardware", changed)
+
+
+def _resharding(launch: Launch) -> Iterator[Change]:
+    if launch.fsdp is not None and not launch.fsdp.reshard_after_forward:
+        changed = replace(launch, fsdp=replace(launch.fsdp, reshard_after_forward=True))
+        yield Change("fsdp_reshard_after_forward: true", "layers are gathered twice", changed)
+
+
+def _offload(launch: Launch) -> Iterator[Change]:
+    if launch.fsdp is not None and not launch.fsdp.offload:
+        changed = replace(launch, fsdp=replace(launch.fsdp, offload=True))
+        price = "shards cross PCIe at every gather; the optimizer runs on the CPU"
+        yield Change("fsdp_offload_params: true", price, changed)
+
+
+def _shorter_examples(launch: Launch) -> Iterator[Change]:
+    for halving in range(1, _DOUBLINGS + 1):
+        length = launch.max_length >> halving
+        if length < 8:
+            return
+        changed = replace(launch, max_length=length)
+        yield Change(f"data.max_length={length}", "longer examples are refused", changed, same_run=False)
+
+
+def _lower_rank(launch: Launch) -> Iterator[Change]:
+    for halving in range(1, _DOUBLINGS + 1):
+        r = launch.adapter.r >> halving
+        if r < 1:
+            return
+        adapter = launch.adapter.model_copy(update={"r": r})
+        yield Change(f"adapter.r={r}", "another adapter", replace(launch, adapter=adapter), same_run=False)
+
+
+_SAME_RUN = (_checkpointing, _smaller_micro_batches, _sharding, _resharding, _more_gpus, _offload)
+_OTHER_RUN = (_shorter_examples, _lower_rank)
+
+
+def _with_training(launch: Launch, **changes: Any) -> Launch:
+    return replace(launch, training=launch.training.model_copy(update=changes))

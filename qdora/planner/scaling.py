@@ -1,0 +1,306 @@
+"""The bytes that a training step moves between ranks, and the arithmetic that it hides them behind.
+
+A rank sends (N - 1)/N of what a gather or a scatter holds for all N ranks, and twice that of what is
+summed; it receives as much.  Each of its micro-batches
+
+    gathers every decoder layer in forward, and again in backward where it was freed after forward;
+    gathers an untied embedding and an untied output layer, or the tied one, once;
+    scatters the float32 gradients of the trained parameters.
+
+Frozen weights travel as they are stored, 4-bit ones with their scales, and never back: they have no gradient.
+
+Source: PyTorch FSDP, arXiv:2304.11277 §3; ZeRO, arXiv:1910.02054 §7; for the factors, NVIDIA/nccl-tests,
+doc/PERFORMANCE.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from torch import nn
+from transformers import PreTrainedModel
+
+from qdora.adapters.inject import inject
+from qdora.config import AdapterConfig
+from qdora.distributed.launch import FsdpSettings
+from qdora.files import write_file
+from qdora.planner.simulate import Architecture, Launch, decoder_layers
+from qdora.quant.nf4 import NF4Weight
+
+GRADIENT_BYTES = 4
+"""Gradients are summed in float32."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of all ranks' shares together that one optimizer step moves, by what is done with them.
+
+    Attributes:
+        ranks: N.
+        gathered: by all-gathers.
+        scattered: by reduce-scatters.
+        summed: by all-reduces; a few numbers for the loss and the gradient norm come on top.
+        collectives: how often all ranks meet.
+    """
+
+    ranks: int
+    gathered: int
+    scattered: int
+    summed: int
+    collectives: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one rank sends, and receives."""
+        return (self.gathered + self.scattered + 2 * self.summed) * (self.ranks - 1) / self.ranks
+
+
+def traffic(architecture: Architecture, launch: Launch) -> Traffic:
+    """Of one optimizer step of a run.
+
+    Raises: InputError: the adapter does not fit the model.
+    """
+    model = architecture.skeleton()
+    inject(model, launch.adapter)
+    count, micro_batches = launch.processes, launch.training.gradient_accumulation
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if launch.fsdp is None:
+        gradients = sum(p.numel() for p in trained) * GRADIENT_BYTES if count > 1 else 0
+        return Traffic(count, 0, 0, gradients, int(count > 1))
+    layers = _unique(p for layer in decoder_layers(model) for p in layer.parameters())
+    inside = {id(p) for p in layers}
+    once = [p for p in model.parameters() if id(p) not in inside]
+    statistics = {id(m.absmax) for m in model.modules() if isinstance(m, NF4Weight)}
+    passes = 2 if launch.fsdp.reshard_after_forward and launch.fsdp.wrap else 1
+    gathered = passes * _gathered(layers, count, statistics) + _gathered(once, count, statistics)
+    scattered = sum(_padded(p, count) for p in trained) * GRADIENT_BYTES
+    groups = len(decoder_layers(model)) if launch.fsdp.wrap else 0
+    meetings = groups * (passes + 1) + (2 if once and launch.fsdp.wrap else 1)
+    return Traffic(count, micro_batches * gathered, micro_batches * scattered, 0, micro_batches * meetings)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiplications and additions of one micro-batch on one rank.
+
+    Attributes:
+        forward: of the decoder's and the output layer's products, adapters and attention.
+        backward: the same for the gradients, and for what is computed again.
+    """
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Of both."""
+        return self.forward + self.backward
+
+
+def work(architecture: Architecture, launch: Launch) -> Work:
+    """Of one micro-batch of examples of the greatest length.
+
+    A product costs 2 operations a weight and token.  Frozen weights have the gradient of their input only,
+    trained ones both.  Attention is causal: half of the scores.
+
+    Raises: InputError: the adapter does not fit the model.
+    """
+    model = architecture.skeleton()
+    inject(model, launch.adapter)
+    tokens = launch.micro_batch_size * launch.max_length
+    frozen, trained = _products(model)
+    text = architecture.config.get_text_config()
+    head = text.hidden_size * text.vocab_size
+    # Scores and their sum over values: 2 products of T x hidden a token, half of them behind the mask.
+    attention = text.num_hidden_layers * 2 * text.hidden_size * launch.max_length
+    inside = tokens * (2 * frozen + 2 * trained + attention)
+    again = inside if launch.checkpointing else 0
+    head_work = tokens * 2 * head
+    back = tokens * (2 * frozen + 4 * trained + 2 * attention) + head_work
+    return Work(inside + head_work, back + again)
+
+
+def _products(model: PreTrainedModel) -> tuple[int, int]:
+    """Weights of the decoder's linear layers, frozen and trained."""
+    frozen = trained = 0
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            if isinstance(module, NF4Weight):
+                frozen += module.out_features * module.in_features
+                continue
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() > 1:
+                    frozen += 0 if parameter.requires_grad else parameter.numel()
+                    trained += parameter.numel() if parameter.requires_grad else 0
+    return frozen, trained
+
+
+def _gathered(parameters: Iterable[nn.Parameter], count: int, statistics: set[int]) -> int:
+    """Bytes on the way; frozen vectors that are no statistics are whole on every rank."""
+    sharded = [p for p in parameters if p.requires_grad or p.dim() > 1 or id(p) in statistics]
+    return sum(_padded(p, count) * p.dtype.itemsize for p in sharded)
+
+
+def _padded(parameter: nn.Parameter, count: int) -> int:
+    """Numbers of all shares, each filled up to the size of the largest."""
+    rows = -(-parameter.shape[0] // count) * count
+    return rows * (parameter.numel() // parameter.shape[0])
+
+
+def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return list(dict.fromkeys(parameters))
+
+
+matplotlib.use("Agg")  # files only; no display is needed
+
+
+RANKS = (2, 8, 64, 1024)
+NODE = 8
+"""GPUs of one node."""
+BASE_SECONDS = 8.4e-6
+"""Of a collective, before its first hop (NVIDIA/nccl, src/graph/tuning.cc, ring, Simple protocol)."""
+PEAK_FLOPS = 312e12
+"""An A100's dense bfloat16 products (NVIDIA A100 datasheet)."""
+UTILIZATION = 0.4
+"""Share of the peak that products are supposed to reach; every ratio is inverse to it."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What the slowest hop of a ring goes over.
+
+    Attributes:
+        rate: bytes a second of one GPU in one direction.
+        hop: seconds of latency of a hop inside a node.
+        between: the same between nodes.
+    """
+
+    name: str
+    rate: float
+    hop: float
+    between: float
+
+
+# Latencies: NVIDIA/nccl, src/graph/tuning.cc, ring, Simple protocol: PCI 5.7, NVLink 3.4, network 9.6 µs.
+LINKS = (
+    # 16 lanes of 16 GT/s, 128 bits in 130 (PCI Express Base 4.0).
+    Link("PCIe 4.0 x16", 31.5e9, 5.7e-6, 9.6e-6),
+    # 600 GB/s in both directions together (NVIDIA A100 datasheet).
+    Link("NVLink 3", 300e9, 3.4e-6, 9.6e-6),
+    # 200 Gb/s, a port for every GPU (NVIDIA DGX A100 datasheet).
+    Link("InfiniBand HDR", 25e9, 3.4e-6, 9.6e-6),
+)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way of training to compare: what is stored, what is trained."""
+
+    name: str
+    architecture: Architecture
+    launch: Launch
+
+
+def schemes(architecture: Architecture, launch: Launch) -> list[Scheme]:
+    """The launch as it is, the same adapter on a 16-bit base, and the 16-bit model trained as a whole.
+
+    All with the same tokens a GPU, sharded.
+    """
+    launch = replace(launch, fsdp=launch.fsdp or FsdpSettings())
+    dense = replace(architecture, quantization=None)
+    method = launch.adapter.method.removeprefix("q") if architecture.quantization else launch.adapter.method
+    adapter = launch.adapter.model_copy(update={"method": method})
+    full = AdapterConfig(method="full")
+    return [
+        Scheme(
+            "4-bit base + adapter" if architecture.quantization else "as configured", architecture, launch
+        ),
+        Scheme("16-bit base + adapter", dense, replace(launch, adapter=adapter)),
+        Scheme("16-bit, all trained", dense, replace(launch, adapter=full)),
+    ]
+
+
+def at_ranks(launch: Launch, ranks: int) -> Launch:
+    """The same tokens a GPU on so many GPUs: a larger batch."""
+    training = launch.training
+    own = training.batch_size // launch.processes
+    return replace(launch, processes=ranks, training=training.model_copy(update={"batch_size": own * ranks}))
+
+
+def collective_seconds(moved: Traffic, link: Link) -> float:
+    """Of a step: what one rank sends at the link's rate, and a hop to every other rank each time."""
+    nodes = -(-moved.ranks // NODE)
+    hops = (moved.ranks - nodes) * link.hop + (nodes - 1) * link.between
+    return moved.sent / link.rate + moved.collectives * (BASE_SECONDS + hops)
+
+
+def product_seconds(scheme: Scheme) -> float:
+    """Of a step of one rank."""
+    micro_batches = scheme.launch.training.gradient_accumulation
+    return micro_batches * work(scheme.architecture, scheme.launch).total / (PEAK_FLOPS * UTILIZATION)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One scheme on so many ranks.
+
+    Attributes:
+        ratios: time of the products over time of the collectives, by link; below 1 the link decides.
+        efficiency: share of the time in which products run, by link, where everything overlaps.
+    """
+
+    scheme: str
+    moved: Traffic
+    ratios: Mapping[str, float]
+
+    @property
+    def efficiency(self) -> dict[str, float]:
+        return {link: min(1.0, ratio) for link, ratio in self.ratios.items()}
+
+
+def scale(architecture: Architecture, launch: Launch, ranks: Sequence[int] = RANKS) -> list[Point]:
+    """Every scheme at every number of ranks.
+
+    Raises: InputError: the adapter does not fit the model.
+    """
+    points = []
+    for scheme in schemes(architecture, launch):
+        products = product_seconds(scheme)
+        for count in ranks:
+            moved = traffic(architecture=scheme.architecture, launch=at_ranks(scheme.launch, count))
+            ratios = {link.name: products / collective_seconds(moved, link) for link in LINKS}
+            points.append(Point(scheme.name, moved, ratios))
+    return points
+
+
+def plot_efficiency(points: Sequence[Point], path: Path, title: str) -> None:
+    """Share of the time in which products run over the number of ranks, one panel a link.
+
+    Args:
+        path: PNG to write.
+        title: above the panels.
+    """
+    figure, panels = plt.subplots(1, len(LINKS), figsize=(11, 3.6), dpi=130, sharey=True)
+    ranks = sorted({point.moved.ranks for point in points})
+    for axes, link in zip(panels, LINKS, strict=True):
+        for name in dict.fromkeys(point.scheme for point in points):
+            own = [point for point in points if point.scheme == name]
+            x = [point.moved.ranks for point in own]
+            axes.plot(x, [100 * p.efficiency[link.name] for p in own], marker="o", ms=3, label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(ranks, [str(count) for count in ranks])
+        axes.minorticks_off()
+        axes.set_title(f"{link.name}, {link.rate / 1e9:g} GB/s", fontsize=10)
+        axes.set_xlabel("GPUs")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("time spent in products (%),\nall else hidden behind them")
+    panels[0].set_ylim(0, 105)
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    plt.close(figure)

@@ -1,0 +1,233 @@
+"""Answer extraction and comparison: pure functions on text.
+
+Numeric tasks have two scorers, both always reported:
+
+`published` is the comparison of the Orca-Math runs of AnswerDotAI/fsdp_qlora
+(experiments/orca_math/eval_utils.py and evaluate.ipynb): the last match of "currency
+sign, digits, decimals, or a ratio of two such" in the output, and the last one in the
+reference *solution*, are equal as strings.  Signs are not seen (-3 is 3), commas cut
+(1,000 is 000), `$8` is not `8`, `4.0` is not `4`.  Two departures: there, two texts without
+a number are equal, here no answer is wrong; and where a data set has a column for the gold
+answer, a solution that reaches another value does not overrule it.
+
+`normalized` compares values.  An output's answer is, in this order: the first line
+`#### N`; the last `answer is N`, `answer: N` or `\boxed{N}`; the last number.  What
+follows a new question header, which the model invented, is not read.  A gold answer that
+is a letter A-E is matched by the letter chosen.  The value rules are those of `numbers`.
+
+Choice tasks follow LLM-Adapters (commonsense_evaluate.py): the first occurrence, case
+sensitive and also within words, of any of the task's answer words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from qdora.config import AnswerKind
+from qdora.tasks.declared import Task
+from qdora.tasks.numbers import Number, find_numbers, plain, same_value
+
+T = TypeVar("T")
+
+SCORERS: dict[AnswerKind, tuple[str, ...]] = {
+    "numeric": ("normalized", "published"),
+    "choice": ("first_answer_word",),
+    "text": ("first_line",),
+}
+"""Scorers by kind of answer; the first gives the headline score."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a scorer made of one output.
+
+    Attributes:
+        extracted: the answer found in the output, as written there; None where there is none.
+        gold: the gold answer that it was compared with; None where the example has no usable one.
+        correct: False whenever either is None.
+    """
+
+    extracted: str | None
+    gold: str | None
+    correct: bool
+
+
+def score_output(task: Task, output: str, *, answer: str, completion: str) -> dict[str, Verdict]:
+    """All scorers of the task's kind applied to one output, the headline scorer first.
+
+    Args:
+        output: what the model generated, without the prompt.
+        answer: the gold answer.
+        completion: the reference solution.
+    """
+    if task.kind == "numeric":
+        reference = completion if task.gold == "solution" else _reference(answer, completion)
+        return {
+            "normalized": score_normalized(output, completion if task.gold == "solution" else answer),
+            "published": score_published(output, reference),
+        }
+    if task.kind == "choice":
+        return {"first_answer_word": score_choice(output, answer, task.answer_words)}
+    return {"first_line": score_text(output, answer)}
+
+
+def score_published(output: str, reference: str) -> Verdict:
+    """The string comparison of the Orca-Math runs; see the module's docstring.
+
+    Args:
+        reference: text whose last number string is the gold one.
+    Source: AnswerDotAI/fsdp_qlora, experiments/orca_math/eval_utils.py `extract_last_number_or_ratio`.
+    """
+    extracted, gold = last_number_string(output), last_number_string(reference)
+    return Verdict(extracted, gold, gold is not None and extracted == gold)
+
+
+def score_normalized(output: str, answer: str) -> Verdict:
+    """Comparison by value, or by chosen letter where the gold answer is a letter A-E.
+
+    Args:
+        answer: the gold answer, or a worked solution that states it.
+    """
+    letter = _GOLD_LETTER.fullmatch(answer.strip())
+    if letter:
+        chosen = chosen_letter(output)
+        return Verdict(chosen, letter[1].upper(), chosen == letter[1].upper())
+    gold = stated_number(answer)
+    found = stated_number(output)
+    return Verdict(
+        None if found is None else found.text,
+        None if gold is None else gold.text,
+        gold is not None and found is not None and same_value(found, gold),
+    )
+
+
+def score_choice(output: str, answer: str, words: tuple[str, ...]) -> Verdict:
+    """First of the answer words in the output, equal to the gold answer.
+
+    Source: AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py `extract_answer`.
+    """
+    first = re.search("|".join(map(re.escape, words)), output) if words else None
+    extracted = first.group() if first else None
+    return Verdict(extracted, answer or None, bool(answer) and extracted == answer)
+
+
+def score_text(output: str, answer: str) -> Verdict:
+    """Equality of the first lines, apart from case and surrounding space."""
+    extracted, gold = _first_line(output), _first_line(answer)
+    same = extracted is not None and gold is not None and extracted.casefold() == gold.casefold()
+    return Verdict(extracted, gold, same)
+
+
+_PUBLISHED_DIGITS = r"\d+(?:\.\d+)?"
+_PUBLISHED_NUMBER = re.compile(rf"[$€£]?{_PUBLISHED_DIGITS}(?::{_PUBLISHED_DIGITS})?")
+
+
+def last_number_string(text: str) -> str | None:
+    """The last number or ratio as the Orca-Math runs cut it out, or None."""
+    matches = _PUBLISHED_NUMBER.findall(text)
+    return matches[-1] if matches else None
+
+
+# A model that does not stop goes on with the next question of its prompt format.
+_NEXT_QUESTION = re.compile(
+    r"\n[ \t]*#{0,4}[ \t]*(?:question|problem|instruction|q)[ \t]*[0-9]*[ \t]*[:.]", re.IGNORECASE
+)
+_HASH_LINE = re.compile(r"^[ \t]*####(?P<said>[^\n]{0,80})$", re.MULTILINE)
+_MARKER = re.compile(
+    r"\\boxed\s*\{"
+    r"|\banswer\b[*_\s]*(?:(?:to|for)\b[^.:\n]{0,80}?)?(?:\b(?:is|was|are|equals|(?:would|will) be)\b|[:=])",
+    re.IGNORECASE,
+)
+# How much of a text a marker speaks for; a bound, or a model that repeats a marker costs quadratic time.
+_REACH = 300
+_MARKUP = re.compile(r"[\s*_:]*(?:\\[(\[]\s*)?")
+_SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s|$|[A-Z*])|(?=\n)|$)")
+_UNIT_WORDS = re.compile(r"\s?%?(?:\s[^\W\d]+){0,3}\s?\.?")
+_OPERATION = re.compile(r"(?:[+*/×÷]|\s[-x])\s?[$€£(]?[0-9.]")
+
+_GOLD_LETTER = re.compile(r"\(?([A-Ea-e])[).]*")
+# A bare A before a word is the article: "the answer is A penny".
+_LETTER = re.compile(
+    r"(?:(?:option|choice)\s+)?(?:[(\[{]\s*([A-Ea-e])\s*[)\]}]|([B-E])(?!\w)|(A)(?!\w|['’]|\s+[a-z]))",
+)
+_LONE_LETTER = re.compile(r"\(?([A-E])[).:]*")
+_BRACKETED_LETTER = re.compile(r"\(([A-E])\)")
+
+
+def stated_number(text: str) -> Number | None:
+    """The number that a text gives as its answer, or None; see the module's docstring for the order."""
+    text = _own_words(plain(text))
+    return _hash_number(text) or _marked_number(text) or _last(find_numbers(text))
+
+
+def chosen_letter(text: str) -> str | None:
+    """The letter A-E that a text chooses: after the last marker, alone, or the last one in brackets."""
+    text = _own_words(text)
+    for said in _said_after_markers(text):
+        letter = _LETTER.match(said)
+        if letter:
+            return next(group for group in letter.groups() if group).upper()
+    alone = _LONE_LETTER.fullmatch(text.strip())
+    return alone[1] if alone else _last(_BRACKETED_LETTER.findall(text))
+
+
+def _reference(answer: str, completion: str) -> str:
+    """The text whose last number string spells the gold value: the solution, where it comes to that value.
+
+    A letter has no number string, so that equal last numbers of two solutions never count as the choice.
+    """
+    in_solution = last_number_string(completion)
+    return in_solution if in_solution and score_normalized(in_solution, answer).correct else answer
+
+
+def _own_words(text: str) -> str:
+    """The text up to the point where the model asks itself the next question."""
+    header = _NEXT_QUESTION.search(text)
+    return text[: header.start()] if header and text[: header.start()].strip() else text
+
+
+def _hash_number(text: str) -> Number | None:
+    """The first `#### N`; a heading such as `#### Step 1` or `#### 1. Cost` is none."""
+    for line in _HASH_LINE.finditer(text):
+        said = line["said"].strip()
+        numbers = find_numbers(said)
+        if len(numbers) != 1 or not said.startswith(numbers[0].text):
+            continue
+        if _UNIT_WORDS.fullmatch(said[len(numbers[0].text) :]):
+            return numbers[0]
+    return None
+
+
+def _marked_number(text: str) -> Number | None:
+    """The number in the last sentence that says what the answer is."""
+    for said in _said_after_markers(text):
+        sentence = _SENTENCE.match(said)
+        number = _result(sentence.group()) if sentence else None
+        if number:
+            return number
+    return None
+
+
+def _result(sentence: str) -> Number | None:
+    """The first number, or in a calculation such as `is 5 * 3 = 15 apples` the first of its result."""
+    calculation, _, result = sentence.rpartition("=")
+    numbers = (_OPERATION.search(calculation) and find_numbers(result)) or find_numbers(sentence)
+    return numbers[0] if numbers else None
+
+
+def _said_after_markers(text: str) -> Iterator[str]:
+    """What stands after each answer marker, the last marker first."""
+    for marker in reversed(list(_MARKER.finditer(text))):
+        yield _MARKUP.sub("", text[marker.end() : marker.end() + _REACH], count=1)
+
+
+def _first_line(text: str) -> str | None:
+    lines = text.strip().splitlines()
+    return lines[0].strip() if lines else None
+
+
+def _last(found: list[T]) -> T | None:
+    return found[-1] if found else None

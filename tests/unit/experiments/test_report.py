@@ -1,0 +1,80 @@
+"""The report of a comparison, from runs made up by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qdora.errors import InputError
+from qdora.evaluation.scores import Prediction, Scores, summarize
+from qdora.experiments.report import (
+    SHARED_FACTS,
+    ArmRun,
+    build_report,
+    check_identical_conditions,
+    write_report,
+)
+from qdora.tasks.declared import task_for
+from qdora.tasks.scoring import Verdict
+from qdora.training.metrics import StepMetrics
+
+
+def scores(answers: str) -> Scores:
+    def prediction(number: int, right: bool) -> Prediction:
+        verdict = Verdict("1", "1" if right else "2", right)
+        both = {"normalized": verdict, "published": verdict}
+        return Prediction(f"q{number}", "p", "o", "1", verdict.gold, right, 3, True, both)
+
+    return summarize(task_for("gsm8k"), [prediction(n, a == "T") for n, a in enumerate(answers)], {}, 2.0)
+
+
+def arm(name: str, answers: str, seed: int = 0, loss: float = 1.0, **changes) -> ArmRun:
+    facts = {fact: {"of": seed} for fact in SHARED_FACTS} | {
+        "base": {"parameters": 1234567},
+        "data": {"train": 40},
+        "steps": 20,
+        "versions": {"torch": "2"},
+        "git_commit": None,
+        "machine": {},
+        "trainable_parameters": 4321,
+    }
+    steps = [StepMetrics(n, loss + 20 - n, 1e-4, 1.0, 100 * n, 1.0, 1 << 30, 0.5) for n in range(1, 21)]
+    return ArmRun(name, name, seed, f"runs/{name}-{seed}", facts | changes, steps, [scores(answers)])
+
+
+def test_files_and_figures(tmp_path):
+    """Catches: an arm left out, the difference taken the wrong way round, a mean over the whole loss curve."""  # noqa: E501
+    runs = [arm("qlora", "TFFFFF"), arm("qdora", "TTTTFF", loss=0.5)]
+    report = write_report(tmp_path, runs, [scores("FFFFFT")])
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["reference"] == "qlora"
+    assert "difference" not in report["arms"]["qlora"]["tasks"]["gsm8k"]
+    entry = report["arms"]["qdora"]["tasks"]["gsm8k"]
+    assert entry["difference"]["points"] == pytest.approx(50)
+    assert entry["difference"]["p_value"] == pytest.approx(0.25)
+    assert report["arms"]["qdora"]["final_loss"] == pytest.approx((1.5 + 0.5) / 2)
+    assert report["arms"]["qlora"]["tokens_per_second"] == pytest.approx(100 * 210 / 10)
+    page = (tmp_path / "report.md").read_text()
+    for words in ("# qlora against qdora", "1,234,567", "66.7 ± 19.2", "+50.0", "0.250", "4,321", "0.50"):
+        assert words in page, words
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_are_averaged(tmp_path):
+    """Catches: one seed reported for all, seeds of different arms paired across each other."""
+    runs = [arm("a", "TFFF", 0), arm("b", "TTTF", 0), arm("a", "FFFF", 1), arm("b", "TTTT", 1)]
+    report = build_report(runs, [scores("FFFF")])
+    assert report["seeds"] == [0, 1]
+    assert report["arms"]["b"]["tasks"]["gsm8k"]["by_seed"] == [0.75, 1.0]
+    assert report["arms"]["b"]["tasks"]["gsm8k"]["score"] == pytest.approx(0.875)
+    assert report["arms"]["b"]["tasks"]["gsm8k"]["difference"]["points"] == pytest.approx(75)
+
+
+@pytest.mark.parametrize("fact", SHARED_FACTS)
+def test_other_conditions_are_refused_by_name(fact):
+    """Catches: arms compared that did not see the same base, data, order, steps or initial A."""
+    runs = [arm("a", "TF"), arm("b", "TF", **{fact: "other"})]
+    with pytest.raises(InputError, match=rf"arms 'a' and 'b' differ in {fact}: .*'other'"):
+        check_identical_conditions(runs)
+    check_identical_conditions([arm("a", "TF"), arm("b", "TF", trainable_parameters=5)])

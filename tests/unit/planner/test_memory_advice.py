@@ -1,0 +1,113 @@
+"""Proposals for a run that does not fit: their order, and that each is true."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qdora.planner import advise as memory_advice
+from qdora.planner.advise import advise
+from qdora.planner.estimate import Estimate, estimate
+from qdora.planner.report import Breakdown, Part
+from qdora.planner.simulate import Launch
+
+from .scenes import architecture, launch
+
+
+def invented(architecture, launch: Launch) -> Estimate:
+    """A peak that falls with everything that can be changed, quickly to be had."""
+    activations = launch.micro_batch_size * launch.max_length * (1 if launch.checkpointing else 10)
+    weights = 6000 if launch.fsdp is None else 6000 // launch.processes
+    if launch.fsdp and not launch.fsdp.reshard_after_forward:
+        weights += 1000
+    parts = {
+        Part.ACTIVATIONS: activations,
+        Part.WEIGHTS: 0 if launch.offload else weights,
+        Part.ADAPTERS: 10 * launch.adapter.r,
+    }
+    nothing = Breakdown.of({})
+    return Estimate(Breakdown.of(parts), "somewhere", nothing, nothing, {})
+
+
+@pytest.fixture
+def invent(monkeypatch):
+    monkeypatch.setattr(memory_advice, "estimate", invented)
+
+
+def advice(run: Launch, memory: int):
+    now = invented(None, run)
+    return {p.change.settings: p for p in advise(None, run, now, lambda e: e.fits(memory, 0))}
+
+
+def test_changes_come_in_the_order_in_which_to_try_them(invent):
+    """Catches: a shorter example or a lower rank proposed before what leaves the run as it is."""
+    run = launch(2, sequences=8, reshard_after_forward=False)
+    proposals = advice(run, memory=3600)
+    assert list(proposals) == [
+        "training.gradient_checkpointing=true",
+        "training.gradient_accumulation=8",
+        "fsdp_reshard_after_forward: true",
+        "4 GPUs",
+        "fsdp_offload_params: true",
+        "data.max_length=8",
+        "adapter.r=1",
+    ]
+    same = [p.change.same_run for p in proposals.values()]
+    assert same.index(False) == 5
+
+
+def test_the_mildest_change_that_fits_is_proposed(invent):
+    """Catches: the strongest setting proposed where a mild one is enough, or one that is not enough."""
+    run = launch(2, sequences=8)
+    peak = invented(None, run).peak.total
+    for memory, count in ((peak - 1, 2), (peak - 700, 4), (peak - 1100, 8)):
+        (proposal,) = [p for name, p in advice(run, memory).items() if "accumulation" in name]
+        assert proposal.change.settings == f"training.gradient_accumulation={count}"
+        assert proposal.fits
+        assert proposal.change.launch.micro_batch_size == 8 // count
+
+
+def test_changes_are_put_together_where_none_is_enough(invent):
+    """Catches: a user who is left with proposals of which none fits."""
+    run = launch(2, sequences=8)
+    memory = 100
+    proposals = advice(run, memory)
+    together = [p for name, p in proposals.items() if " and " in name]
+    assert [p.fits for p in together] == [False, True]
+    assert together[-1].change.settings == (
+        "training.gradient_checkpointing=true and training.gradient_accumulation=8 "
+        "and fsdp_offload_params: true"
+    )
+    assert together[-1].estimate == invented(None, together[-1].change.launch)
+
+
+def test_more_gpus_keep_the_batch(invent):
+    """Catches: a batch that no longer divides, or another one than the user's."""
+    run = launch(2, sequences=2, accumulation=4)
+    (proposal,) = [p for name, p in advice(run, 1500).items() if "GPUs" in name]
+    changed = proposal.change.launch
+    assert changed.training.batch_size == run.training.batch_size
+    assert changed.processes * changed.training.gradient_accumulation * changed.micro_batch_size == 16
+    assert proposal.change.settings == "8 GPUs, training.gradient_accumulation=1"
+    alone = advice(launch(1, sequences=2), 5000)
+    assert alone["2 GPUs"].change.launch.fsdp is not None
+
+
+def test_what_is_set_already_is_not_proposed(invent):
+    """Catches: advice to do what was done."""
+    run = launch(2, sequences=1, checkpointing=True, offload=True)
+    assert [name for name in advice(run, 10) if "=true" in name or ": true" in name] == []
+
+
+def test_a_proposal_is_the_estimate_of_its_launch():
+    """Catches: advice whose figure is not that of the run it names."""
+    model = architecture(1)
+    run = launch(2, length=64, adapter={"targets": ("q_proj",)})
+    now = estimate(model, run)
+    first = next(advise(model, run, now, lambda e: e.fits(now.peak.total - 1, 0)))
+    training = run.training.model_copy(update={"gradient_checkpointing": True})
+    assert first.change.settings == "training.gradient_checkpointing=true"
+    assert first.change.launch == replace(run, training=training)
+    assert first.estimate == estimate(model, first.change.launch)
+    assert first.fits

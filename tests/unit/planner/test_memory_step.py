@@ -1,0 +1,212 @@
+"""A step on fake tensors: what it holds, kind by kind, against closed forms."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qdora.adapters.inject import inject
+from qdora.distributed.context import Processes
+from qdora.distributed.launch import FsdpSettings
+from qdora.errors import InputError
+from qdora.models.build import Quantization
+from qdora.models.load import load_base
+from qdora.planner.estimate import estimate
+from qdora.planner.report import Part
+from qdora.planner.simulate import Architecture, StepRecord, layers_alike, record, record_step
+from qdora.quant.weight import TILE_BYTES
+from qdora.training.loss import CHUNK_BYTES
+from tests.real_step import record_real_step
+from tests.tiny import write_tiny_model
+
+from .scenes import HIDDEN, INTERMEDIATE, KEYS, VOCABULARY, R, architecture, launch
+
+LAYERS = 2
+LINEARS = [
+    (HIDDEN, HIDDEN),
+    (KEYS, HIDDEN),
+    (KEYS, HIDDEN),
+    (HIDDEN, HIDDEN),
+    (INTERMEDIATE, HIDDEN),
+    (INTERMEDIATE, HIDDEN),
+    (HIDDEN, INTERMEDIATE),
+]
+"""(out, in) of the linear layers of a decoder layer."""
+
+
+def own(rows: int, processes: int) -> int:
+    """Rows of the largest share."""
+    return -(-rows // processes)
+
+
+def weights(processes: int) -> int:
+    packed = sum(own(o, processes) * i // 2 for o, i in LINEARS) * LAYERS
+    tables = 2 * own(VOCABULARY, processes) * HIDDEN * 2
+    vectors = (2 * LAYERS + 1) * HIDDEN * 2
+    return packed + tables + vectors
+
+
+def statistics(processes: int) -> int:
+    blocks = [o * i // 64 for o, i in LINEARS]
+    nested = sum(-(-b // 256) * 4 + 256 * 4 + 4 for b in blocks)
+    return LAYERS * (sum(own(b, processes) for b in blocks) + nested)
+
+
+def trained(processes: int) -> int:
+    """Numbers of A, B and the magnitude's offset that a process holds."""
+    return LAYERS * sum(own(R, processes) * i + own(o, processes) * R + own(o, processes) for o, i in LINEARS)
+
+
+def vectors() -> int:
+    """Bytes of the magnitude's frozen start and of ||W||², which every process has whole."""
+    return 2 * 4 * LAYERS * sum(o for o, _ in LINEARS)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_what_stays_is_the_sum_of_the_tensors(processes):
+    """Catches: a share that is not a share, statistics counted as weights, 16-bit shards of trained
+    parameters, masters where a shard is one, moments that the first step has yet to make."""
+    at_rest = estimate(architecture(LAYERS), launch(processes)).at_rest
+    numbers = trained(processes)
+    parameters = 7 * 3 * LAYERS
+    assert at_rest[Part.WEIGHTS] == weights(processes)
+    assert at_rest[Part.STATISTICS] == statistics(processes)
+    assert at_rest[Part.ADAPTERS] == numbers * (4 if processes > 1 else 2) + vectors()
+    assert at_rest[Part.OPTIMIZER] == numbers * (8 if processes > 1 else 12) + 4 * parameters
+    assert (
+        at_rest.total - sum(at_rest[p] for p in list(Part)[:5] if p is not Part.GRADIENTS)
+        == at_rest[Part.OTHER]
+    )
+    assert at_rest[Part.OTHER] < 1000
+
+
+@pytest.fixture(scope="module")
+def accumulated() -> StepRecord:
+    """Two processes, three micro-batches each."""
+    return record_step(architecture(LAYERS).skeleton(), launch(2, accumulation=3))
+
+
+def test_kinds_add_up_to_the_total(accumulated):
+    """Catches: a tensor that belongs to two kinds or to none, a kind that falls below nothing."""
+    for peak in accumulated.peaks.values():
+        assert peak.total == sum(size for _, size in peak)
+        assert all(size >= 0 for _, size in peak)
+    assert max(peak.total for peak in accumulated.peaks.values()) > accumulated.at_rest.total
+
+
+def test_a_second_micro_batch_finds_the_gradients_of_the_first(accumulated):
+    """Catches: gradients forgotten between micro-batches, or counted while there are none."""
+    starts = {name: peak for name, peak in accumulated.peaks.items() if name.startswith("start")}
+    assert [peak[Part.GRADIENTS] for peak in starts.values()] == [0, 4 * trained(2)]
+
+
+def test_logits_are_those_of_a_chunk(monkeypatch):
+    """Catches: logits of the whole batch at once, or of none because a mask cannot be read."""
+    monkeypatch.setattr("qdora.training.loss.CHUNK_BYTES", 4 * VOCABULARY * 10)
+    step = record_step(architecture(LAYERS).skeleton(), launch(sequences=2, length=16))
+    logits = step.peaks["loss, micro-batch 0"][Part.LOGITS]
+    # 10 rows, in bf16 once, in float32 as what they are and as what the loss makes of them.
+    assert 10 * VOCABULARY * 10 <= logits <= 10 * VOCABULARY * 20
+    assert CHUNK_BYTES > 4 * VOCABULARY * 30
+
+
+def test_checkpointing_keeps_one_tensor_a_layer():
+    """Catches: a setting of the configuration or of the launch that does not reach the model."""
+    run = launch(2, length=64, adapter={"targets": ("q_proj",)})
+    asked = replace(run, fsdp=FsdpSettings(activation_checkpointing=True))
+    plain, kept = (estimate(architecture(LAYERS), one).peak for one in (run, asked))
+    assert kept[Part.ACTIVATIONS] < 0.8 * plain[Part.ACTIVATIONS]
+
+
+def test_offloaded_shards_are_in_cpu_memory():
+    """Catches: an offload that is not seen, or host memory counted on the GPU."""
+    here = estimate(architecture(LAYERS), launch(2))
+    away = estimate(architecture(LAYERS), launch(2, offload=True))
+    assert here.host.total == 0
+    norms = (2 * LAYERS + 1) * HIDDEN * 2
+    nested = LAYERS * sum(-(-o * i // 64 // 256) * 4 + 256 * 4 + 4 for o, i in LINEARS)
+    assert away.host[Part.WEIGHTS] == weights(2) - norms
+    assert away.host[Part.STATISTICS] == statistics(2) - nested
+    assert away.host[Part.ADAPTERS] == 4 * trained(2)
+    assert away.host[Part.OPTIMIZER] == here.at_rest[Part.OPTIMIZER]
+    # What every rank has whole stays where it computes.
+    assert away.peak[Part.WEIGHTS] == away.at_rest[Part.WEIGHTS] == norms
+    assert away.peak[Part.STATISTICS] == nested
+    assert away.peak[Part.ADAPTERS] >= vectors()
+    assert away.peak[Part.OPTIMIZER] == 0
+    assert away.peak[Part.GATHERED] > 0
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        launch(accumulation=2, adapter={"targets": ("down_proj",)}),
+        launch(
+            2, accumulation=2, length=32, checkpointing=True, adapter={"targets": ("q_proj", "down_proj")}
+        ),
+        launch(3, adapter={"method": "qlora", "dropout": 0.1, "targets": ("q_proj",), "r": 16}),
+        launch(2, sharded=False, adapter={"method": "qlora", "targets": ("down_proj",), "r": 32}),
+    ],
+    ids=["alone", "sharded", "dropout", "data parallel"],
+)
+def test_shallow_models_give_the_deep_one_to_the_byte(run):
+    """Catches: a worst moment that two shallow models do not show, a line through the wrong points."""
+    deep = architecture(6)
+    assert layers_alike(deep, run.adapter)
+    shallow, whole = record(deep, run), record_step(deep.skeleton(), run)
+    assert max(p.total for p in shallow.peaks.values()) == max(p.total for p in whole.peaks.values())
+    assert dict(shallow.at_rest) == dict(whole.at_rest)
+    assert shallow.exchanged == whole.exchanged
+    assert all(dict(peak) == dict(whole.peaks[name]) for name, peak in shallow.peaks.items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fakes_hold_what_real_tensors_hold(tmp_path, checkpointing):
+    """Catches: an operation that makes other tensors of fakes: a mask of T x T, keys repeated for it, a
+    worst batch that training would not see."""
+    run = replace(launch(length=48, accumulation=2, checkpointing=checkpointing), device="cpu")
+    folder = write_tiny_model(tmp_path / "tiny")
+    model, _ = load_base(str(folder), dtype="float32", device="cpu")
+    fake = record_step(
+        Architecture(model.config, torch.float32, torch.bfloat16, Quantization()).skeleton(), run
+    )
+    inject(model, run.adapter)
+    alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    real = record_real_step(model, run, Processes(alone))
+    assert dict(fake.at_rest) == dict(real.at_rest)
+    for name, peak in fake.peaks.items():
+        # A batch is put together, its labels are found by their indices: a few numbers a token.
+        assert peak.total == pytest.approx(real.peaks[name].total, abs=32 * 2 * 48), name
+    assert max(p.total for p in fake.peaks.values()) > 1.5 * fake.at_rest.total
+    batch = fake.peaks["start, micro-batch 1"][Part.OTHER] - fake.at_rest[Part.OTHER]
+    assert batch >= 2 * 8 * 2 * 48  # ids and labels
+
+
+def test_the_update_makes_nothing_of_its_own():
+    """Catches: the fakes by which DTensor finds the shape of a result, taken for memory."""
+    # Sides that no other test has: shapes that were found once are not looked for again.
+    step = record_step(architecture(1).skeleton(), launch(2, adapter={"r": 13, "targets": ("down_proj",)}))
+    assert step.peaks["update"][Part.ACTIVATIONS] < 1000
+
+
+def test_unlike_layers_are_not_taken_for_alike():
+    """Catches: a rank for some layers only, extended to all of them."""
+    deep = architecture(7)
+    assert not layers_alike(deep, launch(adapter={"rank_pattern": {"*.layers.5.*": 4}}).adapter)
+    assert not layers_alike(deep, launch(adapter={"targets": ("*.layers.0.*.q_proj",)}).adapter)
+
+
+def test_nothing_is_left_behind():
+    """Catches: a process group, a tile size or an exception hook of the fake launch that outlives it."""
+    before = dict(TILE_BYTES), sys.excepthook, torch.UntypedStorage.resize_
+    uneven = replace(launch(2), training=launch(1, sequences=3).training)
+    with pytest.raises(InputError, match="does not divide over 2 processes x 1 micro-batches"):
+        estimate(architecture(1), uneven)
+    estimate(architecture(1), launch(2))
+    assert (dict(TILE_BYTES), sys.excepthook, torch.UntypedStorage.resize_) == before
+    assert not dist.is_initialized()

@@ -1,0 +1,91 @@
+"""The whole way from a configuration to token ids."""
+
+from __future__ import annotations
+
+import pytest
+
+from qdora.config import DataConfig, DatasetConfig
+from qdora.errors import DataError, InputError
+from qdora.tasks.prepare import load_test, prepare
+
+
+def row(i: int) -> dict[str, str]:
+    return {"question": f"What is {i} + 1?", "answer": f"The answer is {i + 1}."}
+
+
+def test_everything_together(tokenizer, write_jsonl):
+    """Catches: a leak trained on, a bad row not counted, a fingerprint of unused examples."""
+    train = write_jsonl([row(0), row(1), {}, row(2), {**row(3), "answer": "1 " * 200}], "train.jsonl")
+    test = write_jsonl([row(1), row(9), {**row(8), "question": "x " * 200}], "test.jsonl")
+    config = DataConfig(
+        train=DatasetConfig(source="file", path=str(train)),
+        test=DatasetConfig(source="file", path=str(test), split="test"),
+        max_length=80,
+        bad_rows="skip",
+    )
+    data = prepare(config, tokenizer, context_length=80)
+    assert sorted(t.origin for t in data.train) == [f"{train}:1", f"{train}:4"]
+    assert sorted(e.origin for e in data.test) == [f"{test}:1", f"{test}:2"]
+    assert data.leaked == 1
+    assert sorted(s.origin for s in data.skipped) == [f"{test}:3", f"{train}:3", f"{train}:5"]
+    assert data.pad_id == tokenizer.pad_token_id
+    assert load_test(config, tokenizer).examples == data.test
+
+    write_jsonl([row(0), row(2)], "train.jsonl")
+    again = prepare(config, tokenizer, context_length=None)
+    assert set(again.fingerprints) == {"train", "test"}
+    assert again.fingerprints["test"] == data.fingerprints["test"]
+    with pytest.raises(DataError, match=r"test\.jsonl:3: the prompt alone has"):
+        prepare(config.model_copy(update={"bad_rows": "stop"}), tokenizer, None)
+
+
+def test_fingerprint_is_of_the_used_examples(tokenizer, write_jsonl):
+    """Catches: two runs on the same used examples told apart, or on different ones taken for the same."""
+
+    def fingerprint(lines):
+        train = write_jsonl(lines, "train.jsonl")
+        config = DataConfig(
+            train=DatasetConfig(source="gsm8k", path=str(train), split="test"),  # keeps the order
+            test=DatasetConfig(source="file", path=str(write_jsonl([row(9)], "test.jsonl"))),
+            max_length=80,
+            bad_rows="skip",
+        )
+        return prepare(config, tokenizer, None).fingerprints["train"]
+
+    one, two, long = ({"question": f"q {i}", "answer": f"{'1 ' * i * 50}#### {i}"} for i in (0, 1, 2))
+    two = {"question": "q two", "answer": "#### 2"}
+    assert fingerprint([one, two]) == fingerprint([one, long, two, {}])
+    assert fingerprint([one, two]) != fingerprint([two, one])
+
+
+def test_synthetic(tokenizer):
+    """Catches: generated sets that share problems or do not fit the default configuration."""
+    config = DataConfig(
+        train=DatasetConfig(source="synthetic", count=300),
+        test=DatasetConfig(source="synthetic", count=100, split="test", seed=7),
+    )
+    data = prepare(config, tokenizer, context_length=2048)
+    assert (len(data.train), len(data.test), data.leaked, data.skipped) == (300, 100, 0, [])
+
+
+def test_max_length_beyond_the_context(tokenizer):
+    """Catches: positions that the model was never trained on."""
+    sets = DatasetConfig(source="synthetic", count=1)
+    config = DataConfig(train=sets, test=sets, max_length=100)
+    with pytest.raises(InputError, match=r"data\.max_length 100 is longer than .* 99 tokens"):
+        prepare(config, tokenizer, context_length=99)
+
+
+def test_nothing_left_to_train_on(tokenizer, write_jsonl):
+    """Catches: training on the test file, noticed only by an empty loop."""
+    same = DatasetConfig(source="file", path=str(write_jsonl([row(1), row(2)])))
+    with pytest.raises(InputError, match="training set is empty: 2 examples loaded, 2 of them are test"):
+        prepare(DataConfig(train=same, test=same), tokenizer, None)
+
+
+def test_no_prompt_fits(tokenizer, write_jsonl):
+    """Catches: a score of 0 out of 0."""
+    same = DatasetConfig(source="file", path=str(write_jsonl([row(1)])))
+    config = DataConfig(train=same, test=same, max_length=8, bad_rows="skip")
+    with pytest.raises(InputError, match=r"no prompt fits into data\.max_length 8"):
+        load_test(config, tokenizer)
