@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.planner.internals import _COLLECTIVES, StepTracker
 from qdora.planner.report import Breakdown, Part
 from qdora.planner.simulate import Launch, StepRecord, _WorstBatch, shard_sizes
@@ -34,7 +34,7 @@ class RealTracker(StepTracker):
         return result
 
 
-def record_real_step(model: PreTrainedModel, launch: Launch, processes: Processes) -> StepRecord:
+def record_real_step(model: PreTrainedModel, launch: Launch, context: DistributedContext) -> StepRecord:
     """As `record_step`, of a loaded and adapted model."""
     tracker = RealTracker(model.config.vocab_size)
     with tracker:
@@ -42,7 +42,7 @@ def record_real_step(model: PreTrainedModel, launch: Launch, processes: Processe
             kept = layer._norms._w2_O
             tracker.mark([] if kept is None else [kept], Part.ADAPTERS)
         tracker.follow_fsdp(model)
-        trainer = _WorstBatch(model, launch, processes, tracker)
+        trainer = _WorstBatch(model, launch, context, tracker)
         trainer.make_optimizer_state()
         trainer.mark_what_stays()
         at_rest: Breakdown = tracker.current

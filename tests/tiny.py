@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qdora.distributed.context import DistributedContext
+from qdora.distributed.launch import FsdpSettings
 
 CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -49,3 +53,9 @@ def write_tiny_model(
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def cpu_context(fsdp: FsdpSettings | None = None) -> DistributedContext:
+    """The context of the CPU ranks that a test has started; of this process alone where it has none."""
+    ranks = Accelerator(cpu=True)
+    return DistributedContext(ranks.process_index, ranks.num_processes, ranks.device, fsdp, ranks)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapters.peft_format import check_base, fill_saved, inject_saved, load_adapter
 from qdora.adapters.peft_layout import read_saved
 from qdora.config import ModelConfig
-from qdora.distributed.context import Processes, together
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import shard_model, start_sharded
 from qdora.distributed.shard_peers import ShardPeers
 from qdora.errors import InputError
@@ -42,7 +42,7 @@ def load_configured(
 
 
 def load_adapted(
-    settings: ModelConfig, prepare: Callable[[PreTrainedModel], T], processes: Processes
+    settings: ModelConfig, prepare: Callable[[PreTrainedModel], T], context: DistributedContext
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, T]:
     """The configured model with adapters, sharded where the launch asks for FSDP.
 
@@ -53,31 +53,31 @@ def load_adapted(
     Returns: the model, its tokenizer, what `prepare` returned.
     Raises: InputError: as `load_base` and `prepare`; on every process where it happened to one.
     """
-    if processes.fsdp is None:
-        model, tokenizer = load_configured(settings, device=processes.device, progress=processes.is_main)
+    if context.fsdp is None:
+        model, tokenizer = load_configured(settings, device=context.device, progress=context.is_main)
         return model, tokenizer, prepare(model)
-    assert processes.mesh is not None
-    with together(processes):
+    assert context.mesh is not None
+    with context.raise_on_all_ranks():
         skeleton = open_skeleton(
             settings.path,
             base=settings.base,
             dtype=settings.dtype,
-            device=processes.device,
+            device=context.device,
             revision=settings.revision,
             block_size=settings.block_size,
             double_quantization=settings.double_quantization,
         )
         tokenizer = _present(skeleton.checkpoint.tokenizer(), settings)
         report = prepare(skeleton.model)
-        shard_model(skeleton.model, processes.mesh, processes.fsdp)
-    peers = ShardPeers(processes)
-    model = fill(skeleton, processes.device, peers=peers, progress=processes.is_main)
-    start_sharded(model, processes.device, peers.storage)
+        shard_model(skeleton.model, context.mesh, context.fsdp)
+    peers = ShardPeers(context)
+    model = fill(skeleton, context.device, peers=peers, progress=context.is_main)
+    start_sharded(model, context.device, peers.storage)
     return model, tokenizer, report
 
 
 def load_with_adapter(
-    settings: ModelConfig, adapter: Path | None, processes: Processes
+    settings: ModelConfig, adapter: Path | None, context: DistributedContext
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The configured model with a saved adapter on it, sharded where the launch asks for FSDP.
 
@@ -85,15 +85,15 @@ def load_with_adapter(
         adapter: folder in PEFT's format; None leaves the base alone.
     Raises: InputError: anything that cannot be loaded or does not fit.
     """
-    if adapter is None or processes.fsdp is None:
-        model, tokenizer, _ = load_adapted(settings, lambda model: None, processes)
-        with together(processes):
+    if adapter is None or context.fsdp is None:
+        model, tokenizer, _ = load_adapted(settings, lambda model: None, context)
+        with context.raise_on_all_ranks():
             if adapter is not None:
                 load_adapter(model, adapter)
         return model, tokenizer
-    with together(processes):
+    with context.raise_on_all_ranks():
         saved = read_saved(adapter)
-    model, tokenizer, _ = load_adapted(settings, lambda model: inject_saved(model, saved), processes)
+    model, tokenizer, _ = load_adapted(settings, lambda model: inject_saved(model, saved), context)
     check_base(model, saved)
     fill_saved(model, saved)
     return model, tokenizer

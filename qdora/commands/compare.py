@@ -12,7 +12,7 @@ from qdora.commands.score import score_adapter
 from qdora.commands.train import train
 from qdora.config import ArmConfig, CompareConfig, RunConfig
 from qdora.config_file import check_config, dump_config, load_config, read_yaml, set_key
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.scores import Scores, read_scores
 from qdora.experiments.report import ArmRun, markdown, write_report
@@ -44,12 +44,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"output.dir {folder} already holds a comparison; continue it with --resume, replace it with "
             f"--set output.overwrite=true, or choose another output.dir"
         )
-    processes = Processes.start()
-    base_scores = _base_scores(planned[0][2], folder / "base", processes, resume=arguments.resume)
-    runs = [
-        _train_and_score(arm, seed, one, processes, resume=arguments.resume) for arm, seed, one in planned
-    ]
-    if processes.is_main:
+    context = DistributedContext.from_launch()
+    base_scores = _base_scores(planned[0][2], folder / "base", context, resume=arguments.resume)
+    runs = [_train_and_score(arm, seed, one, context, resume=arguments.resume) for arm, seed, one in planned]
+    if context.is_main:
         write_text(folder / CONFIG_COPY, dump_config(config))
         print(markdown(write_report(folder, runs, base_scores)))
         print(f"report: {folder / 'report.json'}, {folder / 'report.md'}, {folder / 'comparison.png'}")
@@ -71,13 +69,13 @@ def arm_config(tree: dict[str, Any], config: CompareConfig, arm: ArmConfig, seed
 
 
 def _train_and_score(
-    arm: ArmConfig, seed: int, config: RunConfig, processes: Processes, *, resume: bool
+    arm: ArmConfig, seed: int, config: RunConfig, context: DistributedContext, *, resume: bool
 ) -> ArmRun:
     directory = RunDirectory(config.output.dir)
-    if processes.is_main:
+    if context.is_main:
         print(f"\n== {arm.name}, seed {seed}: {directory.path}", file=sys.stderr)
-    train(config, resume="auto" if resume else None, processes=processes)
-    scores = score_adapter(config, directory.finished_adapter(), processes, folder=directory.evaluation)
+    train(config, resume="auto" if resume else None, context=context)
+    scores = score_adapter(config, directory.finished_adapter(), context, folder=directory.evaluation)
     return ArmRun(
         arm=arm.name,
         method=arm.method,
@@ -89,8 +87,10 @@ def _train_and_score(
     )
 
 
-def _base_scores(config: RunConfig, folder: Path, processes: Processes, *, resume: bool) -> list[Scores]:
+def _base_scores(
+    config: RunConfig, folder: Path, context: DistributedContext, *, resume: bool
+) -> list[Scores]:
     reports = sorted(folder.glob("*.json"))
     if resume and reports:
         return [read_scores(path) for path in reports]
-    return score_adapter(config, None, processes, folder=folder)
+    return score_adapter(config, None, context, folder=folder)

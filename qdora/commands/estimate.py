@@ -89,7 +89,7 @@ def _what(arguments: argparse.Namespace, config: RunConfig) -> tuple[Launch, Arc
         adapter=config.adapter,
         training=config.training,
         max_length=config.data.max_length,
-        processes=count,
+        world_size=count,
         fsdp=_sharding(file, count),
         device=device,
     )
@@ -108,7 +108,7 @@ def _headline(model: str, config: RunConfig, architecture: Architecture, launch:
     places = {"cuda": ("GPU", "GPUs"), "cpu": ("process", "processes")}[launch.device]
     return (
         f"{model}, {config.adapter.method} r {config.adapter.r}, {dtype}, "
-        f"{launch.processes} {places[launch.processes > 1]}, {_shared(launch)}; "
+        f"{launch.world_size} {places[launch.world_size > 1]}, {_shared(launch)}; "
         f"{launch.micro_batch_size} x {launch.max_length} tokens at once"
     )
 
@@ -140,7 +140,7 @@ def _around(result: Estimate, moved: Traffic, launch: Launch) -> str:
     rows = [("the peak is in", _moment(result.moment)), ("between steps", show_size(result.at_rest.total))]
     if launch.offload:
         rows.append(("in CPU memory", f"{show_size(result.host.total)} a process"))
-    if launch.processes > 1:
+    if launch.world_size > 1:
         rows.append(("sent in a step", f"{show_size(int(moved.sent))} by each, and received"))
     return "\n" + tabulate(rows, tablefmt="plain")
 
@@ -203,7 +203,7 @@ def _scaling(points: list[Point], launch: Launch) -> str:
 
 def _tree(launch: Launch, result: Estimate, moved: Traffic) -> dict[str, Any]:
     return {
-        "processes": launch.processes,
+        "processes": launch.world_size,
         "micro_batch": [launch.micro_batch_size, launch.max_length],
         "peak": _bytes(result.peak),
         "moment": result.moment,

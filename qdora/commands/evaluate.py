@@ -8,7 +8,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from qdora.commands.score import score_adapter
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import Scores
 from qdora.run import Target, add_target_arguments, resolve_target
@@ -33,10 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.run and not arguments.data and not any(s.startswith("data.test") for s in arguments.set):
         raise InputError("without --run, name a data file with --data")
     target = resolve_target(arguments, data=arguments.data, base_only=arguments.base_only)
-    processes = Processes.start()
+    context = DistributedContext.from_launch()
     folder = _report_folder(arguments, target)
-    scores = score_adapter(target.config, target.adapter, processes, folder=folder, task=arguments.task)
-    if processes.is_main:
+    scores = score_adapter(target.config, target.adapter, context, folder=folder, task=arguments.task)
+    if context.is_main:
         print(_table(scores))
         if folder is not None:
             print(f"reports: {folder}")

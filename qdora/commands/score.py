@@ -12,7 +12,7 @@ from qdora.commands.base import load_with_adapter
 from qdora.config import RunConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token
-from qdora.distributed.context import Processes, together
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.generation import for_generation
 from qdora.errors import InputError, suggest
 from qdora.evaluation.evaluate import Scores, evaluate
@@ -25,7 +25,7 @@ def score_model(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     config: RunConfig,
-    processes: Processes,
+    context: DistributedContext,
     *,
     show_progress: bool = True,
 ) -> list[Scores]:
@@ -35,7 +35,7 @@ def score_model(
     """
     settings = config.evaluation
     tokens = settings.batch_size * (config.data.max_length + settings.max_new_tokens)
-    with for_generation(model, processes, tokens) as in_step:
+    with for_generation(model, context, tokens) as in_step:
         return evaluate(
             model,
             tokenizer,
@@ -44,18 +44,18 @@ def score_model(
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             kind=config.data.test.answer_kind,
-            rank=processes.rank,
-            world_size=processes.count,
-            gather=processes.gather,
+            rank=context.rank,
+            world_size=context.world_size,
+            gather=context.gather,
             in_step=in_step,
-            show_progress=show_progress and processes.is_main,
+            show_progress=show_progress and context.is_main,
         )
 
 
 def score_adapter(
     config: RunConfig,
     adapter: Path | None,
-    processes: Processes,
+    context: DistributedContext,
     *,
     folder: Path | None = None,
     task: str | None = None,
@@ -68,22 +68,22 @@ def score_adapter(
         task: only this task of the test set.
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
-    model, tokenizer = load_with_adapter(config.model, adapter, processes)
+    model, tokenizer = load_with_adapter(config.model, adapter, context)
     choose_pad_token(tokenizer)
-    with together(processes):
+    with context.raise_on_all_ranks():
         test = load_test(config.data, tokenizer)
-    if test.skipped and processes.is_main:
+    if test.skipped and context.is_main:
         first = test.skipped[0]
         print(
             f"{len(test.skipped)} test rows left out, the first: {first.origin}: {first.reason}",
             file=sys.stderr,
         )
     examples = _of_task(test.examples, task)
-    scores = score_model(model, tokenizer, examples, config, processes)
-    if processes.is_main and folder is not None:
+    scores = score_model(model, tokenizer, examples, config, context)
+    if context.is_main and folder is not None:
         for score in scores:
             write_scores(score, folder)
-    processes.wait()
+    context.barrier()
     return scores
 
 

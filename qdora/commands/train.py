@@ -19,7 +19,7 @@ from qdora.commands.base import load_adapted
 from qdora.commands.score import score_model
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
-from qdora.distributed.context import Processes, refuse_disagreement, together
+from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.scores import write_scores
 from qdora.experiments.plots import plot_loss
@@ -68,51 +68,53 @@ def run(arguments: argparse.Namespace) -> None:
     train(load_config(arguments.config, arguments.set), resume=arguments.resume)
 
 
-def train(config: RunConfig, resume: str | None = None, processes: Processes | None = None) -> RunDirectory:
+def train(
+    config: RunConfig, resume: str | None = None, context: DistributedContext | None = None
+) -> RunDirectory:
     """Train as configured; nothing is written before everything has been checked.
 
     Args:
         config: the whole run.
         resume: None for a new run, `auto`, or a checkpoint folder.
-        processes: joined already, when several runs share them.
+        context: of the launch, when several runs share it.
     Raises: InputError: anything that the configuration or its files get wrong.
         InterruptedRunError: stopped on request, after a checkpoint.
     """
-    processes = processes or Processes.start(config.training.trackers, config.output.dir)
+    context = context or DistributedContext.from_launch(config.training.trackers, config.output.dir)
     directory = RunDirectory(config.output.dir)
-    refuse_disagreement(processes, {"the configuration": config_digest(config), **package_versions()})
-    with together(processes):
+    context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
+    with context.raise_on_all_ranks():
         if resume is None:
             directory.refuse_if_used(config.output.overwrite)
-    say = _say if processes.is_main else _silent
-    reset_peak_memory(processes.device)
+    say = _say if context.is_main else _silent
+    reset_peak_memory(context.device)
     model, tokenizer, report = load_adapted(
-        config.model, lambda model: inject(model, config.adapter, seed=config.training.seed), processes
+        config.model, lambda model: inject(model, config.adapter, seed=config.training.seed), context
     )
-    with together(processes):
+    with context.raise_on_all_ranks():
         data = prepare(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
-    refuse_disagreement(processes, _input_facts(model, data))
+    context.refuse_disagreement(_input_facts(model, data))
     _say_data(data, say)
     check_savable(model)
     say(str(report))
     trainer = Trainer(
-        model, data.train, config.training, processes, data.pad_id, evaluate_every=config.evaluation.every
+        model, data.train, config.training, context, data.pad_id, evaluate_every=config.evaluation.every
     )
     settings = _settings(config, model, data)
     start = _restore(trainer, directory, resume, settings, say)
     facts = _facts(config, model, data, report, trainer)
-    with together(processes):
-        if processes.is_main:
-            _open_directory(directory, config, start, resume, facts, processes.count)
+    with context.raise_on_all_ranks():
+        if context.is_main:
+            _open_directory(directory, config, start, resume, facts, context.world_size)
     _train(trainer, directory, config, settings, start, tokenizer, data)
-    save_adapter(model, directory.adapter if processes.is_main else None)
-    if processes.is_main:
+    save_adapter(model, directory.adapter if context.is_main else None)
+    if context.is_main:
         steps = read_metrics(directory.metrics_file)
         plot_loss(
             {config.adapter.method: steps}, directory.loss_plot, f"Training loss, {directory.path.name}"
         )
         print(_summary(directory, report, steps))
-    processes.wait()
+    context.barrier()
     return directory
 
 
@@ -125,24 +127,23 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
 ) -> None:
-    processes = trainer.processes
-    accelerator = processes.accelerator
+    context = trainer.context
     if config.training.trackers:
-        accelerator.init_trackers("qdora", config=_flat(config.model_dump(mode="json")))
+        context.start_trackers(_flat(config.model_dump(mode="json")))
     checkpoints = CheckpointWriter(
         directory.checkpoints,
         settings,
-        processes,
+        context,
         keep=config.training.keep_checkpoints,
-        whole=processes.fsdp is not None and processes.fsdp.state_dict_type == "full",
+        whole=context.fsdp is not None and context.fsdp.state_dict_type == "full",
         in_background=config.training.async_checkpoints,
     )
-    with TrainingBar(trainer.total_steps, start, shown=processes.is_main) as bar, checkpoints:
+    with TrainingBar(trainer.total_steps, start, shown=context.is_main) as bar, checkpoints:
 
         def log(metrics: StepMetrics) -> None:
             append_metrics(directory.metrics_file, metrics)
             bar.show(metrics)
-            accelerator.log(dataclasses.asdict(metrics), step=metrics.step)
+            context.track(dataclasses.asdict(metrics), step=metrics.step)
 
         def save(step: int) -> None:
             epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
@@ -152,16 +153,16 @@ def _train(
             )
 
         def evaluate(step: int) -> None:
-            scores = score_model(trainer.model, tokenizer, data.test, config, processes, show_progress=False)
-            if processes.is_main:
+            scores = score_model(trainer.model, tokenizer, data.test, config, context, show_progress=False)
+            if context.is_main:
                 for score in scores:
                     write_scores(score, directory.evaluation / f"step-{step}")
                     bar.say(f"step {step}: {score}")
-                    accelerator.log({f"{score.task}/{score.metric}": score.score}, step=step)
+                    context.track({f"{score.task}/{score.metric}": score.score}, step=step)
 
         trainer.run(start, Callbacks(log=log, save=save, evaluate=evaluate))
     if config.training.trackers:
-        processes.end()
+        context.end()
 
 
 def _restore(
@@ -174,13 +175,13 @@ def _restore(
     """Steps already done, with the trainer put back to where they ended."""
     if resume is None:
         return 0
-    processes, state = trainer.processes, trainer.optimizer.state()
+    context, state = trainer.context, trainer.optimizer.state()
     if resume == "auto":
-        found = newest_usable(directory.checkpoints, state, settings, processes, say)
+        found = newest_usable(directory.checkpoints, state, settings, context, say)
     else:
-        found = load_checkpoint(Path(resume), state, settings, processes)
+        found = load_checkpoint(Path(resume), state, settings, context)
     if found is None:
-        left = processes.gather([[path.name for path in list_checkpoints(directory.checkpoints)]])[0]
+        left = context.gather([[path.name for path in list_checkpoints(directory.checkpoints)]])[0]
         if left:  # a first save would remove them, and the disk may only be away for the moment
             raise InputError(
                 f"{directory.checkpoints}: none of its checkpoints ({', '.join(left)}) can be used; look at "
@@ -189,7 +190,7 @@ def _restore(
         say(f"{directory.path}: no checkpoint; starting from the beginning")
         return 0
     trainer.optimizer.load_state(found.tensors)
-    writers = f"{found.processes} process{'es' if found.processes > 1 else ''}"
+    writers = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
     say(f"resuming after step {found.step}, written by {writers}")
     return found.step
 
@@ -236,7 +237,7 @@ def _facts(
         "trainable_parameters": report.trainable,
         "initial_a": initial_a_fingerprint(model),
         "steps": trainer.total_steps,
-        "compute_dtype": str(compute_dtype(config.model.dtype, trainer.processes.device)),
+        "compute_dtype": str(compute_dtype(config.model.dtype, trainer.context.device)),
     }
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run as the training loop sees them: a rank, a count, sums and gathered objects."""
+"""The distributed context: rank, world size, device mesh, collectives, and errors that end all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch.distributed import DistError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -19,33 +18,41 @@ from qdora.distributed.launch import FsdpSettings, join_processes, read_flag, re
 from qdora.errors import InputError
 
 
-class Processes:
-    """Accelerate's processes, one of them where nothing was launched.
+class DistributedContext:
+    """This process's place in a run, and what the ranks do collectively; a process alone is world_size 1.
 
-    Without FSDP each holds the whole model. Adapters are small, so their gradients are summed in one
+    Without FSDP each rank holds the whole model. Adapters are small, so their gradients are summed in one
     float32 vector after the last micro-batch; the frozen base never travels.
 
     Attributes:
-        fsdp: how the model is sharded; None where each process holds all of it.
-        mesh: all processes in one dimension; with FSDP only.
+        rank, world_size: of this process and of the run.
+        device: on which this rank computes.
+        fsdp: how the model is sharded; None where each rank holds all of it.
+        mesh: all ranks in one dimension; with FSDP only.
+        accelerator: which keeps the trackers of a launched run; None for a process alone.
     """
 
-    def __init__(self, accelerator: Accelerator, fsdp: FsdpSettings | None = None) -> None:
-        self.accelerator = accelerator
-        self.rank: int = accelerator.process_index
-        self.count: int = accelerator.num_processes
-        self.device: torch.device = accelerator.device
-        self.fsdp = fsdp
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        fsdp: FsdpSettings | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.device = device or torch.device("cpu")
+        self.fsdp, self.accelerator = fsdp, accelerator
         self.mesh: DeviceMesh | None = None
         if fsdp is not None:
-            self.mesh = init_device_mesh(self.device.type, (self.count,), mesh_dim_names=("shard",))
+            self.mesh = init_device_mesh(self.device.type, (world_size,), mesh_dim_names=("shard",))
 
     @classmethod
-    def start(cls, trackers: Iterable[str] = (), project_dir: str | None = None) -> Processes:
+    def from_launch(cls, trackers: Iterable[str] = (), project_dir: str | None = None) -> DistributedContext:
         """Join the processes that `accelerate launch` started.
 
         Raises: InputError: the launch configuration asks for a kind of sharding or precision that
-            is not supported; the processes cannot meet.
+            is not supported; a rank does not join.
         """
         fsdp = read_fsdp_settings(os.environ)
         for variable, what in _UNSUPPORTED.items():
@@ -64,36 +71,37 @@ class Processes:
         cpu = not torch.cuda.is_available() or read_flag(os.environ, "ACCELERATE_USE_CPU")
         join_processes(os.environ, cpu=cpu, sharded=fsdp is not None)
         if fsdp is not None:
-            # Every process reads its own rows; transformers must not leave weights out on its own account.
+            # Every rank reads its own rows; transformers must not leave weights out on its own account.
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         accelerator = Accelerator(
             cpu=cpu, mixed_precision="no", log_with=list(trackers) or None, project_dir=project_dir
         )
-        return cls(accelerator, fsdp)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        return cls(rank, world_size, accelerator.device, fsdp, accelerator)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and shows progress."""
-        return bool(self.accelerator.is_main_process)
+        """Whether this rank writes files and shows progress."""
+        return self.rank == 0
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extras: torch.Tensor) -> torch.Tensor:
-        """Sum the gradients over the processes, in place, and a small vector with them.
+        """Sum the gradients over the ranks, in place, and a small vector with them.
 
-        A process whose share of the batch was empty adds zeros.
+        A rank whose part of the batch was empty adds zeros.
 
         Args:
             parameters: their gradients are float32.
-            extras: (K,) float64 or float32 numbers that travel along.
+            extras: (K,) float64 or float32 numbers.
         Returns: (K,) the summed extras, in float64.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return extras.double()
         parameters = list(parameters)
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p, dtype=torch.float32)
         flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-        flat = self.accelerator.reduce(flat, reduction="sum")
+        dist.all_reduce(flat)
         offset = 0
         for p in parameters:
             assert p.grad is not None
@@ -102,31 +110,86 @@ class Processes:
         return self.sum(extras)
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
-        """Sum a small vector over the processes, in float64.
+        """Sum a small vector over the ranks, in float64.
 
         Args:
-            vector: (K,) numbers, the same K everywhere; on any device.
-        Returns: (K,) float64 on the CPU, the same bits on every process.
+            vector: (K,) numbers, the same K on every rank; on any device.
+        Returns: (K,) float64 on the CPU, the same bits on every rank.
         """
         summed = vector.detach().to(self.device, torch.float64, copy=True)
-        if self.count > 1:
+        if self.world_size > 1:
             dist.all_reduce(summed)
         return summed.cpu()
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """All processes' items, in order of rank, on every process."""
-        if self.count == 1:
+        """The items of all ranks in one list, in order of rank, on every rank."""
+        if self.world_size == 1:
             return items
-        gathered: list[Any] = gather_object(items)
-        return gathered
+        of_ranks: list[list[Any]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(of_ranks, items)
+        return [item for of_rank in of_ranks for item in of_rank]
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        self.accelerator.wait_for_everyone()
+    def barrier(self) -> None:
+        """Block until every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def start_trackers(self, settings: Mapping[str, Any]) -> None:
+        """Open the trackers that the run was launched with; one run of theirs, with its settings."""
+        if self.accelerator is not None:
+            self.accelerator.init_trackers("qdora", config=dict(settings))
+
+    def track(self, values: Mapping[str, Any], step: int) -> None:
+        """Hand numbers of a step to the trackers; nothing where there are none."""
+        if self.accelerator is not None:
+            self.accelerator.log(dict(values), step=step)
 
     def end(self) -> None:
-        """Close trackers and leave the process group."""
-        self.accelerator.end_training()
+        """Close the trackers and leave the process group."""
+        if self.accelerator is not None:
+            self.accelerator.end_training()
+
+    @contextmanager
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """Run a block on every rank; an exception of one ends the block on all.
+
+        A bad disk under one rank, say, must not leave the others waiting for it. The ranks exchange their
+        errors at the end of the block, so inside it there may be no collective.
+
+        Raises: Exception: what the block raised on this rank.
+            InputError: the block succeeded here and failed on other ranks; the message says where and why.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        errors = self.gather([None if own is None else _error_text(own)])
+        if own is not None:
+            raise own
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
+        if failed:
+            raise InputError("; ".join(failed))
+
+    def refuse_disagreement(self, values: Mapping[str, str]) -> None:
+        """Compare what the ranks know about the run; a collective.
+
+        Args:
+            values: this rank's short value or digest of each thing, by its name as it shall stand in the
+                message ("the configuration").
+        Raises: InputError: on every rank, with each value that differs and the ranks that have it.
+        """
+        of_ranks = self.gather([dict(values)])
+        lines = []
+        for name in dict.fromkeys(name for of_rank in of_ranks for name in of_rank):
+            found = [of_rank.get(name, "nothing") for of_rank in of_ranks]
+            if len(set(found)) > 1:
+                lines.append(f"{name}: {_ranks_by_value(found)}")
+        if lines:
+            raise InputError(
+                "the processes of this run were started with different input, nothing was done. "
+                f"{'. '.join(lines)}. Allowed: the same configuration, files and package versions everywhere"
+            )
 
 
 def _use_all_cores() -> None:
@@ -147,57 +210,12 @@ _UNSUPPORTED = {
 }
 
 
-def refuse_disagreement(processes: Processes, facts: Mapping[str, str]) -> None:
-    """Compare what the processes know about the run; every one of them must call this.
-
-    Args:
-        facts: a name in words, as it shall stand in the message ("the configuration"), to a short
-            value or digest; every process gives its own.
-    Raises: InputError: on every process, with each fact that differs and who has which value.
-    """
-    everyones = processes.gather([dict(facts)])
-    names = dict.fromkeys(name for theirs in everyones for name in theirs)
-    lines = []
-    for name in names:
-        values = [theirs.get(name, "nothing") for theirs in everyones]
-        if len(set(values)) > 1:
-            lines.append(f"{name}: {_who_has_what(values)}")
-    if lines:
-        raise InputError(
-            "the processes of this run were started with different input, nothing was done. "
-            f"{'. '.join(lines)}. Allowed: the same configuration, files and package versions everywhere"
-        )
-
-
-@contextmanager
-def together(processes: Processes) -> Iterator[None]:
-    """Run a block on every process; an exception on one of them ends it on all.
-
-    Reading files, say: a bad disk under one process must not leave the others waiting for it. The
-    processes meet at the end of the block, so inside it nothing may wait for another process.
-
-    Raises: Exception: what the block raised here.
-        InputError: the block went well here and failed elsewhere; the message says where and why.
-    """
-    own: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        own = error
-    errors = processes.gather([None if own is None else _error_text(own)])
-    if own is not None:
-        raise own
-    failed = [f"rank {rank}: {words}" for rank, words in enumerate(errors) if words is not None]
-    if failed:
-        raise InputError("; ".join(failed))
-
-
 def _error_text(error: Exception) -> str:
     # A sentence of ours stands for itself; of anything else the kind is half of the message.
     return str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 
 
-def _who_has_what(values: Sequence[str]) -> str:
+def _ranks_by_value(values: Sequence[str]) -> str:
     """`ranks 0-2 and 4 have A, rank 3 has B`."""
     holders: dict[str, list[int]] = {}
     for rank, value in enumerate(values):

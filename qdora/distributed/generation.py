@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import sharded_modules
 
 MARGIN = 0.8
@@ -26,7 +26,7 @@ MARGIN = 0.8
 
 
 @contextmanager
-def for_generation(model: PreTrainedModel, processes: Processes, tokens: int) -> Iterator[bool]:
+def for_generation(model: PreTrainedModel, context: DistributedContext, tokens: int) -> Iterator[bool]:
     """Keep what a first pass gathers, where every rank has room for it, until the block ends.
 
     Args:
@@ -37,8 +37,8 @@ def for_generation(model: PreTrainedModel, processes: Processes, tokens: int) ->
         yield False
         return
     needed = gathered_bytes(model) + tokens * cache_bytes(model)
-    fits = all(processes.gather([needed <= MARGIN * free_memory(processes.device)]))
-    settings = processes.fsdp
+    fits = all(context.gather([needed <= MARGIN * free_memory(context.device)]))
+    settings = context.fsdp
     assert settings is not None
     groups = [group for group in sharded_modules(model) if group is not cast(FSDPModule, model)]
     for group in groups:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qdora.distributed.context import Processes, together
+from qdora.distributed.context import DistributedContext
 from qdora.quant.share import Share
 
 
@@ -19,12 +19,12 @@ class ShardPeers:
         processes: of a launch with FSDP.
     """
 
-    def __init__(self, processes: Processes) -> None:
-        assert processes.mesh is not None
-        assert processes.fsdp is not None
-        self._processes, self._group = processes, processes.mesh.get_group()
-        self.share = Share(processes.mesh.get_local_rank(), processes.mesh.size())
-        self.storage = torch.device("cpu") if processes.fsdp.offload else None
+    def __init__(self, context: DistributedContext) -> None:
+        assert context.mesh is not None
+        assert context.fsdp is not None
+        self._processes, self._group = context, context.mesh.get_group()
+        self.share = Share(context.mesh.get_local_rank(), context.mesh.size())
+        self.storage = torch.device("cpu") if context.fsdp.offload else None
 
     def gather_rows(self, own: torch.Tensor, size: int) -> torch.Tensor:
         """(size, ...) everybody's rows, each giving those of its share."""
@@ -41,4 +41,4 @@ class ShardPeers:
 
     def together(self) -> AbstractContextManager[None]:
         """A block after which an error of one process has ended it on all."""
-        return together(self._processes)
+        return self._processes.raise_on_all_ranks()

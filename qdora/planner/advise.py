@@ -110,7 +110,7 @@ def _checkpointing(launch: Launch) -> Iterator[Change]:
 
 
 def _smaller_micro_batches(launch: Launch) -> Iterator[Change]:
-    own = launch.training.batch_size // launch.processes
+    own = launch.training.batch_size // launch.world_size
     now = launch.training.gradient_accumulation
     for count in range(now + 1, own + 1):
         if own % count == 0:
@@ -120,7 +120,7 @@ def _smaller_micro_batches(launch: Launch) -> Iterator[Change]:
 
 
 def _sharding(launch: Launch) -> Iterator[Change]:
-    if launch.fsdp is None and launch.processes > 1:
+    if launch.fsdp is None and launch.world_size > 1:
         yield Change(
             "configs/accelerate/fsdp.yaml", "layers are gathered", replace(launch, fsdp=FsdpSettings())
         )
@@ -129,12 +129,12 @@ def _sharding(launch: Launch) -> Iterator[Change]:
 def _more_gpus(launch: Launch) -> Iterator[Change]:
     """The batch stays what it is: what each of them accumulates falls first, then its micro-batch."""
     for doubling in range(1, _DOUBLINGS + 1):
-        processes = launch.processes << doubling
+        processes = launch.world_size << doubling
         accumulation = max(1, launch.training.gradient_accumulation >> doubling)
         if launch.training.batch_size % (processes * accumulation):
             return
         changed = _with_training(launch, gradient_accumulation=accumulation)
-        changed = replace(changed, processes=processes, fsdp=launch.fsdp or FsdpSettings())
+        changed = replace(changed, world_size=processes, fsdp=launch.fsdp or FsdpSettings())
         settings = f"{processes} GPUs"
         if accumulation != launch.training.gradient_accumulation:
             settings += f", training.gradient_accumulation={accumulation}"

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
-from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
@@ -28,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.planner.report import Breakdown, Part
 from qdora.quant.weight import TILE_BYTES
@@ -252,7 +251,7 @@ CPU = torch.device("cpu")
 
 
 @contextmanager
-def fake_processes(count: int, fsdp: FsdpSettings | None, device: str) -> Iterator[Processes]:
+def fake_processes(count: int, fsdp: FsdpSettings | None, device: str) -> Iterator[DistributedContext]:
     """Rank 0, whose share is the largest; its collectives return at once.
 
     Args:
@@ -267,21 +266,7 @@ def fake_processes(count: int, fsdp: FsdpSettings | None, device: str) -> Iterat
         stack.enter_context(_no_tracing())
         if fsdp is not None and fsdp.offload and device != "cpu":
             stack.enter_context(_copies_of_shards())
-        accelerator = SimpleNamespace(
-            process_index=0,
-            num_processes=count,
-            device=CPU,
-            is_main_process=True,
-            reduce=_sum_of_copy,
-        )
-        yield Processes(accelerator, fsdp)
-
-
-def _sum_of_copy(tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-    """As accelerate's `reduce`, which needs a launch."""
-    copy = tensor.clone()
-    dist.all_reduce(copy)
-    return copy
+        yield DistributedContext(0, count, CPU, fsdp)
 
 
 def _tiles_of(device: str) -> AbstractContextManager[object]:

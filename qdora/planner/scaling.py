@@ -66,7 +66,7 @@ def traffic(architecture: Architecture, launch: Launch) -> Traffic:
     """
     model = architecture.skeleton()
     inject(model, launch.adapter)
-    count, micro_batches = launch.processes, launch.training.gradient_accumulation
+    count, micro_batches = launch.world_size, launch.training.gradient_accumulation
     trained = [p for p in model.parameters() if p.requires_grad]
     if launch.fsdp is None:
         gradients = sum(p.numel() for p in trained) * GRADIENT_BYTES if count > 1 else 0
@@ -227,8 +227,8 @@ def schemes(architecture: Architecture, launch: Launch) -> list[Scheme]:
 def at_ranks(launch: Launch, ranks: int) -> Launch:
     """The same tokens a GPU on so many GPUs: a larger batch."""
     training = launch.training
-    own = training.batch_size // launch.processes
-    return replace(launch, processes=ranks, training=training.model_copy(update={"batch_size": own * ranks}))
+    own = training.batch_size // launch.world_size
+    return replace(launch, world_size=ranks, training=training.model_copy(update={"batch_size": own * ranks}))
 
 
 def collective_seconds(moved: Traffic, link: Link) -> float:

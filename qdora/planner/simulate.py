@@ -25,7 +25,7 @@ from qdora.adapters.magnitude import Magnitude
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.data.batches import Batch
 from qdora.data.tokenize import TokenizedExample
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, shard_like, shard_model, start_sharded
 from qdora.distributed.launch import FsdpSettings
 from qdora.models.build import Quantization, architecture_skeleton
@@ -42,7 +42,7 @@ class Launch:
 
     Attributes:
         max_length: tokens of the longest example.
-        processes: how many share a batch, a GPU each.
+        world_size: how many share a batch, a GPU each.
         fsdp: how they shard the model; None where each holds all of it.
         device: whose kernels and tile sizes to suppose.
     """
@@ -50,7 +50,7 @@ class Launch:
     adapter: AdapterConfig
     training: TrainingConfig
     max_length: int
-    processes: int
+    world_size: int
     fsdp: FsdpSettings | None
     device: Literal["cpu", "cuda"] = "cuda"
 
@@ -60,7 +60,7 @@ class Launch:
 
         Raises: InputError: the batch does not divide over the processes.
         """
-        return micro_batch_size(self.training, self.processes)
+        return micro_batch_size(self.training, self.world_size)
 
     @property
     def checkpointing(self) -> bool:
@@ -99,18 +99,18 @@ def record_step(model: PreTrainedModel, launch: Launch) -> StepRecord:
     """
     with (
         warnings.catch_warnings(),
-        fake_processes(launch.processes, launch.fsdp, launch.device) as processes,
+        fake_processes(launch.world_size, launch.fsdp, launch.device) as context,
     ):
         warnings.simplefilter("ignore")  # of fake tensors, about themselves
-        if processes.fsdp is not None:
-            assert processes.mesh is not None
-            adapt_and_shard(model, launch.adapter, processes.mesh, processes.fsdp)
+        if context.fsdp is not None:
+            assert context.mesh is not None
+            adapt_and_shard(model, launch.adapter, context.mesh, context.fsdp)
         tracker = StepTracker(model.config.get_text_config().vocab_size)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             fill_with_fakes(model)
             tracker.follow_fsdp(model)
-            start_adapters(model, launch.adapter, sharded=processes.fsdp is not None)
-            trainer = _WorstBatch(model, launch, processes, tracker)
+            start_adapters(model, launch.adapter, sharded=context.fsdp is not None)
+            trainer = _WorstBatch(model, launch, context, tracker)
             trainer.make_optimizer_state()
             trainer.mark_what_stays()
             at_rest = tracker.current
@@ -126,19 +126,19 @@ class _WorstBatch(Trainer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, launch: Launch, processes: Processes, tracker: StepTracker
+        self, model: PreTrainedModel, launch: Launch, context: DistributedContext, tracker: StepTracker
     ) -> None:
         accumulation = min(2, launch.training.gradient_accumulation)
         training = launch.training.model_copy(
             update={
-                "batch_size": launch.micro_batch_size * accumulation * launch.processes,
+                "batch_size": launch.micro_batch_size * accumulation * launch.world_size,
                 "gradient_accumulation": accumulation,
                 "max_steps": 1,
                 "epochs": None,
             }
         )
         example = TokenizedExample([0] * launch.max_length, 0, "the longest example")
-        super().__init__(model, [example] * training.batch_size, training, processes, pad_id=0)
+        super().__init__(model, [example] * training.batch_size, training, context, pad_id=0)
         self._tracker = tracker
         tracker.follow_gradients(self.parameters.values())
         self._micro_batch = 0

@@ -24,7 +24,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from qdora.distributed.context import Processes, together
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import read_timeout
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.files import clear_leftovers, explained, file_digest, put_directory, read_json, temporary_directory
@@ -43,12 +43,12 @@ class SavedState:
 
     Attributes:
         step: optimizer steps done.
-        processes: how many wrote it.
+        world_size: how many ranks wrote it.
         tensors: the optimizer's state on the CPU; of a sharded tensor the rows of this process.
     """
 
     step: int
-    processes: int
+    world_size: int
     tensors: dict[str, torch.Tensor]
 
 
@@ -59,7 +59,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    folder: Path, like: Mapping[str, torch.Tensor], settings: Mapping[str, Any], processes: Processes
+    folder: Path, like: Mapping[str, torch.Tensor], settings: Mapping[str, Any], context: DistributedContext
 ) -> SavedState:
     """Read a checkpoint of any number of processes; every process must call this, and all fare alike.
 
@@ -69,25 +69,25 @@ def load_checkpoint(
     Raises: CheckpointError: a file is missing, truncated or corrupt, under whichever process.
         InputError: it was written under other settings, or for another model; the first difference is named.
     """
-    facts = _read_facts(folder, processes)
+    facts = _read_facts(folder, context)
     _refuse_other_settings(folder, facts["settings"], settings)
     reader = Reader(folder, facts["sha256"])
 
     def verify() -> Metadata:
         # The processes share the files; each then verifies what it reads and has not verified here.
-        for name in sorted(reader.digests)[processes.rank :: processes.count]:
+        for name in sorted(reader.digests)[context.rank :: context.world_size]:
             reader.verify(name)
         return reader.read_metadata()
 
-    _refuse_other_tensors(folder, _alike(folder, processes, verify), like)
-    return SavedState(facts["step"], facts["processes"], load_tensors(like, reader, processes))
+    _refuse_other_tensors(folder, _alike(folder, context, verify), like)
+    return SavedState(facts["step"], facts["processes"], load_tensors(like, reader, context))
 
 
 def newest_usable(
     directory: Path,
     like: Mapping[str, torch.Tensor],
     settings: Mapping[str, Any],
-    processes: Processes,
+    context: DistributedContext,
     warn: Callable[[str], None],
 ) -> SavedState | None:
     """The newest checkpoint that verifies; each unusable one is named to `warn`. None where there is none.
@@ -97,25 +97,25 @@ def newest_usable(
     Raises: InputError: as `load_checkpoint`, for settings that differ.
     """
     names: list[str] = []
-    with together(processes):
-        if processes.is_main:
+    with context.raise_on_all_ranks():
+        if context.is_main:
             clear_leftovers(directory, "step-*")
             names = [path.name for path in list_checkpoints(directory)]
-    for name in processes.gather([names])[0]:
+    for name in context.gather([names])[0]:
         try:
-            return load_checkpoint(directory / name, like, settings, processes)
+            return load_checkpoint(directory / name, like, settings, context)
         except CheckpointError as error:
             warn(f"{error}; trying the one before")
     return None
 
 
-def _read_facts(folder: Path, processes: Processes) -> dict[str, Any]:
+def _read_facts(folder: Path, context: DistributedContext) -> dict[str, Any]:
     """state.json as the main process reads it."""
 
     def read() -> dict[str, Any]:
-        return _checked_facts(folder) if processes.is_main else {}
+        return _checked_facts(folder) if context.is_main else {}
 
-    facts: dict[str, Any] = processes.gather([_alike(folder, processes, read)])[0]
+    facts: dict[str, Any] = context.gather([_alike(folder, context, read)])[0]
     return facts
 
 
@@ -136,7 +136,7 @@ def _checked_facts(folder: Path) -> dict[str, Any]:
     return checked
 
 
-def _alike(folder: Path, processes: Processes, action: Callable[[], T]) -> T:
+def _alike(folder: Path, context: DistributedContext, action: Callable[[], T]) -> T:
     """What the action returns here, if it finds the checkpoint in order under every process.
 
     Raises: CheckpointError: under one of them it does not.
@@ -148,9 +148,9 @@ def _alike(folder: Path, processes: Processes, action: Callable[[], T]) -> T:
         problem = str(error)
     except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         problem = f"{folder}: not a usable checkpoint: {error}"
-    for rank, words in enumerate(processes.gather([problem])):
+    for rank, words in enumerate(context.gather([problem])):
         if words is not None:
-            raise CheckpointError(f"rank {rank}: {words}" if processes.count > 1 else words)
+            raise CheckpointError(f"rank {rank}: {words}" if context.world_size > 1 else words)
     return cast(T, result)
 
 
@@ -200,18 +200,18 @@ class CheckpointWriter:
         self,
         directory: Path,
         settings: Mapping[str, Any],
-        processes: Processes,
+        context: DistributedContext,
         *,
         keep: int,
         whole: bool = False,
         in_background: bool = False,
     ) -> None:
-        self.directory, self.settings, self.processes = directory, settings, processes
+        self.directory, self.settings, self.context = directory, settings, context
         self.keep, self.whole = keep, whole
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
         self._pending: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
-        if in_background and processes.count > 1:
+        if in_background and context.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=read_timeout(os.environ))
 
     def save(
@@ -235,11 +235,11 @@ class CheckpointWriter:
         folder = self._new_folder(step)
         put = partial(self._put, folder, step, position)
         try:
-            with together(self.processes):
-                save_adapter(folder / "adapter" if self.processes.is_main else None)
+            with self.context.raise_on_all_ranks():
+                save_adapter(folder / "adapter" if self.context.is_main else None)
             contribution = self._contribution(tensors)
             if self._thread is None:
-                save_tensors(contribution, None, folder, self.processes, None, put)
+                save_tensors(contribution, None, folder, self.context, None, put)
                 return
             copies = {name: local_rows(t).to("cpu", copy=True) for name, t in contribution.items()}
         except BaseException:
@@ -278,22 +278,22 @@ class CheckpointWriter:
         put: Callable[[dict[str, str]], None],
     ) -> None:
         try:
-            save_tensors(contribution, copies, folder, self.processes, self._group, put)
+            save_tensors(contribution, copies, folder, self.context, self._group, put)
         except BaseException:
             self._remove(folder)
             raise
 
     def _new_folder(self, step: int) -> Path:
         folder = None
-        with together(self.processes):
-            if self.processes.is_main:
+        with self.context.raise_on_all_ranks():
+            if self.context.is_main:
                 clear_leftovers(self.directory, "step-*")
                 folder = temporary_directory(self.directory / f"step-{step}")
-        return Path(self.processes.gather([str(folder)])[0])
+        return Path(self.context.gather([str(folder)])[0])
 
     def _contribution(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What this process writes: its shards, and on the main process what all hold alike."""
-        main, contribution = self.processes.is_main, {}
+        main, contribution = self.context.is_main, {}
         for name, tensor in tensors.items():
             if self.whole and isinstance(tensor, DTensor):
                 gathered = tensor.full_tensor()
@@ -313,7 +313,7 @@ class CheckpointWriter:
                 "format": FORMAT,
                 "step": step,
                 **position,
-                "processes": self.processes.count,
+                "processes": self.context.world_size,
                 "settings": self.settings,
                 "sha256": dict(sorted(digests.items())),
             }
@@ -323,7 +323,7 @@ class CheckpointWriter:
             shutil.rmtree(old)
 
     def _remove(self, folder: Path) -> None:
-        if self.processes.is_main:
+        if self.context.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 
 

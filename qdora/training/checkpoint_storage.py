@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.errors import CheckpointError, InputError
 from qdora.files import explained, file_digest, flush, write_tensors
 from qdora.training.optimizer import local_rows
@@ -37,7 +37,7 @@ def save_tensors(
     tensors: Mapping[str, torch.Tensor],
     copies: Mapping[str, torch.Tensor] | None,
     folder: Path,
-    processes: Processes,
+    context: DistributedContext,
     group: dist.ProcessGroup | None,
     put: Callable[[dict[str, str]], None],
 ) -> None:
@@ -58,14 +58,14 @@ def save_tensors(
             storage_writer=_Writer(folder, put),
             planner=_Planner(copies),
             process_group=group,
-            no_dist=processes.count == 1,
+            no_dist=context.world_size == 1,
         )
     except CheckpointException as error:
-        raise _cause(error, processes.rank) from None
+        raise _cause(error, context.rank) from None
 
 
 def load_tensors(
-    like: Mapping[str, torch.Tensor], reader: Reader, processes: Processes
+    like: Mapping[str, torch.Tensor], reader: Reader, context: DistributedContext
 ) -> dict[str, torch.Tensor]:
     """Read this process's rows of each tensor; every process must call this.
 
@@ -77,9 +77,9 @@ def load_tensors(
     planner = _Loader(like)
     _quiet()
     try:
-        load(dict(like), storage_reader=reader, planner=planner, no_dist=processes.count == 1)
+        load(dict(like), storage_reader=reader, planner=planner, no_dist=context.world_size == 1)
     except CheckpointException as error:
-        cause = _cause(error, processes.rank)
+        cause = _cause(error, context.rank)
         raise CheckpointError(f"{reader.path}: not a usable checkpoint: {cause}") from None
     return planner.targets
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from qdora.config import TrainingConfig
 from qdora.data.batches import Batch, BatchPlan, collate, without_labels
 from qdora.data.tokenize import TokenizedExample
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import as_forward
 from qdora.errors import InputError, InterruptedRunError
 from qdora.memory import keep_freed_memory
@@ -69,14 +69,14 @@ class Trainer:
         model: PreTrainedModel,
         examples: Sequence[TokenizedExample],
         config: TrainingConfig,
-        processes: Processes,
+        context: DistributedContext,
         pad_id: int,
         evaluate_every: int | None = None,
     ) -> None:
         check_output_layer(model)
-        self.micro_batch_size = micro_batch_size(config, processes.count)
+        self.micro_batch_size = micro_batch_size(config, context.world_size)
         self.model, self.examples, self.config = model, examples, config
-        self.processes, self.pad_id, self.evaluate_every = processes, pad_id, evaluate_every
+        self.context, self.pad_id, self.evaluate_every = context, pad_id, evaluate_every
         self.plan = BatchPlan([len(e.input_ids) for e in examples], config.batch_size, config.seed)
         self.total_steps = count_steps(config, self.plan.steps_per_epoch)
         self.parameters: dict[str, nn.Parameter] = {
@@ -84,7 +84,7 @@ class Trainer:
         }
         self.optimizer = AdapterOptimizer(self.parameters, config)
         self.loss = as_forward(model, completion_loss)
-        if config.gradient_checkpointing or (processes.fsdp and processes.fsdp.activation_checkpointing):
+        if config.gradient_checkpointing or (context.fsdp and context.fsdp.activation_checkpointing):
             model.activation_checkpointing_enable({"use_reentrant": False})
 
     def run(self, start: int, callbacks: Callbacks) -> None:
@@ -98,7 +98,7 @@ class Trainer:
         with StopRequest() as stop:
             for step in range(start, self.total_steps):
                 metrics, signal_number = self._step(step, stop)
-                if self.processes.is_main:
+                if self.context.is_main:
                     callbacks.log(metrics)
                 done = step + 1
                 last = done == self.total_steps
@@ -118,17 +118,17 @@ class Trainer:
 
     def _save(self, done: int, callbacks: Callbacks) -> None:
         callbacks.save(done)
-        self.processes.wait()
+        self.context.barrier()
 
     def _step(self, step: int, stop: StopRequest) -> tuple[StepMetrics, int | None]:
         started = time.perf_counter()
         batch = [self.examples[i] for i in self.plan.batch(step)]
         labels = sum(len(e.input_ids) - e.prompt_length for e in batch)
-        torch.manual_seed(_step_seed(self.config.seed, step, self.processes.rank))
+        torch.manual_seed(_step_seed(self.config.seed, step, self.context.rank))
         self.optimizer.zero_grad()
         loss = 0.0
         for micro_batch in self._own_micro_batches(batch):
-            device = self.processes.device
+            device = self.context.device
             # Divided by the labels of the whole batch: the sum over micro-batches and processes
             # is the mean over tokens, however unevenly they are spread.
             share = self.loss(micro_batch.input_ids_BT.to(device), micro_batch.labels_BT.to(device)) / labels
@@ -155,28 +155,28 @@ class Trainer:
             grad_norm=grad_norm,
             tokens=tokens,
             tokens_per_second=tokens / seconds,
-            peak_memory_bytes=peak_memory(self.processes.device),
+            peak_memory_bytes=peak_memory(self.context.device),
             seconds=seconds,
         )
         return metrics, (stop.number or int(signal.SIGTERM)) if stopping else None
 
     def _sum(self, extras: torch.Tensor) -> torch.Tensor:
         """Sum some numbers over the processes, and the gradients, unless backward has summed their shards."""
-        if self.processes.fsdp is not None:
-            return self.processes.sum(extras)
-        return self.processes.sum_gradients(self.parameters.values(), extras)
+        if self.context.fsdp is not None:
+            return self.context.sum(extras)
+        return self.context.sum_gradients(self.parameters.values(), extras)
 
     def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
         """This process's micro-batches: neighbours in length together, so that little is padding."""
         ordered = sorted(batch, key=lambda e: len(e.input_ids))
         size = self.micro_batch_size
         chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        own = chunks[self.processes.rank :: self.processes.count]
+        own = chunks[self.context.rank :: self.context.world_size]
         for chunk in own:
             yield collate(chunk, self.pad_id)
-        if self.processes.fsdp is not None:
+        if self.context.fsdp is not None:
             # A sharded model is gathered by all together: who has fewer micro-batches runs empty ones.
-            for _ in range(-(-len(chunks) // self.processes.count) - len(own)):
+            for _ in range(-(-len(chunks) // self.context.world_size) - len(own)):
                 yield without_labels(collate(ordered[:1], self.pad_id))
 
 
@@ -186,19 +186,19 @@ def _clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def micro_batch_size(config: TrainingConfig, processes: int) -> int:
+def micro_batch_size(config: TrainingConfig, world_size: int) -> int:
     """Sequences that a process runs at once.
 
     Raises: InputError: the batch does not divide over the processes and their micro-batches.
     """
-    shares = config.gradient_accumulation * processes
+    shares = config.gradient_accumulation * world_size
     if config.batch_size % shares == 0:
         return config.batch_size // shares
-    own, rest = divmod(config.batch_size, processes)
+    own, rest = divmod(config.batch_size, world_size)
     counts = [] if rest else [str(n) for n in range(1, own + 1) if own % n == 0]
     others = f", or training.gradient_accumulation {', '.join(counts)}" if counts else ""
     raise InputError(
-        f"training.batch_size {config.batch_size} does not divide over {processes} processes "
+        f"training.batch_size {config.batch_size} does not divide over {world_size} processes "
         f"x {config.gradient_accumulation} micro-batches; allowed: multiples of {shares}{others}"
     )
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from qdora.config import TrainingConfig
-from qdora.distributed.context import Processes, end, leave, lost_process
+from qdora.distributed.context import DistributedContext, end, leave, lost_process
 from qdora.files import file_digest
 from qdora.training import checkpoint_storage
 from qdora.training.checkpoint import CheckpointWriter, load_checkpoint, newest_usable
@@ -39,12 +39,10 @@ def whole_parameters() -> dict[str, torch.Tensor]:
 
 
 def make_optimizer(
-    processes: Processes | None = None, dtype: torch.dtype = torch.float32
+    context: DistributedContext | None = None, dtype: torch.dtype = torch.float32
 ) -> AdapterOptimizer:
     """Whole parameters on one process, shards on several."""
-    parameters = {
-        name: nn.Parameter(_share(t, processes).to(dtype)) for name, t in whole_parameters().items()
-    }
+    parameters = {name: nn.Parameter(_share(t, context).to(dtype)) for name, t in whole_parameters().items()}
     for parameter in parameters.values():
         if dtype != torch.float32:
             parameter.grad_dtype = torch.float32
@@ -52,12 +50,12 @@ def make_optimizer(
     return AdapterOptimizer(parameters, config)
 
 
-def train(optimizer: AdapterOptimizer, steps: range, processes: Processes | None = None) -> None:
+def train(optimizer: AdapterOptimizer, steps: range, context: DistributedContext | None = None) -> None:
     """Steps with gradients that follow from step and name."""
     for step in steps:
         for name, parameter in optimizer.parameters.items():
             generator = torch.Generator().manual_seed(100 * step + len(name))
-            parameter.grad = _share(torch.randn(ROWS[name], generator=generator), processes)
+            parameter.grad = _share(torch.randn(ROWS[name], generator=generator), context)
         optimizer.step(1e-2 / (1 + step))
 
 
@@ -77,122 +75,122 @@ def caught(function: Callable[..., Any], *arguments: Any) -> list[str]:
 
 def main(out: Path, part: str) -> None:
     torch.set_num_threads(1)
-    processes = Processes.start()
-    facts = PARTS[part](out, processes)
-    (out / f"{part}-{processes.rank}.json").write_text(json.dumps(facts))
-    processes.wait()
-    processes.end()
+    context = DistributedContext.from_launch()
+    facts = PARTS[part](out, context)
+    (out / f"{part}-{context.rank}.json").write_text(json.dumps(facts))
+    context.barrier()
+    context.end()
 
 
-def two(out: Path, processes: Processes) -> dict[str, Any]:
+def two(out: Path, context: DistributedContext) -> dict[str, Any]:
     """From the start: train, save in every way, fail in every way."""
     facts: dict[str, Any] = {}
-    optimizer = make_optimizer(processes)
+    optimizer = make_optimizer(context)
     facts["rows"] = {name: len(local_rows(p)) for name, p in optimizer.parameters.items()}
-    train(optimizer, range(3), processes)
-    keep_whole(optimizer, out / "two.safetensors", processes)
-    writer = CheckpointWriter(out / "run", SETTINGS, processes, keep=2)
+    train(optimizer, range(3), context)
+    keep_whole(optimizer, out / "two.safetensors", context)
+    writer = CheckpointWriter(out / "run", SETTINGS, context, keep=2)
     with writer:
         writer.save(3, optimizer.state(), POSITION, no_adapter)
-    with CheckpointWriter(out / "whole", SETTINGS, processes, keep=2, whole=True) as whole:
+    with CheckpointWriter(out / "whole", SETTINGS, context, keep=2, whole=True) as whole:
         whole.save(3, optimizer.state(), POSITION, no_adapter)
-    with CheckpointWriter(out / "background", SETTINGS, processes, keep=2, in_background=True) as background:
+    with CheckpointWriter(out / "background", SETTINGS, context, keep=2, in_background=True) as background:
         background.save(3, optimizer.state(), POSITION, no_adapter)
-        train(optimizer, range(3, 4), processes)
-        keep_whole(optimizer, out / "background.safetensors", processes)
+        train(optimizer, range(3, 4), context)
+        keep_whole(optimizer, out / "background.safetensors", context)
         background.save(4, optimizer.state(), POSITION, no_adapter)
-        train(optimizer, range(4, 5), processes)
+        train(optimizer, range(4, 5), context)
     replicated = {"master/x": torch.arange(6.0), "step/x": torch.tensor(1.0)}
-    with CheckpointWriter(out / "replicated", SETTINGS, processes, keep=2) as alike:
+    with CheckpointWriter(out / "replicated", SETTINGS, context, keep=2) as alike:
         alike.save(3, replicated, POSITION, no_adapter)
     for name in ("run", "background"):
         facts[f"written {name}"] = sorted(
             str(p.relative_to(out / name)) for p in (out / name).rglob("*") if p.is_file()
         )
 
-    processes.wait()
-    with Replaced("write_tensors", refuse, on=processes.rank == 1):
+    context.barrier()
+    with Replaced("write_tensors", refuse, on=context.rank == 1):
         facts["disk"] = caught(writer.save, 5, optimizer.state(), POSITION, no_adapter)
-        with CheckpointWriter(out / "run", SETTINGS, processes, keep=2, in_background=True) as background:
+        with CheckpointWriter(out / "run", SETTINGS, context, keep=2, in_background=True) as background:
             background.save(6, optimizer.state(), POSITION, no_adapter)
             facts["disk in background"] = caught(background.finish)
-    failing = no_such_adapter if processes.is_main else no_adapter
+    failing = no_such_adapter if context.is_main else no_adapter
     facts["adapter"] = caught(writer.save, 7, optimizer.state(), POSITION, failing)
-    processes.wait()
+    context.barrier()
     facts["left"] = sorted(p.name for p in (out / "run").iterdir())
-    processes.wait()
+    context.barrier()
 
     writer.save(5, optimizer.state(), POSITION, no_adapter)
-    like = make_optimizer(processes).state()
+    like = make_optimizer(context).state()
     said: list[str] = []
     # A disk that only one process finds bad, then a file that is.
-    with Replaced("file_digest", lambda path: "0" * 64, on=processes.rank == 1):
-        facts["one rank"] = caught(load_checkpoint, out / "run" / "step-5", like, SETTINGS, processes)
+    with Replaced("file_digest", lambda path: "0" * 64, on=context.rank == 1):
+        facts["one rank"] = caught(load_checkpoint, out / "run" / "step-5", like, SETTINGS, context)
     # Its own copy of the file that it reads; the main process has verified another one.
-    with Replaced("file_digest", bad_own_file, on=processes.rank == 1):
-        facts["own copy"] = caught(load_checkpoint, out / "run" / "step-5", like, SETTINGS, processes)
-    if processes.is_main:
+    with Replaced("file_digest", bad_own_file, on=context.rank == 1):
+        facts["own copy"] = caught(load_checkpoint, out / "run" / "step-5", like, SETTINGS, context)
+    if context.is_main:
         file = out / "run" / "step-5" / "state-1.safetensors"
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    processes.wait()
-    found = newest_usable(out / "run", like, SETTINGS, processes, said.append)
+    context.barrier()
+    found = newest_usable(out / "run", like, SETTINGS, context, said.append)
     assert found is not None
     facts["found"], facts["said"] = found.step, said
-    facts["settings"] = caught(newest_usable, out / "run", like, {"rate": 2}, processes, said.append)
+    facts["settings"] = caught(newest_usable, out / "run", like, {"rate": 2}, context, said.append)
     return facts
 
 
-def going_on(out: Path, processes: Processes) -> dict[str, Any]:
+def going_on(out: Path, context: DistributedContext) -> dict[str, Any]:
     """From one process's checkpoint: as many steps as needed, and a checkpoint."""
-    optimizer = make_optimizer(processes)
+    optimizer = make_optimizer(context)
     versions = {name: p._version for name, p in optimizer.parameters.items()}
-    found = newest_usable(out / "run", optimizer.state(), SETTINGS, processes, print)
+    found = newest_usable(out / "run", optimizer.state(), SETTINGS, context, print)
     assert found is not None
     optimizer.load_state(found.tensors)
     facts = {
         "step": found.step,
-        "processes": found.processes,
+        "processes": found.world_size,
         "noticed": all(p._version > versions[name] for name, p in optimizer.parameters.items()),
         "rows": {name: len(local_rows(p)) for name, p in optimizer.parameters.items()},
     }
-    keep_whole(optimizer, out / "four loaded.safetensors", processes)
-    train(optimizer, range(found.step, found.step + 2), processes)
-    keep_whole(optimizer, out / "four.safetensors", processes)
-    with CheckpointWriter(out / "run", SETTINGS, processes, keep=9) as writer:
+    keep_whole(optimizer, out / "four loaded.safetensors", context)
+    train(optimizer, range(found.step, found.step + 2), context)
+    keep_whole(optimizer, out / "four.safetensors", context)
+    with CheckpointWriter(out / "run", SETTINGS, context, keep=9) as writer:
         writer.save(found.step + 2, optimizer.state(), POSITION, no_adapter)
     return facts
 
 
-def killed(out: Path, processes: Processes) -> dict[str, Any]:
+def killed(out: Path, context: DistributedContext) -> dict[str, Any]:
     """One process is killed in the middle of its file; the others must end, and say why."""
-    optimizer = make_optimizer(processes)
-    train(optimizer, range(1), processes)
+    optimizer = make_optimizer(context)
+    train(optimizer, range(1), context)
     in_background = os.environ["IN_BACKGROUND"] == "yes"
     started = time.monotonic()
     try:
         with CheckpointWriter(
-            out / "killed", SETTINGS, processes, keep=9, in_background=in_background
+            out / "killed", SETTINGS, context, keep=9, in_background=in_background
         ) as writer:
             writer.save(1, optimizer.state(), POSITION, no_adapter)
             writer.finish()
-            with Replaced("write_tensors", die, on=processes.rank == int(os.environ["DIES"])):
+            with Replaced("write_tensors", die, on=context.rank == int(os.environ["DIES"])):
                 writer.save(2, optimizer.state(), POSITION, no_adapter)
                 for _ in range(1000):  # the next steps
-                    processes.wait()
+                    context.barrier()
                     time.sleep(0.01)
     except Exception as error:
         lost = lost_process(error)
         seconds = time.monotonic() - started
-        (out / f"survivor-{processes.rank}.json").write_text(json.dumps({"lost": lost, "seconds": seconds}))
+        (out / f"survivor-{context.rank}.json").write_text(json.dumps({"lost": lost, "seconds": seconds}))
         leave(1)
     return {}
 
 
-def keep_whole(optimizer: AdapterOptimizer, file: Path, processes: Processes) -> None:
+def keep_whole(optimizer: AdapterOptimizer, file: Path, context: DistributedContext) -> None:
     """Write the state with all its rows, without a checkpoint's code."""
     state = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in optimizer.state().items()}
-    if processes.is_main:
+    if context.is_main:
         save_file({name: tensor.clone() for name, tensor in state.items()}, file)
 
 
@@ -229,13 +227,13 @@ def no_such_adapter(folder: Path | None) -> None:
     raise RuntimeError("no adapter")
 
 
-def _share(tensor: torch.Tensor, processes: Processes | None) -> torch.Tensor:
-    if processes is None or processes.mesh is None:
+def _share(tensor: torch.Tensor, context: DistributedContext | None) -> torch.Tensor:
+    if context is None or context.mesh is None:
         return tensor
-    return distribute_tensor(tensor, processes.mesh, [Shard(0)])
+    return distribute_tensor(tensor, context.mesh, [Shard(0)])
 
 
-PARTS: dict[str, Callable[[Path, Processes], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Path, DistributedContext], dict[str, Any]]] = {
     "two": two,
     "four": going_on,
     "killed": killed,

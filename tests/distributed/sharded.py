@@ -25,7 +25,7 @@ from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed import generation
-from qdora.distributed.context import Processes, end
+from qdora.distributed.context import DistributedContext, end
 from qdora.distributed.generation import for_generation
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import CheckpointError, InputError
@@ -34,7 +34,7 @@ from qdora.models.formats import safetensors as safetensors_file
 from qdora.models.load import load_base
 from qdora.quant.nf4 import NF4Weight
 from qdora.training.loop import Callbacks, Trainer
-from tests.tiny import tiny_tokenizer
+from tests.tiny import cpu_context, tiny_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,47 +107,56 @@ def main(out: Path, models: Path, fsdp: bool) -> None:
     accelerator = Accelerator(cpu=True)
     for name, case in CASES.items():
         settings = FsdpSettings(**case.fsdp) if fsdp else None
-        run_case(out / name, models, case, Processes(accelerator, settings))
+        run_case(
+            out / name,
+            models,
+            case,
+            cpu_context(settings),
+        )
     if fsdp:
         (out / f"refused-{accelerator.process_index}").write_text(refusal(models, accelerator))
-        fail_in_the_middle(out, models, Processes(accelerator, FsdpSettings()))
+        fail_in_the_middle(
+            out,
+            models,
+            cpu_context(FsdpSettings()),
+        )
     accelerator.end_training()
 
 
 def refusal(models: Path, accelerator: Accelerator) -> str:
     """What a launch that names a layer which the model does not have is told."""
-    processes = Processes(accelerator, FsdpSettings(layer_classes=("LlamaDecoderLayr",)))
+    context = cpu_context(FsdpSettings(layer_classes=("LlamaDecoderLayr",)))
     try:
-        load_adapted(ModelConfig(path=str(models / "tied")), lambda m: None, processes)
+        load_adapted(ModelConfig(path=str(models / "tied")), lambda m: None, context)
     except InputError as error:
         return str(error)
     return "nothing"
 
 
-def fail_in_the_middle(out: Path, models: Path, processes: Processes) -> None:
+def fail_in_the_middle(out: Path, models: Path, context: DistributedContext) -> None:
     """The last rank's disk fails halfway through the weights; every rank writes what it was told."""
     read, calls = safetensors_file.read_bytes, 0
 
     def failing(path: Path, start: int, count: int) -> Any:
         nonlocal calls
         calls += 1
-        if calls > 12 and processes.rank == processes.count - 1:
+        if calls > 12 and context.rank == context.world_size - 1:
             raise CheckpointError(f"{path}: truncated")
         return read(path, start, count)
 
     safetensors_file.read_bytes = failing
     try:
         settings = ModelConfig(path=str(models / "tied"), dtype="float32")
-        load_adapted(settings, lambda m: inject(m, AdapterConfig(r=4)), processes)
+        load_adapted(settings, lambda m: inject(m, AdapterConfig(r=4)), context)
         told = "nothing"
     except InputError as error:
         told = f"{type(error).__name__}: {error}"
     finally:
         safetensors_file.read_bytes = read
-    (out / f"told-{processes.rank}").write_text(told)
+    (out / f"told-{context.rank}").write_text(told)
 
 
-def run_case(out: Path, models: Path, case: Case, processes: Processes) -> None:
+def run_case(out: Path, models: Path, case: Case, context: DistributedContext) -> None:
     """One training, from the model's folder to the adapter's."""
     adapter = AdapterConfig(**({"r": 4, "alpha": 12} | case.adapter))
     base = "nf4" if adapter.method.startswith("q") else "dense"
@@ -155,7 +164,7 @@ def run_case(out: Path, models: Path, case: Case, processes: Processes) -> None:
         path=str(models / case.model), base=base, dtype="float32", double_quantization=case.double
     )
     with CountedReads() as reads:
-        model, _, report = load_adapted(model_config, lambda m: inject(m, adapter, seed=3), processes)
+        model, _, report = load_adapted(model_config, lambda m: inject(m, adapter, seed=3), context)
     facts = {
         "bytes_read": reads.bytes,
         "resident": {n: _local(p).nbytes for n, p in model.named_parameters() if not p.requires_grad},
@@ -171,7 +180,7 @@ def run_case(out: Path, models: Path, case: Case, processes: Processes) -> None:
         if layer.magnitude is not None
     }
     training = TrainingConfig(**({"max_steps": 6, "batch_size": 8, "learning_rate": 2e-3} | case.training))
-    trainer = Trainer(model, examples(model.config.vocab_size, case.examples), training, processes, pad_id=0)
+    trainer = Trainer(model, examples(model.config.vocab_size, case.examples), training, context, pad_id=0)
     steps = []
     trainer.run(
         0,
@@ -182,16 +191,16 @@ def run_case(out: Path, models: Path, case: Case, processes: Processes) -> None:
         ),
     )
     out.mkdir(parents=True, exist_ok=True)
-    save_adapter(model, out / "adapter" if processes.is_main else None)
-    if processes.fsdp is not None:
-        save_from_one_process(out / "alone", model, model_config, adapter, processes.is_main)
+    save_adapter(model, out / "adapter" if context.is_main else None)
+    if context.fsdp is not None:
+        save_from_one_process(out / "alone", model, model_config, adapter, context.is_main)
     if case.generates:
-        answers = {"gathered": generate(model, processes)}
+        answers = {"gathered": generate(model, context)}
         with NoRoom():
-            answers["in step"] = generate(model, processes)
+            answers["in step"] = generate(model, context)
         facts["answers"] = answers
-    (out / f"rank-{processes.rank}.json").write_text(json.dumps(facts))
-    if processes.is_main:
+    (out / f"rank-{context.rank}.json").write_text(json.dumps(facts))
+    if context.is_main:
         save_file(state, out / "weights.safetensors")
         save_file(norms or {"none": torch.zeros(1)}, out / "norms.safetensors")
         (out / "steps.json").write_text(json.dumps(steps))
@@ -215,10 +224,10 @@ def save_from_one_process(
     save_adapter(alone, out)
 
 
-def generate(model: Any, processes: Processes) -> list[str]:
+def generate(model: Any, context: DistributedContext) -> list[str]:
     """Answers to questions that do not divide over the processes, every process's list."""
     questions = [Example("?" * (1 + 3 * i % 11), "x", str(i), "sums", f"q:{i}") for i in range(7)]
-    with for_generation(model, processes, tokens=100) as in_step:
+    with for_generation(model, context, tokens=100) as in_step:
         (scores,) = evaluate(
             model,
             tiny_tokenizer(),
@@ -226,13 +235,13 @@ def generate(model: Any, processes: Processes) -> list[str]:
             prompt="question_answer",
             max_new_tokens=6,
             batch_size=2,
-            rank=processes.rank,
-            world_size=processes.count,
-            gather=processes.gather,
+            rank=context.rank,
+            world_size=context.world_size,
+            gather=context.gather,
             in_step=in_step,
             show_progress=False,
         )
-    return [str(in_step and processes.count > 1), *(p.output for p in scores.predictions)]
+    return [str(in_step and context.world_size > 1), *(p.output for p in scores.predictions)]
 
 
 class NoRoom:

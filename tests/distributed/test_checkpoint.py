@@ -58,7 +58,7 @@ def test_two_then_one_then_four_processes(tmp_path):
     run = tmp_path / "run"
     found = newest_usable(run, alike, SETTINGS, alone(), print)
     assert found is not None
-    assert (found.step, found.processes) == (3, 2)
+    assert (found.step, found.world_size) == (3, 2)
     assert_equal(found.tensors, first)
     # In one part it is the file that one process writes.
     alone_file = write_checkpoint(tmp_path / "alone", 3, first, SETTINGS) / "state-0.safetensors"
@@ -90,7 +90,7 @@ def test_two_then_one_then_four_processes(tmp_path):
     assert_equal(load_file(tmp_path / "four loaded.safetensors"), single.state())
     found = newest_usable(run, alike, SETTINGS, alone(), print)
     assert found is not None
-    assert (found.step, found.processes) == (7, 4)
+    assert (found.step, found.world_size) == (7, 4)
     assert_equal(found.tensors, load_file(tmp_path / "four.safetensors"))
 
     straight = make_optimizer()

@@ -17,16 +17,15 @@ CHILD = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
-from accelerate import Accelerator
 from qdora.errors import InterruptedRunError
 from qdora.distributed.context import end
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from tests.unit.training.trainers import make_trainer, run
 
 out, model = sys.argv[1:]
-processes = Processes(Accelerator(cpu=True))
+processes = DistributedContext.from_launch()
 rank = processes.rank
-facts = {"count": processes.count, "main": processes.is_main}
+facts = {"count": processes.world_size, "main": processes.is_main}
 facts["gathered"] = processes.gather([f"{rank}-{i}" for i in range(3 - 2 * rank)])
 p, q = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
 p.grad = torch.arange(6.0).view(2, 3) + 10 * rank

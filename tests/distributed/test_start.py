@@ -31,9 +31,9 @@ cli.run_and_exit("probe", [])
 """
 
 MEET = """
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 def run(parsed):
-    Processes.start()
+    DistributedContext.from_launch()
 """
 
 CHILD = """
@@ -41,8 +41,7 @@ import atexit, json, os, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from qdora.distributed.context import refuse_disagreement, together
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 
 def caught(function, *arguments):
     try:
@@ -51,14 +50,14 @@ def caught(function, *arguments):
         return [type(error).__name__, str(error)]
 
 def read(processes, failing):
-    with together(processes):
+    with processes.raise_on_all_ranks():
         if processes.rank == failing:
             raise OSError("cannot read model-2.safetensors")
 
 def run(parsed):
-    processes = Processes.start()
+    processes = DistributedContext.from_launch()
     rank, mesh = processes.rank, processes.mesh
-    facts = {"rank": rank, "count": processes.count, "main": processes.is_main}
+    facts = {"rank": rank, "count": processes.world_size, "main": processes.is_main}
     facts["device"] = processes.device.type
     facts["mesh"] = [mesh.size(), mesh.get_local_rank(), mesh.device_type]
     facts["reshard"] = processes.fsdp.reshard_after_forward
@@ -66,11 +65,11 @@ def run(parsed):
     facts["timeout"] = backend.options._timeout.total_seconds()
     small = torch.tensor([2.0**-40, 1.0], dtype=torch.float64) if rank else torch.ones(2, dtype=torch.float64)
     facts["sum"] = processes.sum(small).tolist()
-    facts["agreed"] = caught(refuse_disagreement, processes, {"the data": "a"})
-    facts["differ"] = caught(refuse_disagreement, processes, {"the data": "ab"[rank], "torch": "2.13"})
+    facts["agreed"] = caught(processes.refuse_disagreement, {"the data": "a"})
+    facts["differ"] = caught(processes.refuse_disagreement, {"the data": "ab"[rank], "torch": "2.13"})
     facts["failed"] = [caught(read, processes, failing) for failing in (1, 0, None)]
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(facts))
-    processes.wait()
+    processes.barrier()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which comes a moment after the loss
     if rank == 1:
         os._exit(9)

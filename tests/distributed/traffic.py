@@ -18,10 +18,11 @@ from accelerate import Accelerator
 from qdora.adapters.inject import inject
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
-from qdora.distributed.context import Processes, end
+from qdora.distributed.context import end
 from qdora.distributed.launch import FsdpSettings
 from qdora.planner.simulate import Launch
 from tests.real_step import record_real_step
+from tests.tiny import cpu_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +44,13 @@ CASES = {
 }
 
 
-def launch_of(case: Case, processes: int) -> Launch:
-    training = {"max_steps": 1, "batch_size": 4 * processes} | case.training
+def launch_of(case: Case, world_size: int) -> Launch:
+    training = {"max_steps": 1, "batch_size": 4 * world_size} | case.training
     return Launch(
         adapter=AdapterConfig(**({"r": 8} | case.adapter)),
         training=TrainingConfig(**training),
         max_length=40,
-        processes=processes,
+        world_size=world_size,
         fsdp=None if case.fsdp is None else FsdpSettings(**case.fsdp),
         device="cpu",
     )
@@ -86,19 +87,19 @@ def main(out: Path, model: str) -> None:
     accelerator = Accelerator(cpu=True)
     for name, case in CASES.items():
         launch = launch_of(case, accelerator.num_processes)
-        processes = Processes(accelerator, launch.fsdp)
+        context = cpu_context(launch.fsdp)
         base = "nf4" if launch.adapter.method.startswith("q") else "dense"
         settings = ModelConfig(path=model, base=base, dtype="float32")
-        loaded, _, _ = load_adapted(settings, lambda m, a=launch.adapter: inject(m, a), processes)
+        loaded, _, _ = load_adapted(settings, lambda m, a=launch.adapter: inject(m, a), context)
         with CountedCalls() as calls:
-            record = record_real_step(loaded, launch, processes)
+            record = record_real_step(loaded, launch, context)
         facts = {
             "peaks": {stretch: peak.total for stretch, peak in record.peaks.items()},
             "at_rest": {part.value: size for part, size in record.at_rest},
             "exchanged": record.exchanged,
             "calls": calls.sent,
         }
-        (out / f"{name}-{processes.rank}.json").write_text(json.dumps(facts))
+        (out / f"{name}-{context.rank}.json").write_text(json.dumps(facts))
     accelerator.end_training()
 
 

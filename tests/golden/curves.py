@@ -6,7 +6,6 @@ import json
 import tempfile
 from pathlib import Path
 
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import inject
@@ -14,10 +13,9 @@ from qdora.adapters.methods import METHODS
 from qdora.config import AdapterConfig, Method, TrainingConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
-from qdora.distributed.context import Processes
 from qdora.models.load import load_base
 from qdora.training.loop import Callbacks, Trainer
-from tests.tiny import tiny_tokenizer, write_tiny_model
+from tests.tiny import cpu_context, tiny_tokenizer, write_tiny_model
 
 RECORD = Path(__file__).with_name("curves.json")
 CURVES: tuple[Method, ...] = tuple(name for name in METHODS if name != "full-nf4")  # as "full" until it ends
@@ -48,7 +46,7 @@ def loss_curve(method: Method, folder: Path) -> list[float]:
     config = TrainingConfig(max_steps=15, batch_size=8, learning_rate=rate(method), warmup_steps=2)
     losses: list[float] = []
     callbacks = Callbacks(log=lambda m: losses.append(m.loss), save=lambda _: None, evaluate=lambda _: None)
-    Trainer(model, tokenized, config, Processes(Accelerator(cpu=True)), pad_id=0).run(0, callbacks)
+    Trainer(model, tokenized, config, cpu_context(), pad_id=0).run(0, callbacks)
     return losses
 
 

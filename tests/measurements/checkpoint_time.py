@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.files import write_file, write_tensors
 from qdora.training.checkpoint import CheckpointWriter
 
@@ -30,39 +30,39 @@ MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 
 def main(megabytes: float) -> None:
     torch.set_num_threads(1)
-    processes = Processes.start()
+    context = DistributedContext.from_launch()
     rows = int(megabytes * 1e6 / (len(MOMENTS) * PARAMETERS * 4 * 16))
-    state = make_state(rows, processes)
-    adapter = torch.zeros(PARAMETERS * rows * 16 * processes.count, dtype=torch.bfloat16)
-    directory = Path(processes.gather([tempfile.mkdtemp()])[0])
+    state = make_state(rows, context)
+    adapter = torch.zeros(PARAMETERS * rows * 16 * context.world_size, dtype=torch.bfloat16)
+    directory = Path(context.gather([tempfile.mkdtemp()])[0])
     for in_background in (False, True):
         waited, written = [], []
-        with CheckpointWriter(directory, {}, processes, keep=2, in_background=in_background) as checkpoints:
+        with CheckpointWriter(directory, {}, context, keep=2, in_background=in_background) as checkpoints:
             for step in range(SAVES):
-                processes.wait()
+                context.barrier()
                 started = time.perf_counter()
                 checkpoints.save(step, state, {}, partial(save_adapter, adapter))
                 waited.append(time.perf_counter() - started)
                 checkpoints.finish()
                 written.append(time.perf_counter() - started)
-        if processes.is_main:
+        if context.is_main:
             print(
-                f"{processes.count} processes, {megabytes:g} MB each, in background: {in_background}; "
+                f"{context.world_size} processes, {megabytes:g} MB each, in background: {in_background}; "
                 f"training waits {spread(waited)}, written after {spread(written)}"
             )
-    if processes.is_main:
+    if context.is_main:
         shutil.rmtree(directory)
-    processes.end()
+    context.end()
 
 
-def make_state(rows: int, processes: Processes) -> dict[str, torch.Tensor]:
+def make_state(rows: int, context: DistributedContext) -> dict[str, torch.Tensor]:
     """Named tensors, each process with so many rows of 16 numbers."""
     state: dict[str, torch.Tensor] = {}
     for i in range(PARAMETERS):
         state[f"step/{i}"] = torch.zeros(())
         for name in MOMENTS:
             own = torch.randn(rows, 16)
-            mesh = processes.mesh
+            mesh = context.mesh
             state[f"{name}/{i}"] = own if mesh is None else DTensor.from_local(own, mesh, [Shard(0)])
     return state
 

@@ -32,7 +32,7 @@ from qdora.adapters.inject import inject
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.memory import release_freed_memory
 from qdora.planner.estimate import Estimate, estimate
@@ -111,7 +111,7 @@ def estimated(path: str, count: int, checkpointing: bool) -> Estimate:
         adapter=ADAPTER,
         training=training(checkpointing),
         max_length=LENGTH,
-        processes=count,
+        world_size=count,
         fsdp=FsdpSettings() if count > 1 else None,
         device="cpu",
     )
@@ -145,28 +145,28 @@ def run(words: list[str], count: int, default_heap: bool) -> list[tuple[int, int
 
 def measure(path: str, tiny: str, checkpointing: bool) -> tuple[int, int]:
     """Train a few steps in this process as one of its launch: resident bytes at the peak, and before it."""
-    processes = Processes.start()
+    context = DistributedContext.from_launch()
     if RETURNING in os.environ:
         loop.keep_freed_memory = lambda: None
     # What libraries make at their first use, and keep, is none of the model's.
-    train(tiny, checkpointing, processes)
+    train(tiny, checkpointing, context)
     release()
     baseline = psutil.Process().memory_info().rss
-    peak, resting = train(path, checkpointing, processes)
-    processes.end()
+    peak, resting = train(path, checkpointing, context)
+    context.end()
     return peak - baseline, resting - baseline
 
 
-def train(path: str, checkpointing: bool, processes: Processes) -> tuple[int, int]:
+def train(path: str, checkpointing: bool, context: DistributedContext) -> tuple[int, int]:
     """Resident bytes at the worst moment of the steps, and before them."""
-    model, _, _ = load_adapted(model_config(path), lambda m: inject(m, ADAPTER), processes)
+    model, _, _ = load_adapted(model_config(path), lambda m: inject(m, ADAPTER), context)
     release()
     resting = psutil.Process().memory_info().rss
     reset_peak_memory(CPU)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (SEQUENCES, LENGTH), generator=generator).tolist()
     examples = [TokenizedExample(row, 0, "") for row in ids]
-    trainer = Trainer(model, examples, training(checkpointing), processes, pad_id=0)
+    trainer = Trainer(model, examples, training(checkpointing), context, pad_id=0)
     trainer.run(0, Callbacks(log=lambda m: None, save=lambda s: None, evaluate=lambda s: None))
     return peak_memory(CPU), resting
 

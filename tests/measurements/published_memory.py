@@ -95,7 +95,7 @@ def estimated(run: Published) -> Estimate:
             max_steps=1, batch_size=2 * run.sequences, gradient_checkpointing=True, clip_norm=None
         ),
         max_length=run.length,
-        processes=2,
+        world_size=2,
         fsdp=run.fsdp,
     )
     return estimate(architecture, launch)

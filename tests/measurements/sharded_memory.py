@@ -28,7 +28,7 @@ from qdora.adapters.inject import inject
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.memory import release_freed_memory
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import peak_memory, reset_peak_memory
@@ -85,13 +85,13 @@ def launch(model: str, count: int) -> list[dict[str, float]]:
 
 def measure(model: str) -> dict[str, float]:
     """Load, rest, two steps of training, in this process as one of its launch."""
-    processes = Processes.start()
+    context = DistributedContext.from_launch()
     settings = ModelConfig(path=model, dtype="float32")
     adapter = AdapterConfig(r=16, alpha=32)
     gc.collect()
     baseline = psutil.Process().memory_info().rss
     reset_peak_memory(CPU)
-    loaded, _, _ = load_adapted(settings, lambda m: inject(m, adapter), processes)
+    loaded, _, _ = load_adapted(settings, lambda m: inject(m, adapter), context)
     loading = peak_memory(CPU) - baseline
     gc.collect()
     release_freed_memory()
@@ -105,15 +105,15 @@ def measure(model: str) -> dict[str, float]:
         )
         for _ in range(8)
     ]
-    trainer = Trainer(loaded, examples, training, processes, pad_id=0)
+    trainer = Trainer(loaded, examples, training, context, pad_id=0)
     trainer.run(0, Callbacks(log=lambda m: None, save=lambda s: None, evaluate=lambda s: None))
     figures = {
-        "rank": processes.rank,
+        "rank": context.rank,
         "loading_bytes": loading,
         "resting_bytes": resting,
         "step_bytes": peak_memory(CPU) - baseline,
     }
-    processes.end()
+    context.end()
     return figures
 
 

@@ -24,7 +24,7 @@ from qdora.adapters.inject import inject
 from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.planner.launch import find_architecture
 from qdora.planner.scaling import traffic
@@ -47,28 +47,28 @@ def main() -> None:
         count()
         return
     rows = []
-    for processes in arguments.processes:
-        launch = Launch(ADAPTER, training(processes), LENGTH, processes, FsdpSettings(), "cpu")
+    for world_size in arguments.processes:
+        launch = Launch(ADAPTER, training(world_size), LENGTH, world_size, FsdpSettings(), "cpu")
         architecture = find_architecture(MODEL, None, Path("none"), "cpu")
         moved = traffic(architecture, launch)
-        expected = processes * moved.sent
-        with_sums = expected + (processes - 1) * moved.scattered
-        counted = launched(processes)
-        rows.append([processes, expected / 1e6, with_sums / 1e6, counted / 1e6, counted / with_sums])
+        expected = world_size * moved.sent
+        with_sums = expected + (world_size - 1) * moved.scattered
+        counted = launched(world_size)
+        rows.append([world_size, expected / 1e6, with_sums / 1e6, counted / 1e6, counted / with_sums])
     titles = ["processes", "formula, MB", "with gloo's sums, MB", "on the wire, MB", "ratio"]
     print(tabulate(rows, headers=titles, floatfmt=".3f"))
 
 
-def training(processes: int) -> TrainingConfig:
-    return TrainingConfig(max_steps=STEPS, batch_size=2 * processes, gradient_accumulation=2)
+def training(context: int) -> TrainingConfig:
+    return TrainingConfig(max_steps=STEPS, batch_size=2 * context, gradient_accumulation=2)
 
 
-def launched(processes: int) -> float:
+def launched(context: int) -> float:
     """Bytes of one step of a launch."""
     words = [
         "--standalone",
         "--nproc-per-node",
-        str(processes),
+        str(context),
         "-m",
         "tests.measurements.wire_bytes",
         "--child",
@@ -83,18 +83,18 @@ def launched(processes: int) -> float:
 
 def count() -> None:
     """As one of the processes: train, and let the first one read the interface before and after."""
-    processes = Processes.start()
-    model, _, _ = load_adapted(MODEL, lambda m: inject(m, ADAPTER), processes)
+    context = DistributedContext.from_launch()
+    model, _, _ = load_adapted(MODEL, lambda m: inject(m, ADAPTER), context)
     example = TokenizedExample(torch.arange(3, 3 + LENGTH).tolist(), 1, "")
-    settings = training(processes.count)
-    trainer = Trainer(model, [example] * settings.batch_size, settings, processes, pad_id=0)
+    settings = training(context.world_size)
+    trainer = Trainer(model, [example] * settings.batch_size, settings, context, pad_id=0)
     dist.barrier()
     before = sent()
     trainer.run(0, Callbacks(log=lambda m: None, save=lambda s: None, evaluate=lambda s: None))
     dist.barrier()
-    if processes.is_main:
+    if context.is_main:
         print(f"COUNTED {sent() - before}", flush=True)
-    processes.end()
+    context.end()
 
 
 def sent() -> int:

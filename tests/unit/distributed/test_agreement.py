@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from qdora.distributed.context import refuse_disagreement, together
+from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 
 
-class Recorded:
-    """Processes whose others have answered already."""
+class Recorded(DistributedContext):
+    """A context whose other ranks have answered already."""
 
     def __init__(self, everyones: list[Any]) -> None:
+        super().__init__(0, len(everyones))
         self.everyones, self.given = everyones, []
 
     def gather(self, items: list[Any]) -> list[Any]:
@@ -28,7 +29,7 @@ def test_a_disagreement_names_the_facts_and_who_has_which_value():
     everyones[5] = {"torch": "2.14"}
     processes = Recorded(everyones)
     with pytest.raises(InputError) as caught:
-        refuse_disagreement(processes, {"the data": "a", "torch": "2.13"})
+        processes.refuse_disagreement({"the data": "a", "torch": "2.13"})
     assert processes.given == [{"the data": "a", "torch": "2.13"}]
     words = str(caught.value)
     assert "the data: ranks 0-2, 4 have a, rank 3 has b, rank 5 has nothing" in words
@@ -37,7 +38,7 @@ def test_a_disagreement_names_the_facts_and_who_has_which_value():
 
 def test_the_same_facts_pass():
     """Catches: a refusal of a good run."""
-    refuse_disagreement(Recorded([{"the data": "a"}] * 3), {"the data": "a"})
+    Recorded([{"the data": "a"}] * 3).refuse_disagreement({"the data": "a"})
 
 
 def test_an_error_elsewhere_is_raised_here_with_its_rank():
@@ -45,7 +46,7 @@ def test_an_error_elsewhere_is_raised_here_with_its_rank():
     processes = Recorded([None, "OSError: disk", None, "no such column"])
     with (
         pytest.raises(InputError, match=r"^rank 1: OSError: disk; rank 3: no such column$"),
-        together(processes),
+        processes.raise_on_all_ranks(),
     ):
         pass
     assert processes.given == [None]
@@ -57,7 +58,7 @@ def test_an_error_elsewhere_is_raised_here_with_its_rank():
 def test_an_error_here_is_told_and_stays_what_it_is(error, told):
     """Catches: an own error that changes its kind and so the exit code, or that the others never hear of."""
     processes = Recorded([told, None])
-    with pytest.raises(type(error)) as caught, together(processes):
+    with pytest.raises(type(error)) as caught, processes.raise_on_all_ranks():
         raise error
     assert caught.value is error
     assert processes.given == [told]

@@ -47,6 +47,6 @@ def launch(
         adapter=AdapterConfig(**({"r": R} | (adapter or {}))),
         training=training,
         max_length=length,
-        processes=processes,
+        world_size=processes,
         fsdp=FsdpSettings(**fsdp) if sharded else None,
     )

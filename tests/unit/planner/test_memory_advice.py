@@ -18,7 +18,7 @@ from .scenes import architecture, launch
 def invented(architecture, launch: Launch) -> Estimate:
     """A peak that falls with everything that can be changed, quickly to be had."""
     activations = launch.micro_batch_size * launch.max_length * (1 if launch.checkpointing else 10)
-    weights = 6000 if launch.fsdp is None else 6000 // launch.processes
+    weights = 6000 if launch.fsdp is None else 6000 // launch.world_size
     if launch.fsdp and not launch.fsdp.reshard_after_forward:
         weights += 1000
     parts = {
@@ -88,7 +88,7 @@ def test_more_gpus_keep_the_batch(invent):
     (proposal,) = [p for name, p in advice(run, 1500).items() if "GPUs" in name]
     changed = proposal.change.launch
     assert changed.training.batch_size == run.training.batch_size
-    assert changed.processes * changed.training.gradient_accumulation * changed.micro_batch_size == 16
+    assert changed.world_size * changed.training.gradient_accumulation * changed.micro_batch_size == 16
     assert proposal.change.settings == "8 GPUs, training.gradient_accumulation=1"
     alone = advice(launch(1, sequences=2), 5000)
     assert alone["2 GPUs"].change.launch.fsdp is not None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from qdora.adapters.inject import inject
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.models.build import Quantization
@@ -39,27 +38,27 @@ LINEARS = [
 """(out, in) of the linear layers of a decoder layer."""
 
 
-def own(rows: int, processes: int) -> int:
+def own(rows: int, context: int) -> int:
     """Rows of the largest share."""
-    return -(-rows // processes)
+    return -(-rows // context)
 
 
-def weights(processes: int) -> int:
-    packed = sum(own(o, processes) * i // 2 for o, i in LINEARS) * LAYERS
-    tables = 2 * own(VOCABULARY, processes) * HIDDEN * 2
+def weights(context: int) -> int:
+    packed = sum(own(o, context) * i // 2 for o, i in LINEARS) * LAYERS
+    tables = 2 * own(VOCABULARY, context) * HIDDEN * 2
     vectors = (2 * LAYERS + 1) * HIDDEN * 2
     return packed + tables + vectors
 
 
-def statistics(processes: int) -> int:
+def statistics(context: int) -> int:
     blocks = [o * i // 64 for o, i in LINEARS]
     nested = sum(-(-b // 256) * 4 + 256 * 4 + 4 for b in blocks)
-    return LAYERS * (sum(own(b, processes) for b in blocks) + nested)
+    return LAYERS * (sum(own(b, context) for b in blocks) + nested)
 
 
-def trained(processes: int) -> int:
+def trained(context: int) -> int:
     """Numbers of A, B and the magnitude's offset that a process holds."""
-    return LAYERS * sum(own(R, processes) * i + own(o, processes) * R + own(o, processes) for o, i in LINEARS)
+    return LAYERS * sum(own(R, context) * i + own(o, context) * R + own(o, context) for o, i in LINEARS)
 
 
 def vectors() -> int:
@@ -68,16 +67,16 @@ def vectors() -> int:
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_what_stays_is_the_sum_of_the_tensors(processes):
+def test_what_stays_is_the_sum_of_the_tensors(context):
     """Catches: a share that is not a share, statistics counted as weights, 16-bit shards of trained
     parameters, masters where a shard is one, moments that the first step has yet to make."""
-    at_rest = estimate(architecture(LAYERS), launch(processes)).at_rest
-    numbers = trained(processes)
+    at_rest = estimate(architecture(LAYERS), launch(context)).at_rest
+    numbers = trained(context)
     parameters = 7 * 3 * LAYERS
-    assert at_rest[Part.WEIGHTS] == weights(processes)
-    assert at_rest[Part.STATISTICS] == statistics(processes)
-    assert at_rest[Part.ADAPTERS] == numbers * (4 if processes > 1 else 2) + vectors()
-    assert at_rest[Part.OPTIMIZER] == numbers * (8 if processes > 1 else 12) + 4 * parameters
+    assert at_rest[Part.WEIGHTS] == weights(context)
+    assert at_rest[Part.STATISTICS] == statistics(context)
+    assert at_rest[Part.ADAPTERS] == numbers * (4 if context > 1 else 2) + vectors()
+    assert at_rest[Part.OPTIMIZER] == numbers * (8 if context > 1 else 12) + 4 * parameters
     assert (
         at_rest.total - sum(at_rest[p] for p in list(Part)[:5] if p is not Part.GRADIENTS)
         == at_rest[Part.OTHER]
@@ -176,8 +175,7 @@ def test_fakes_hold_what_real_tensors_hold(tmp_path, checkpointing):
         Architecture(model.config, torch.float32, torch.bfloat16, Quantization()).skeleton(), run
     )
     inject(model, run.adapter)
-    alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
-    real = record_real_step(model, run, Processes(alone))
+    real = record_real_step(model, run, DistributedContext())
     assert dict(fake.at_rest) == dict(real.at_rest)
     for name, peak in fake.peaks.items():
         # A batch is put together, its labels are found by their indices: a few numbers a token.

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from accelerate import Accelerator
-
-from qdora.distributed.context import Processes
+from qdora.distributed.context import DistributedContext
 from qdora.training.checkpoint import CheckpointWriter, SavedState, load_checkpoint
+from tests.tiny import cpu_context
 
 POSITION = {"seed": 3, "epoch": 1, "batch": 2}
 
 
-def alone() -> Processes:
-    return Processes(Accelerator(cpu=True))
+def alone() -> DistributedContext:
+    return cpu_context()
 
 
 def write_checkpoint(

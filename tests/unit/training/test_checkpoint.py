@@ -55,7 +55,7 @@ def test_round_trip(tmp_path, in_background):
     writes into the tensors of the run, facts that no reader finds."""
     folder = save(tmp_path, 12, in_background=in_background)
     found = read(folder)
-    assert (found.step, found.processes) == (12, 1)
+    assert (found.step, found.world_size) == (12, 1)
     assert found.tensors.keys() == LIKE.keys()
     for name, tensor in state(12).items():
         assert found.tensors[name].shape == tensor.shape

@@ -191,11 +191,11 @@ def test_saving_and_evaluating_happen_when_asked(tiny_model_folder):
 def test_a_batch_that_does_not_divide_is_refused(tiny_model_folder):
     """Catches: a rank without its share of every batch, found out in the middle of a run."""
     trainer = make_trainer(tiny_model_folder, batch_size=6, gradient_accumulation=2)
-    trainer.processes.count = 4
+    trainer.context.world_size = 4
     with pytest.raises(
         InputError, match=r"batch_size 6 does not divide over 4 processes x 2 .* multiples of 8"
     ):
-        type(trainer)(trainer.model, trainer.examples, trainer.config, trainer.processes, 0)
+        type(trainer)(trainer.model, trainer.examples, trainer.config, trainer.context, 0)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_model_folder):

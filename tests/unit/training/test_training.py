@@ -7,13 +7,11 @@ import signal
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from qdora.adapters.inject import inject
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.data.tokenize import tokenize_examples
-from qdora.distributed.context import Processes
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.models.load import load_base
 from qdora.training import loss as loss_module
@@ -22,7 +20,7 @@ from qdora.training.loop import Callbacks, DivergedError, Trainer
 from qdora.training.loss import completion_loss
 from qdora.training.optimizer import AdapterOptimizer, learning_rate
 from tests.golden.curves import examples
-from tests.tiny import tiny_tokenizer
+from tests.tiny import cpu_context, tiny_tokenizer
 
 from .checkpoints import alone, read_checkpoint, write_checkpoint
 
@@ -32,7 +30,7 @@ def make_trainer(folder, *, dtype="float32", dropout=0.0, **training) -> Trainer
     inject(model, AdapterConfig(r=4, alpha=16, dropout=dropout, dtype=dtype), seed=0)
     data, _ = tokenize_examples(examples()[:20], tiny_tokenizer(), "question_answer", 128, "stop")
     settings = {"max_steps": 6, "batch_size": 8, "learning_rate": 5e-3} | training
-    return Trainer(model, data, TrainingConfig(**settings), Processes(Accelerator(cpu=True)), pad_id=0)
+    return Trainer(model, data, TrainingConfig(**settings), cpu_context(), pad_id=0)
 
 
 def run(trainer: Trainer, start: int = 0, save=lambda step: None) -> list:

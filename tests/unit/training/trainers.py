@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.data.tokenize import tokenize_examples
-from qdora.distributed.context import Processes
 from qdora.models.load import load_base
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import StepMetrics
 from tests.golden.curves import examples
-from tests.tiny import tiny_tokenizer
+from tests.tiny import cpu_context, tiny_tokenizer
 from tests.unit.adapters.oracle import move_off_the_identity
 
 
@@ -29,7 +27,7 @@ def make_trainer(folder, *, count=20, dtype="float32", dropout=0.0, **training) 
     model = make_model(folder, dtype=dtype, dropout=dropout)
     data, _ = tokenize_examples(examples()[:count], tiny_tokenizer(), "question_answer", 128, "stop")
     settings = {"max_steps": 5, "batch_size": 8, "learning_rate": 5e-3} | training
-    return Trainer(model, data, TrainingConfig(**settings), Processes(Accelerator(cpu=True)), pad_id=0)
+    return Trainer(model, data, TrainingConfig(**settings), cpu_context(), pad_id=0)
 
 
 def run(trainer: Trainer, start: int = 0, **callbacks) -> list[StepMetrics]:
