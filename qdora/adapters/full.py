@@ -1,60 +1,72 @@
-"""Full fine-tuning: the model itself is what was trained.  Its tensors, saved and put back."""
+"""Full fine-tuning: the model itself is what is trained.  Its tensors, saved, loaded and quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import reduce
 
 import torch
 from torch import nn
 
-from qdora.adapters.inject import (
-    FULL_METHOD,
-    FULL_STORAGE,
-    InjectionReport,
-    compute_dtype,
-    count_parameters,
-    linear_layers,
-)
-from qdora.adapters.linear import AdaptedLinear
-from qdora.adapters.methods import METHODS
-from qdora.adapters.whole import whole
-from qdora.config import Method
+from qdora.adapters.base import full_tensor
+from qdora.adapters.inject import InjectionReport, count_parameters, linear_layers
+from qdora.adapters.layer import AdaptedLinear
 from qdora.errors import InputError
-from qdora.quant.dense import DenseWeight
-from qdora.quant.nf4 import NF4Weight
+from qdora.quant import Quantization
+
+_STORAGE = "_qdora_full_storage"
+"""Attribute of a fully trained model: dtype of its parameters where they are not sharded."""
 
 
-def full_method(model: nn.Module) -> Method | None:
-    """`full` or `full-nf4` where `inject` made every parameter trainable; None for any other model."""
-    method: Method | None = getattr(model, FULL_METHOD, None)
-    return method
+def train_everything(model: nn.Module) -> InjectionReport:
+    """Make every parameter trainable, in the dtype that the model computes in.
 
+    Where 16-bit matrices are widened for each product anyway, a float32 parameter that is its own
+    master takes less memory than a 16-bit one beside its master.
 
-def full_tensors(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
-    """Every parameter under its name in transformers, after a prefix; a tied one once.
-
-    Where they are sharded, every process must ask at the same time.
+    Raises: InputError: a weight is quantized.
     """
-    storage: torch.dtype = getattr(model, FULL_STORAGE)
-    return {
-        prefix + name: whole(parameter, storage).cpu().contiguous() for name, parameter in _parameters(model)
-    }
+    for name, layer in linear_layers(model).items():
+        if isinstance(layer, AdaptedLinear) and layer.base.quantization != "none":
+            raise InputError(
+                f"training every weight needs an unquantized base, {name} is {layer.base.quantization}; "
+                f"load the model with quantization='none'"
+            )
+    compute = compute_dtype_of(model)
+    object.__setattr__(model, _STORAGE, compute)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(compute)
+        parameter.requires_grad_(True)
+        parameter.grad_dtype = torch.promote_types(compute, torch.float32)
+    return InjectionReport((), (), count_parameters(model), count_parameters(model))
 
 
-def load_full(
-    model: nn.Module, tensors: Mapping[str, torch.Tensor], method: Method, origin: str
-) -> InjectionReport:
-    """Put trained parameters in place of a model's own, and quantize them where the method says so.
+def compute_dtype_of(model: nn.Module) -> torch.dtype:
+    """What an unquantized model computes in: its widest dtype, since its vectors are never narrower."""
+    return reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
+
+
+def is_fully_trained(model: nn.Module) -> bool:
+    """Whether `train_everything` made every parameter trainable."""
+    return hasattr(model, _STORAGE)
+
+
+def full_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter under its name in transformers; a tied one once.  A collective under FSDP."""
+    storage: torch.dtype = getattr(model, _STORAGE)
+    return {name: full_tensor(p, storage).cpu().contiguous() for name, p in _named_parameters(model)}
+
+
+def load_full(model: nn.Module, tensors: Mapping[str, torch.Tensor], origin: str) -> InjectionReport:
+    """Put trained parameters in place of a model's own.
 
     Args:
         model: of the same architecture, its linear layers not quantized.
         tensors: by transformers' names.
-        method: `full`, or `full-nf4`: linear layers but the output layer become NF4 in blocks of 64,
-            doubly quantized.
         origin: named in errors.
     Raises: InputError: other parameters or shapes than the model's, or its base is quantized.
     """
-    own = dict(_parameters(model))
+    own = dict(_named_parameters(model))
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise InputError(
@@ -66,34 +78,32 @@ def load_full(
                 f"{origin}: the weights were made for another base: {name} has shape "
                 f"{tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
             )
-    compute = compute_dtype(model)
+    compute = compute_dtype_of(model)
     for name, tensor in tensors.items():
         own[name].data = tensor.to(own[name].device, compute)  # not rounded to the base's 16 bits
-    if METHODS[method].result == "nf4":
-        _quantize(model)
     total = count_parameters(model)
     return InjectionReport((), (), total, total)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    layers = linear_layers(model)
-    for name, parameter in model.named_parameters():
-        full = name.removesuffix(".base.weight")
-        yield (f"{full}.weight" if isinstance(layers.get(full), AdaptedLinear) else name), parameter
+def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
+    """Quantize the linear layers of an unquantized model but the output layer, in place.
 
-
-def _quantize(model: nn.Module) -> None:
+    Raises: InputError: the format cannot hold a layer's shape.
+    """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     for name, layer in linear_layers(model).items():
         if layer is output:
             continue
-        if isinstance(layer, AdaptedLinear):
-            assert isinstance(layer.base, DenseWeight)
-            w_OI = layer.base.weight.detach()
-        else:
-            w_OI = layer.weight.detach()
+        w_OI = layer.base.dense() if isinstance(layer, AdaptedLinear) else layer.weight.detach()
         try:
-            quantized = NF4Weight.quantize(w_OI)
+            quantized = quantization.from_dense(w_OI)
         except ValueError as error:
             raise InputError(f"{name}: {error}") from None
         model.set_submodule(name, AdaptedLinear(quantized, layer.bias))
+
+
+def _named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    layers = linear_layers(model)
+    for name, parameter in model.named_parameters():
+        full = name.removesuffix(".base.weight")
+        yield (f"{full}.weight" if isinstance(layers.get(full), AdaptedLinear) else name), parameter

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qdora.adapters.direction import LowRank, SharedPair, Vera, layer_seed
+from qdora.adapters import UPDATES
 from qdora.adapters.fingerprint import combine, tensor_digest
-from qdora.adapters.linear import AdaptedLinear, refuse_large_rank
-from qdora.adapters.methods import METHODS
-from qdora.adapters.patterns import layer_config, match_layers, matches
-from qdora.adapters.whole import whole
-from qdora.config import AdapterConfig
+from qdora.adapters.init import layer_seed
+from qdora.adapters.layer import AdaptedLinear, refuse_large_rank
+from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
-from qdora.quant.dense import DenseWeight
-from qdora.quant.nf4 import NF4Weight
+from qdora.quant import Quantization
+from qdora.quant.base import FrozenWeight
+from qdora.quant.stored import adopt_linear
 
 Linear: TypeAlias = nn.Linear | AdaptedLinear
-
-FULL_METHOD = "_qdora_full_method"
-"""Attribute of a model that is fully trained: by which method."""
-FULL_STORAGE = "_qdora_full_storage"
-"""Attribute of such a model: dtype of its parameters where they are whole; their shards are float32."""
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,12 @@ class InjectionReport:
     """What `inject` did.
 
     Attributes:
-        direction_layers, magnitude_layers: full names of the layers that got each.
+        update_layers, magnitude_layers: full names of the layers that got each.
         trainable: parameters that are trained.
-        total: parameters of the model, a 4-bit weight counted as one parameter each.
+        total: parameters of the model, a quantized weight counted as one parameter each.
     """
 
-    direction_layers: tuple[str, ...]
+    update_layers: tuple[str, ...]
     magnitude_layers: tuple[str, ...]
     trainable: int
     total: int
@@ -52,55 +49,54 @@ class InjectionReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.direction_layers)} layers with a direction, {len(self.magnitude_layers)} with a "
+            f"{len(self.update_layers)} layers with a low-rank update, {len(self.magnitude_layers)} with a "
             f"magnitude; {self.trainable:,} of {self.total:,} parameters trained ({self.percentage:.2f}%)"
         )
 
 
-def inject(model: nn.Module, config: AdapterConfig, *, seed: int = 0) -> InjectionReport:
+def inject(
+    model: nn.Module, config: AdapterConfig, *, quantization: QuantizationName = "none", seed: int = 0
+) -> InjectionReport:
     """Adapt the layers that the configuration names, in place, and freeze everything else.
 
-    Full fine-tuning adapts nothing and freezes nothing: every parameter is trained.
-
     Args:
-        model: its linear layers are `nn.Linear` or, from `load_base`, `AdaptedLinear`.
+        model: its linear layers are `nn.Linear`, bitsandbytes' 4-bit ones (adopted with their bytes) or,
+            from `load_base`, `AdaptedLinear`.
         config: what to add and where.
-        seed: of A, where each layer draws its own from it and its name, and of VeRA's pair.
-    Returns: the report; the model's output has not changed yet.
-    Raises: InputError: a pattern matches no layer, r is larger than a layer's side, the method
-        does not fit the base, a layer has an adapter already, or its weight is shared.
+        quantization: format that the weight of an `nn.Linear` becomes; the others keep theirs.
+        seed: of the updates' random values, of which each layer draws its own from it and its name.
+    Returns: the report; the model's output has not changed yet, but for quantization that was asked for.
+    Raises: InputError: a pattern matches no layer, r is larger than a layer's side, a layer has an adapter
+        already, its weight is shared or quantized in a way that is not supported.
     """
-    spec = METHODS[config.method]
     layers = linear_layers(model)
-    if spec.trains_base:
-        _refuse_other_base(layers, config)
-        train_everything(model)
-        object.__setattr__(model, FULL_METHOD, config.method)
-        return InjectionReport((), (), count_parameters(model), count_parameters(model))
-    directions, magnitudes = _choose(model, layers, config)
-    chosen = {name: layers[name] for name in layers if name in {*directions, *magnitudes}}
-    _refuse_other_base(chosen, config)
-    _refuse_unfit(model, chosen, directions, config)
+    update_names, magnitude_names = _choose(model, layers, config)
+    chosen = {name: layers[name] for name in layers if name in {*update_names, *magnitude_names}}
+    _refuse_unfit(model, chosen, update_names, config)
+    bases = {
+        name: adopt_linear(layer, name) for name, layer in chosen.items() if isinstance(layer, nn.Linear)
+    }
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    pair = (
-        _shared_pair([layers[name] for name in directions], config.r, seed)
-        if spec.direction == "vera"
-        else None
-    )
-    for name in chosen:
-        layer = _adaptable(layers[name], config)
+    kind, shared = UPDATES[config.type], None
+    if kind is not None:
+        shapes = [(chosen[name].out_features, chosen[name].in_features) for name in update_names]
+        device = next(chosen[update_names[0]].parameters()).device
+        shared = kind.create_shared(shapes, config, device=device, seed=seed)
+    for name, layer in chosen.items():
+        if isinstance(layer, nn.Linear):
+            base = bases[name] or _from_dense(layer, name, quantization)
+            layer = AdaptedLinear(base, layer.bias)
+            model.set_submodule(name, layer)
         layer.add_adapter(
             layer_config(config, name),
-            direction=name in directions,
-            magnitude=name in magnitudes,
+            update=name in update_names,
+            magnitude=name in magnitude_names,
             seed=layer_seed(seed, name),
-            pair=pair,
+            shared=shared,
         )
-        if layer is not layers[name]:
-            model.set_submodule(name, layer)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return InjectionReport(tuple(directions), tuple(magnitudes), trainable, count_parameters(model))
+    return InjectionReport(tuple(update_names), tuple(magnitude_names), trainable, count_parameters(model))
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
@@ -108,30 +104,12 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, AdaptedLinear))}
 
 
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """What an unquantized model computes in: its widest dtype, since its vectors are never narrower."""
-    return reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
-
-
-def train_everything(model: nn.Module) -> None:
-    """Make every parameter trainable, in the dtype that the model computes in.
-
-    Where 16-bit matrices are widened for each product anyway, a float32 parameter that is its own
-    master takes less memory than a 16-bit one beside its master.
-    """
-    compute = compute_dtype(model)
-    object.__setattr__(model, FULL_STORAGE, compute)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(compute)
-        parameter.requires_grad_(True)
-        parameter.grad_dtype = torch.promote_types(compute, torch.float32)
-
-
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the model as its architecture counts them: packed 4-bit weights one by one."""
-    quantized = [m for m in model.modules() if isinstance(m, NF4Weight)]
-    packed = sum(m.packed.numel() - m.absmax.numel() for m in quantized)
-    return packed + sum(p.numel() for p in model.parameters())
+    """Parameters of the model as its architecture counts them: quantized weights one by one."""
+    frozen = [m for m in model.modules() if isinstance(m, FrozenWeight)]
+    inside = {id(p) for weight in frozen if weight.trained is None for p in weight.parameters()}
+    shared = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    return shared + sum(weight.logical_parameters for weight in frozen if weight.trained is None)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -143,87 +121,151 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     }
 
 
-def initial_a_fingerprint(model: nn.Module) -> str:
-    """Digest of all A: right after `inject`, arms of a comparison must agree on it.
+def initial_update_fingerprint(model: nn.Module) -> str:
+    """Digest of the initial values of all updates, of which arms of a comparison may have to agree.
 
-    Where A is sharded, every process must ask at the same time.
+    Of the seeds and shapes alone: the model may be on the meta device.
     """
-    return combine(
-        {
-            name: tensor_digest(name, _stored_a(layer.direction))
-            for name, layer in adapted_layers(model).items()
-            if layer.direction is not None
-        }
-    )
+    digests = {}
+    for name, layer in adapted_layers(model).items():
+        if layer.update is not None:
+            for parameter, _ in layer.update.named_parameters(recurse=False):
+                full = f"{name}.{parameter}"
+                digests[full] = tensor_digest(full, layer.update.initial(parameter))
+    return combine(digests)
 
 
-def _stored_a(direction: LowRank | Vera) -> torch.Tensor:
-    return whole(direction.a_RI, direction.storage) if isinstance(direction, LowRank) else direction.pair.a_RI
+def merge_adapters(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Compute every adapted layer with one dense weight until `unmerge_adapters`.
+
+    The output differs by the rounding of the merged weight alone: relative 1e-5 for float32, 2e-3
+    for float16 and 2e-2 for bfloat16, the bounds that the tests hold.  The stored weights stay as they are.
+
+    Args:
+        dtype: of the merged copies, which need memory beside the stored weights.
+    """
+    for layer in adapted_layers(model).values():
+        layer.merge(dtype)
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Compute with stored weight and adapter again: bit for bit what was there before the merge."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model for a while, for example as a reference or as the baseline of an evaluation."""
+    layers = [layer for layer in adapted_layers(model).values() if layer.enabled]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def layer_config(config: AdapterConfig, name: str) -> AdapterConfig:
+    """The configuration with the rank and alpha that its patterns give to one layer."""
+    if not config.rank_pattern and not config.alpha_pattern:
+        return config
+    own = {
+        "r": _first(config.rank_pattern, name, config.r),
+        "alpha": _first(config.alpha_pattern, name, config.alpha),
+    }
+    return config.model_copy(update=own)
+
+
+def match_layers(names: Iterable[str], patterns: Iterable[str], key: str) -> list[str]:
+    """The names that any pattern matches, in their own order.
+
+    A pattern is a full name, a dotted suffix of one (`q_proj`, `mlp.up_proj`), or a glob over the
+    full name (`model.layers.0.*`).
+
+    Raises: InputError: a pattern matches nothing; the nearest last components are named.
+    """
+    names = list(names)
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in names if matches(name, pattern)]
+        if not hits:
+            raise InputError(f"{key}: {pattern!r} matches no linear layer; {_nearest(pattern, names)}")
+        matched.update(hits)
+    return [name for name in names if name in matched]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern means this layer."""
+    if any(sign in pattern for sign in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _first(values: Mapping[str, Value], name: str, default: Value) -> Value:
+    return next((value for pattern, value in values.items() if matches(name, pattern)), default)
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], ends, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}this model has: {', '.join(ends) or 'no linear layers'}"
 
 
 def _choose(
-    model: nn.Module, layers: dict[str, Linear], config: AdapterConfig
+    model: nn.Module, layers: Mapping[str, Linear], config: AdapterConfig
 ) -> tuple[list[str], list[str]]:
-    """Names of the layers that get a direction, and of those that get a magnitude."""
-    spec = METHODS[config.method]
-    _refuse_conv1d(model, layers, config)
-    directions = match_layers(layers, config.targets, "adapter.targets") if spec.direction else []
-    magnitude_patterns = config.magnitude_targets or config.targets
-    magnitudes = (
-        match_layers(layers, magnitude_patterns, "adapter.magnitude_targets") if spec.magnitude else []
-    )
-    if spec.direction:
-        match_layers(directions, config.rank_pattern, "adapter.rank_pattern")
-        match_layers(directions, config.alpha_pattern, "adapter.alpha_pattern")
-    return directions, magnitudes
+    """Names of the layers that get an update, and of those that get a magnitude."""
+    _refuse_unsupported(model, layers, config)
+    updates = match_layers(layers, config.targets, "adapter.targets") if config.type != "none" else []
+    patterns = config.magnitude_targets or config.targets
+    magnitudes = match_layers(layers, patterns, "adapter.magnitude_targets") if config.dora else []
+    if config.type != "none":
+        match_layers(updates, config.rank_pattern, "adapter.rank_pattern")
+        match_layers(updates, config.alpha_pattern, "adapter.alpha_pattern")
+    if not updates and not magnitudes:
+        raise InputError("adapter.type 'none' with adapter.dora false adds nothing to a model")
+    return updates, magnitudes
 
 
-def _shared_pair(layers: list[Linear], r: int, seed: int) -> SharedPair:
-    largest = max(layer.in_features for layer in layers), max(layer.out_features for layer in layers)
-    return SharedPair(r, *largest, seed=seed, device=_weight(layers[0]).device)
-
-
-def _refuse_conv1d(model: nn.Module, layers: dict[str, Linear], config: AdapterConfig) -> None:
-    transposed = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+def _refuse_unsupported(model: nn.Module, layers: Mapping[str, Linear], config: AdapterConfig) -> None:
+    """A pattern that means layers of another kind only is told so, not that it matches nothing."""
+    others = {
+        name: module
+        for name, module in model.named_modules()
+        if name not in layers and any(key in ("weight", "qweight") for key in dict(_own_tensors(module)))
+    }
     for pattern in (*config.targets, *(config.magnitude_targets or ())):
-        hits = [name for name in transposed if matches(name, pattern)]
-        if hits and not any(matches(name, pattern) for name in layers):
+        hits = [name for name in others if matches(name, pattern)]
+        if not hits or any(matches(name, pattern) for name in layers):
+            continue
+        if isinstance(others[hits[0]], Conv1D):
             raise InputError(
                 f"{hits[0]} is a Conv1D of transformers, which stores its weight as (in, out); "
                 f"only linear layers are supported, and GPT-2's are not"
             )
+        raise InputError(f"{hits[0]} is a {type(others[hits[0]]).__name__}; only linear layers are supported")
 
 
-def _weight(layer: Linear) -> torch.Tensor:
-    if isinstance(layer, nn.Linear):
-        return layer.weight
-    assert isinstance(layer.base, NF4Weight | DenseWeight)
-    return layer.base.packed if isinstance(layer.base, NF4Weight) else layer.base.weight
-
-
-def _refuse_other_base(layers: Mapping[str, Linear], config: AdapterConfig) -> None:
-    wanted = METHODS[config.method].base
-    for name, layer in layers.items():
-        if isinstance(layer, AdaptedLinear):
-            kind = "nf4" if isinstance(layer.base, NF4Weight) else "dense"
-            if kind != wanted:
-                raise InputError(
-                    f"method {config.method!r} needs a {wanted} base, {name} is {kind}; "
-                    f"load the model with base={wanted!r}"
-                )
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
 
 
 def _refuse_unfit(
-    model: nn.Module, layers: Mapping[str, Linear], directions: list[str], config: AdapterConfig
+    model: nn.Module, layers: Mapping[str, Linear], update_names: list[str], config: AdapterConfig
 ) -> None:
     """Everything that can go wrong is found before the first layer is touched."""
-    uses = _weight_uses(model)
+    users = _users_of_weights(model)
     for name, layer in layers.items():
         if isinstance(layer, AdaptedLinear) and layer.has_adapter:
             raise InputError(f"{name} has an adapter already")
-        if name in directions and METHODS[config.method].direction == "lora":
-            refuse_large_rank(layer_config(config, name).r, name, layer.out_features, layer.in_features)
-        others = [owner for owner in uses[id(_weight(layer))] if owner != name]
+        if name in update_names:
+            refuse_large_rank(layer_config(config, name), name, (layer.out_features, layer.in_features))
+        weights = layer.base.parameters() if isinstance(layer, AdaptedLinear) else [layer.weight]
+        others = sorted({user for weight in weights for user in users[id(weight)] if user != name})
         if others:
             raise InputError(
                 f"{name} shares its weight with {', '.join(others)}; "
@@ -231,17 +273,17 @@ def _refuse_unfit(
             )
 
 
-def _weight_uses(model: nn.Module) -> dict[int, list[str]]:
+def _users_of_weights(model: nn.Module) -> dict[int, list[str]]:
     """Which modules hold each weight."""
-    uses: dict[int, list[str]] = {}
+    users: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for _, parameter in module.named_parameters(recurse=False):
-            owner = name.removesuffix(".base")
-            uses.setdefault(id(parameter), []).append(owner)
-    return uses
+            users.setdefault(id(parameter), []).append(name.removesuffix(".base"))
+    return users
 
 
-def _adaptable(layer: Linear, config: AdapterConfig) -> AdaptedLinear:
-    if isinstance(layer, AdaptedLinear):
-        return layer
-    return AdaptedLinear.of_linear(layer, METHODS[config.method].base)
+def _from_dense(layer: nn.Linear, name: str, quantization: QuantizationName) -> FrozenWeight:
+    try:
+        return Quantization(quantization).from_dense(layer.weight.detach())
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None

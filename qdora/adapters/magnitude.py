@@ -8,19 +8,16 @@ m = initial + offset, with the offset in bfloat16 around 0, where the spacing is
 from __future__ import annotations
 
 import torch
-from torch import nn
 
-from qdora.adapters.direction import adapter_parameter, start
-from qdora.adapters.whole import whole
+from qdora.adapters.base import AdapterModule, adapter_parameter, full_tensor
 
 
-class Magnitude(nn.Module):
+class Magnitude(AdapterModule):
     """m = initial + offset.
 
     Attributes:
         offset_O: (O,) parameter, zero at the start.
         initial_O: (O,) frozen, at least float32, not 0: the row norms of W, or a loaded magnitude.
-        storage: dtype of the offset where it is whole; its shards are float32.
     """
 
     initial_O: torch.Tensor
@@ -32,16 +29,11 @@ class Magnitude(nn.Module):
         self.offset_O = adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))
 
     def initial(self, name: str) -> torch.Tensor:
-        """Where a parameter starts, as a whole, on the CPU."""
         return torch.zeros(self.offset_O.shape)
 
     def value(self) -> torch.Tensor:
-        """m: (O,), dtype of `initial_O`; of a sharded offset every process must ask at the same time."""
-        return self.initial_O + whole(self.offset_O, self.storage).to(self.initial_O.dtype)
-
-    def start_from(self, initial_O: torch.Tensor) -> None:
-        """Set the frozen start, where the layer was made before its weight was there."""
-        self.initial_O = initial_O
+        """m: (O,), dtype of `initial_O`; a collective where the offset is sharded."""
+        return self.initial_O + full_tensor(self.offset_O, self.storage).to(self.initial_O.dtype)
 
     def load(self, m_O: torch.Tensor) -> None:
         """Start from a given magnitude: it becomes the frozen part, exactly, and the offset zero.
@@ -51,7 +43,7 @@ class Magnitude(nn.Module):
         self.initial_O.copy_(m_O)
         least = torch.finfo(self.initial_O.dtype).tiny ** 0.5
         self.initial_O.masked_fill_(self.initial_O == 0, least)
-        start(self)
+        self.reset_parameters()
 
     def extra_repr(self) -> str:
         return f"{self.offset_O.shape[0]}, {self.offset_O.dtype}"

@@ -1,16 +1,21 @@
-"""The row norms of an adapted weight, ||W + c BA||, without ever holding W or BA (docs/math.md §3).
+"""The row norms of an adapted weight, ||W + c BA||, without ever holding W or BA (docs/math.md §3), and the
+cache that computes them once for each state of the factors: they are used again under gradient accumulation,
+activation recomputation and generation.
 
 O out_features   I in_features   R rank
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from qdora.quant.weight import FrozenWeight
+from qdora.adapters.base import Factors
+from qdora.quant.base import FrozenWeight
 
 
 def row_norms_squared(weight: FrozenWeight) -> torch.Tensor:
@@ -116,3 +121,92 @@ def positive_root(norm2_O: torch.Tensor) -> torch.Tensor:
     padded vocabularies have, has magnitude 0 and so stays zero instead of 0/0.
     """
     return norm2_O.clamp_min_(torch.finfo(norm2_O.dtype).tiny).sqrt_()
+
+
+def _count_the_step(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+    """Fused optimizers write parameters without counting a version, by which a stale norm is known."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_the_step)
+
+
+class NormCache:
+    """||W + c BA||_row of one layer, in the weight's norm dtype.
+
+    Args:
+        weight: W; frozen, so ||W|| is computed once.
+    """
+
+    def __init__(self, weight: FrozenWeight) -> None:
+        self._weight = weight
+        self._w2_O: torch.Tensor | None = None
+        self._wa_OR: torch.Tensor | None = None
+        self._norm_O: torch.Tensor | None = None
+        self._versions: tuple[int, ...] | None = None
+        self._watched: Sequence[torch.Tensor] | None = None
+
+    def watch(self, stored: Sequence[torch.Tensor]) -> None:
+        """Know a change of the factors by a write to these, where those at hand are gathered copies of them.
+
+        A gathered copy is written at every gather, without a version, into memory that comes and goes.
+        """
+        self._watched = stored
+
+    @torch.no_grad()
+    def squared_base(self) -> torch.Tensor:
+        """||W||² of each row: (O,)."""
+        if self._weight.device.type == "meta":
+            return torch.empty(self._weight.out_features, dtype=self._weight.norm_dtype, device="meta")
+        if self._w2_O is None:
+            self._w2_O = row_norms_squared(self._weight)
+        return self._w2_O
+
+    def is_fresh(self, factors: Factors) -> bool:
+        """Whether the norm is known for the factors as they are now."""
+        return self._norm_O is not None and self._versions == self._current(factors)
+
+    def _current(self, factors: Factors) -> tuple[int, ...]:
+        """Changes with every write to a factor, in place or by replacing the storage."""
+        if self._watched is not None:
+            return tuple(t._version for t in self._watched)
+        return tuple(number for t in factors.tensors() for number in (t._version, t.data_ptr()))
+
+    @torch.no_grad()
+    def norm(self, factors: Factors | None) -> torch.Tensor:
+        """(O,) a constant; computed on its own, with a pass over W, where it is stale."""
+        if factors is None:
+            return positive_root(self.squared_base().clone())
+        if not self.is_fresh(factors):
+            self.remember(factors, weight_times_a(self._weight, factors.a_RI))
+        assert self._norm_O is not None
+        return self._norm_O
+
+    def differentiable_norm(self, factors: Factors) -> torch.Tensor:
+        """(O,) as `norm`, with its gradient in the factors."""
+        a_RI, b_OR = factors.combined(self._weight.norm_dtype)
+        if self._wa_OR is None or not self.is_fresh(factors):
+            with torch.no_grad():
+                self._wa_OR = weight_times_a(self._weight, a_RI)
+                self._norm_O = factored_norm(self.squared_base(), self._wa_OR, a_RI, b_OR, factors.scale)
+                self._versions = self._current(factors)
+        assert self._norm_O is not None
+        return exact_norm(a_RI, b_OR, self._norm_O, self._wa_OR, self._weight, factors.scale)
+
+    @torch.no_grad()
+    def remember(self, factors: Factors, wa_OR: torch.Tensor) -> torch.Tensor:
+        """The norm from W Aᵀ of the stored A, (O, R), which a forward product brought along."""
+        self._wa_OR = None
+        w2_O = self.squared_base()
+        a_RI, b_OR = factors.combined(w2_O.dtype)
+        if factors.inner_R is not None:
+            wa_OR = wa_OR.to(w2_O.dtype) * factors.inner_R
+        self._norm_O = factored_norm(w2_O, wa_OR, a_RI, b_OR, factors.scale)
+        self._versions = self._current(factors)
+        return self._norm_O
+
+    def forget(self) -> None:
+        """W has moved: everything is computed again where it lands."""
+        self._w2_O = self._wa_OR = self._norm_O = self._versions = None

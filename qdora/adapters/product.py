@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from qdora.adapters.update import Update
-from qdora.quant.weight import FrozenWeight, rows_per_tile
+from qdora.adapters.base import Factors
+from qdora.quant.base import FrozenWeight, rows_per_tile
 
 
-@dataclass(frozen=True)
-class Scaling:
+class Scaling(NamedTuple):
     """The magnitude's part of a layer.
 
     Attributes:
@@ -96,110 +95,169 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()).item())
 
 
+class Operands(NamedTuple):
+    """The differentiable inputs of the product beside x; None where a layer has no such part.
+
+    Attributes:
+        a_RI, b_OR, inner_R, outer_O: as in `Factors`.
+        offset_O: the trained part of the magnitude.
+        norm_O: ||W + c BA||, where it is known before the product.
+        w_OI: the parameter that the frozen weight reads, where W itself is trained.
+        bias_O: added after s.
+    """
+
+    a_RI: torch.Tensor | None = None
+    b_OR: torch.Tensor | None = None
+    inner_R: torch.Tensor | None = None
+    outer_O: torch.Tensor | None = None
+    offset_O: torch.Tensor | None = None
+    norm_O: torch.Tensor | None = None
+    w_OI: torch.Tensor | None = None
+    bias_O: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ProductSettings:
+    """What the product needs beside tensors that may have a gradient.
+
+    Attributes:
+        weight: W, (O, I).
+        scale: c.
+        dropout: probability of dropping an input of the low-rank branch.
+        initial_O: the frozen part of the magnitude; None where there is none.
+        norm_of: makes the norm from W Aᵀ, (O, R), where it is not known before the product.
+    """
+
+    weight: FrozenWeight
+    scale: float = 1.0
+    dropout: float = 0.0
+    initial_O: torch.Tensor | None = None
+    norm_of: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
 class _AdaptedProduct(torch.autograd.Function):
     """See `adapted_product`.  One function: a further autograd node costs as much as a small product."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_NI: torch.Tensor,
-        a_RI: torch.Tensor | None,
-        b_OR: torch.Tensor | None,
-        inner_R: torch.Tensor | None,
-        outer_O: torch.Tensor | None,
-        offset_O: torch.Tensor | None,
-        norm_O: torch.Tensor | None,
-        w_OI: torch.Tensor | None,
-        bias_O: torch.Tensor | None,
-        weight: FrozenWeight,
-        scale: float,
-        dropout: float,
-        initial_O: torch.Tensor | None,
-        norm_of: Callable[[torch.Tensor], torch.Tensor] | None,
+        ctx: Any, settings: ProductSettings, x_NI: torch.Tensor, *tensors: torch.Tensor | None
     ) -> torch.Tensor:
+        given = Operands(*tensors)
         dtype = x_NI.dtype
-        a_cast = None if a_RI is None else a_RI.to(dtype)
-        u_NO, wa_OR = frozen_product(x_NI, weight, None if norm_of is None else a_cast)
+        a_cast = None if given.a_RI is None else given.a_RI.to(dtype)
+        u_NO, wa_OR = frozen_product(x_NI, settings.weight, None if settings.norm_of is None else a_cast)
         h_NR = None
         ctx.dropout_seed = None
-        if a_cast is not None and b_OR is not None:
+        if a_cast is not None and given.b_OR is not None:
             kept_NI = x_NI
-            if dropout:
+            if settings.dropout:
                 ctx.dropout_seed = draw_seed()
-                kept_NI = x_NI * keep_mask(x_NI, x_NI.shape[1], dropout, ctx.dropout_seed)
-            h_NR = (kept_NI @ a_cast.T).mul_(scale)
-            inner_NR = h_NR if inner_R is None else h_NR * inner_R.to(dtype)
-            u_NO.addmm_(inner_NR, _outer(b_OR, outer_O, dtype).T)
+                kept_NI = x_NI * keep_mask(x_NI, x_NI.shape[1], settings.dropout, ctx.dropout_seed)
+            h_NR = (kept_NI @ a_cast.T).mul_(settings.scale)
+            inner_NR = h_NR if given.inner_R is None else h_NR * given.inner_R.to(dtype)
+            u_NO.addmm_(inner_NR, _outer(given.b_OR, given.outer_O, dtype).T)
         y_NO, m_O, s_O = u_NO, None, None
-        if offset_O is not None and initial_O is not None:
-            if norm_of is not None and wa_OR is not None:
-                norm_O = norm_of(wa_OR)
+        if given.offset_O is not None and settings.initial_O is not None:
+            norm_O = given.norm_O
+            if settings.norm_of is not None and wa_OR is not None:
+                norm_O = settings.norm_of(wa_OR)
             assert norm_O is not None
-            m_O = initial_O + offset_O
+            m_O = settings.initial_O + given.offset_O
             s_O = m_O / norm_O
             # In place: the output itself is kept for backward, and no further tensor of its size.  The
             # product is rounded to the compute dtype once: a bf16 s would lose small magnitude moves.
             y_NO = u_NO.mul_(s_O)
-        needs_x = w_OI is not None or (a_RI is not None and ctx.needs_input_grad[1])
+        needs = Operands(*ctx.needs_input_grad[2:])
+        needs_x = given.w_OI is not None or (given.a_RI is not None and needs.a_RI)
         ctx.save_for_backward(
             x_NI if needs_x else None,
             None if s_O is None else y_NO,
-            *(a_RI, b_OR, inner_R, outer_O, h_NR, m_O, s_O),
+            *(given.a_RI, given.b_OR, given.inner_R, given.outer_O, h_NR, m_O, s_O),
         )
-        ctx.weight, ctx.scale, ctx.dropout = weight, scale, dropout
-        if bias_O is None:
+        ctx.settings = settings
+        if given.bias_O is None:
             return y_NO
-        return y_NO.add_(bias_O) if s_O is None else torch.add(y_NO, bias_O, out=torch.empty_like(y_NO))
+        if s_O is None:
+            return y_NO.add_(given.bias_O)
+        return torch.add(y_NO, given.bias_O, out=torch.empty_like(y_NO))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Asked for once: activation recomputation unpacks the saved tensors only once.
         x_NI, y_NO, a_RI, b_OR, inner_R, outer_O, h_NR, m_O, s_O = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        dtype, scale = g_NO.dtype, ctx.scale
-        grad_x = grad_a = grad_b = grad_inner = grad_outer = grad_offset = grad_norm = grad_w = None
+        settings: ProductSettings = ctx.settings
+        needs = Operands(*ctx.needs_input_grad[2:])
+        grads: dict[str, torch.Tensor] = {}
+        grad_x = None
         if y_NO is not None:
             # Σ g ∘ u / n with u = y / s and s n = m.  A magnitude of exactly 0 has y = 0: the least number
             # makes its gradient 0 instead of 0/0.
-            grad_offset = column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
-            if needs[6]:
-                grad_norm = -s_O * grad_offset
-        if needs[0]:
-            grad_x = frozen_product_transposed(g_NO, ctx.weight, s_O)
+            grads["offset_O"] = column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
+            if needs.norm_O:
+                grads["norm_O"] = -s_O * grads["offset_O"]
+        if ctx.needs_input_grad[1]:
+            grad_x = frozen_product_transposed(g_NO, settings.weight, s_O)
         if a_RI is not None:
-            kept = None
+            mask = None
             if ctx.dropout_seed is not None:
-                kept = keep_mask(g_NO, a_RI.shape[1], ctx.dropout, ctx.dropout_seed)
-            outer_s_O = _product(outer_O, s_O)
-            back_NR = g_NO @ _outer(b_OR, outer_s_O, dtype)
-            if needs[3]:
-                grad_inner = torch.linalg.vecdot(_wide(back_NR), _wide(h_NR), dim=0)
-            back_NR *= scale
-            inner_NR = h_NR
-            if inner_R is not None:
-                back_NR *= inner_R.to(dtype)
-                inner_NR = h_NR * inner_R.to(dtype)
-            if needs[1]:
-                grad_a = _wide(back_NR.T @ (x_NI if kept is None else x_NI * kept))
-            if needs[2] or needs[4]:
-                # (hᵀ g)ᵀ: on CPUs the faster way round where O is the long side.
-                gh_OR = _wide(inner_NR.T @ g_NO).T
-                if needs[2]:
-                    grad_b = gh_OR if outer_s_O is None else gh_OR * outer_s_O[:, None]
-                if needs[4]:
-                    grad_outer = torch.linalg.vecdot(gh_OR, _wide(b_OR))
-                    grad_outer = grad_outer if s_O is None else grad_outer * s_O
+                mask = keep_mask(g_NO, a_RI.shape[1], settings.dropout, ctx.dropout_seed)
+            factors = Factors(a_RI, b_OR, inner_R, outer_O, settings.scale)
+            of_factors, back_NR = _factor_gradients(g_NO, x_NI, h_NR, s_O, factors, needs, mask)
+            grads |= of_factors
             if grad_x is not None:
-                if kept is None:
-                    grad_x.addmm_(back_NR, a_RI.to(dtype))
-                else:
-                    grad_x.addcmul_(back_NR @ a_RI.to(dtype), kept)
-        if needs[7]:
-            grad_w = _wide(g_NO.T @ x_NI)
-        grad_bias = _wide(g_NO).sum(0) if needs[8] else None
-        grads = (grad_x, grad_a, grad_b, grad_inner, grad_outer, grad_offset, grad_norm, grad_w, grad_bias)
-        return *grads, None, None, None, None, None
+                a_cast = a_RI.to(g_NO.dtype)
+                grad_x = (
+                    grad_x.addmm_(back_NR, a_cast)
+                    if mask is None
+                    else grad_x.addcmul_(back_NR @ a_cast, mask)
+                )
+        if needs.w_OI:
+            grads["w_OI"] = _wide(g_NO.T @ x_NI)
+        if needs.bias_O:
+            grads["bias_O"] = _wide(g_NO).sum(0)
+        return None, grad_x, *(grads.get(name) for name in Operands._fields)
+
+
+def _factor_gradients(
+    g_NO: torch.Tensor,
+    x_NI: torch.Tensor | None,
+    h_NR: torch.Tensor,
+    s_O: torch.Tensor | None,
+    factors: Factors,
+    needs: Operands,
+    mask_NI: torch.Tensor | None,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Gradients of A, B and VeRA's vectors, and c diag(inner) Bᵀ diag(s outer) g, which flows on through A.
+
+    Args:
+        h_NR: c A drop(x).
+        needs: which gradients are wanted.
+    Returns: gradients by the names of `Operands`; (N, R) in the dtype of g_NO.
+    """
+    dtype, grads = g_NO.dtype, {}
+    outer_s_O = _product(factors.outer_O, s_O)
+    back_NR = g_NO @ _outer(factors.b_OR, outer_s_O, dtype)
+    if needs.inner_R:
+        grads["inner_R"] = torch.linalg.vecdot(_wide(back_NR), _wide(h_NR), dim=0)
+    back_NR *= factors.scale
+    inner_NR = h_NR
+    if factors.inner_R is not None:
+        inner_R = factors.inner_R.to(dtype)
+        back_NR *= inner_R
+        inner_NR = h_NR * inner_R
+    if needs.a_RI:
+        assert x_NI is not None
+        grads["a_RI"] = _wide(back_NR.T @ (x_NI if mask_NI is None else x_NI * mask_NI))
+    if needs.b_OR or needs.outer_O:
+        # (hᵀ g)ᵀ: on CPUs the faster way round where O is the long side.
+        gh_OR = _wide(inner_NR.T @ g_NO).T
+        if needs.b_OR:
+            grads["b_OR"] = gh_OR if outer_s_O is None else gh_OR * outer_s_O[:, None]
+        if needs.outer_O:
+            grad_outer = torch.linalg.vecdot(gh_OR, _wide(factors.b_OR))
+            grads["outer_O"] = grad_outer if s_O is None else grad_outer * s_O
+    return grads, back_NR
 
 
 def column_dot(g_NO: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
@@ -234,10 +292,9 @@ def adapted_product(
     x_NI: torch.Tensor,
     weight: FrozenWeight,
     *,
-    update: Update | None = None,
+    factors: Factors | None = None,
     scaling: Scaling | None = None,
     bias_O: torch.Tensor | None = None,
-    trained_OI: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """A linear layer with a low-rank update and a magnitude.
@@ -251,29 +308,28 @@ def adapted_product(
     Args:
         x_NI: (N, I), compute dtype.
         weight: W, (O, I).
-        update: the direction; None where there is none.
+        factors: of the low-rank update; None where there is none.
         scaling: the magnitude; None where there is none.
         bias_O: (O,), added after s.
-        trained_OI: the parameter that `weight` reads, where W itself is trained.
         dropout: probability of dropping an input of the low-rank branch.
     Returns: (N, O), dtype of x_NI.  Gradients of all but x are in at least float32.
     Source: LoRA, arXiv:2106.09685 §4.1; DoRA, arXiv:2402.09353 §4; VeRA, arXiv:2310.11454 §3.
     """
+    trained_OI = weight.trained
     assert trained_OI is None or scaling is None, "the norm of a trained W is not followed"
-    factors = (None, None, None, None) if update is None else update[:4]
-    norm = None if scaling is None else scaling.norm_O
-    rides_along = callable(norm)
-    result: torch.Tensor = _AdaptedProduct.apply(  # type: ignore[no-untyped-call]
-        x_NI,
-        *factors,
-        None if scaling is None else scaling.offset_O,
-        None if rides_along else norm,
-        trained_OI,
-        bias_O,
+    norm_O = norm_of = None
+    if scaling is not None:
+        norm_O = scaling.norm_O if isinstance(scaling.norm_O, torch.Tensor) else None
+        norm_of = None if isinstance(scaling.norm_O, torch.Tensor) else scaling.norm_O
+    offset_O = None if scaling is None else scaling.offset_O
+    of_update = (None, None, None, None) if factors is None else factors[:4]
+    operands = (*of_update, offset_O, norm_O, trained_OI, bias_O)
+    settings = ProductSettings(
         weight,
-        1.0 if update is None else update.scale,
-        dropout,
-        None if scaling is None else scaling.initial_O,
-        norm if rides_along else None,
+        scale=1.0 if factors is None else factors.scale,
+        dropout=dropout,
+        initial_O=None if scaling is None else scaling.initial_O,
+        norm_of=norm_of,
     )
+    result: torch.Tensor = _AdaptedProduct.apply(settings, x_NI, *operands)  # type: ignore[no-untyped-call]
     return result

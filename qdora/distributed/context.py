@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from qdora.distributed.launch import FsdpSettings, join_processes, read_flag, read_fsdp_settings
 from qdora.errors import InputError
+from qdora.quant.base import Shard
 
 
 class DistributedContext:
@@ -128,6 +129,27 @@ class DistributedContext:
         of_ranks: list[list[Any]] = [[] for _ in range(self.world_size)]
         dist.all_gather_object(of_ranks, items)
         return [item for of_rank in of_ranks for item in of_rank]
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's part of every sharded tensor; all of it without FSDP."""
+        return Shard() if self.mesh is None else Shard(self.mesh.get_local_rank(), self.mesh.size())
+
+    @property
+    def storage_device(self) -> torch.device:
+        """Where shards are kept: the CPU with offload, else the device that computes."""
+        return torch.device("cpu") if self.fsdp is not None and self.fsdp.offload else self.device
+
+    def gather_rows(self, rows: torch.Tensor, size: int) -> torch.Tensor:
+        """(size, ...) the rows of all ranks, in order, each rank giving those of its shard; a collective."""
+        if self.mesh is None:
+            return rows
+        step = -(-size // self.mesh.size())
+        padded = rows.new_zeros(step, *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        gathered = rows.new_empty(step * self.mesh.size(), *rows.shape[1:])
+        dist.all_gather_single(gathered, padded, group=self.mesh.get_group())
+        return gathered[:size]
 
     def barrier(self) -> None:
         """Block until every rank has come here."""

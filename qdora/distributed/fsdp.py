@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -30,33 +29,42 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from qdora.adapters.direction import LowRank, SharedPair, Vera
+from qdora.adapters.base import AdapterModule, SharedBuffers, adapter_parameter, local_rows_of
 from qdora.adapters.inject import adapted_layers
-from qdora.adapters.magnitude import Magnitude
-from qdora.adapters.whole import own_rows
+from qdora.adapters.layer import AdaptedLinear
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError, suggest
 from qdora.memory import release_freed_memory
-from qdora.quant.nf4 import NF4Weight
+from qdora.quant.base import FrozenWeight
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh, settings: FsdpSettings) -> None:
-    """Shard a model whose parameters are on the meta device, adapters included, in place.
+def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
+    """Shard a model on the meta device, adapters included, in place; without FSDP there is nothing to do.
 
     Each decoder layer is gathered as a whole, an untied embedding and an untied output layer by themselves.
-    Frozen vectors stay whole on every rank: they are a few kilobytes of gigabytes.  A trained parameter's
+    Frozen vectors are replicated on every rank: they are a few kilobytes of gigabytes.  A trained parameter's
     shard is float32, the optimizer's master; its gather rounds it to the dtype in which it is stored, and
     its gradient is summed, not averaged, over the ranks in float32.
 
-    Args:
-        mesh: one dimension, all ranks.
-    Raises: InputError: the settings name a layer class that the model does not have.
+    Raises: InputError: the settings name a layer class that the model does not have, or an adapter starts
+        from full weights.
     """
+    if context.fsdp is None:
+        return
+    mesh, settings = context.mesh, context.fsdp
+    assert mesh is not None
+    for name, layer in adapted_layers(model).items():
+        if layer.update is not None and layer.update.sees_weight:
+            raise InputError(
+                f"adapter.init: the update of {name} starts from the singular vectors of the full weight, "
+                f"which no rank has under FSDP; allowed there: kaiming, gaussian, orthogonal"
+            )
     storage = _widen_trained(model)
     frozen_vectors = set(_frozen_vectors(model))
     policy = MixedPrecisionPolicy(param_dtype=storage, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload else OffloadPolicy()
-    for module in [*_groups(model, settings), model]:
+    for module in [*_gathered_modules(model, settings), model]:
         fully_shard(
             module,
             mesh=mesh,
@@ -77,28 +85,53 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, settings: FsdpSettings
         embedding.set_unshard_in_backward(False)
 
 
-def start_sharded(model: PreTrainedModel, device: torch.device, storage: torch.device | None = None) -> None:
-    """Start the adapters of a sharded model whose weights are there, each rank its own rows.
+def reset_adapters(model: PreTrainedModel, context: DistributedContext) -> None:
+    """Bring the adapters of a model whose weights are loaded to their initial values, each rank its shards.
 
-    Args:
-        device: where the model computes.
-        storage: device of the shards, where another.
+    What is still on the meta device is materialized.  Row norms are taken of each layer's full weight,
+    gathered for the moment: bit for bit those of a process alone.
     """
     for module in model.modules():
-        if isinstance(module, SharedPair) and module.a_RI.is_meta:
-            module.draw(device)
-    for module in model.modules():
-        if not isinstance(module, LowRank | Vera | Magnitude):
-            continue
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, DTensor):
-                rounded = module.initial(name).to(module.storage).float()
-                own = own_rows(parameter, rounded).to(storage or device, copy=True)
-                shard = shard_like(parameter, own, storage)
-                module.register_parameter(name, nn.Parameter(shard))
-    for layer in adapted_layers(model).values():
-        layer.watch_stored()
-    _start_norms(model)
+        if isinstance(module, SharedBuffers) and module.is_meta:
+            module.materialize(context.device)
+        elif isinstance(module, AdapterModule):
+            _materialize(module, context)
+    layers = adapted_layers(model)
+    for layer in layers.values():
+        if context.fsdp is not None:
+            layer.watch_stored()
+    for of_group in _full_weights(model, list(layers.values())):
+        for layer in of_group:
+            layer.reset_from_weight()
+
+
+def _materialize(module: AdapterModule, context: DistributedContext) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        value = module.initial(name).to(module.storage)
+        if isinstance(parameter, DTensor):
+            local = local_rows_of(parameter, value.float()).to(context.storage_device, copy=True)
+            module.register_parameter(name, nn.Parameter(shard_like(parameter, local)))
+        else:
+            module.register_parameter(name, adapter_parameter(value.to(context.device)))
+
+
+def _full_weights(model: nn.Module, layers: list[AdaptedLinear]) -> Iterator[list[AdaptedLinear]]:
+    """The layers in groups, each while the weights of its layers are gathered; all at once without FSDP."""
+    groups = sharded_modules(model)
+    if not groups:
+        yield layers
+        return
+    owner: dict[nn.Module, FSDPModule] = {}
+    for group in reversed(groups):  # inner ones first: they win
+        for module in cast(nn.Module, group).modules():
+            owner.setdefault(module, group)
+    for group in groups:
+        own = [layer for layer in layers if owner[layer] is group]
+        if own:
+            group.unshard()
+            yield own
+            group.reshard()
+            release_freed_memory()
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
@@ -106,26 +139,8 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-@torch.no_grad()
-def _start_norms(model: PreTrainedModel) -> None:
-    """Row norms of each layer's whole weight, gathered for the moment: bit for bit those of one process."""
-    groups = sharded_modules(model)
-    owner: dict[nn.Module, FSDPModule] = {}
-    for group in reversed(groups):  # inner ones first: they win
-        for module in cast(nn.Module, group).modules():
-            owner.setdefault(module, group)
-    for group in groups:
-        layers = [layer for layer in adapted_layers(model).values() if owner[layer] is group]
-        if layers:
-            group.unshard()
-            for layer in layers:
-                layer.start_norms()
-            group.reshard()
-            release_freed_memory()
-
-
-def _groups(model: PreTrainedModel, settings: FsdpSettings) -> list[nn.Module]:
-    """What is gathered as a whole, the root apart."""
+def _gathered_modules(model: PreTrainedModel, settings: FsdpSettings) -> list[nn.Module]:
+    """The modules that are gathered each as a whole, the root apart."""
     if not settings.wrap:
         return []
     classes = {type(module).__name__ for module in model.modules()}
@@ -147,7 +162,7 @@ def _frozen_vectors(model: nn.Module) -> Iterator[nn.Parameter]:
     """Norm weights and biases, not the statistics of a quantized weight."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.dim() < 2 and not parameter.requires_grad and not isinstance(module, NF4Weight):
+            if parameter.dim() < 2 and not parameter.requires_grad and not isinstance(module, FrozenWeight):
                 yield parameter
 
 
@@ -244,23 +259,22 @@ def replace_parameter(model: nn.Module, old: nn.Parameter, new: nn.Parameter) ->
                 module._parameters[leaf] = new
 
 
-def shard_like(old: torch.Tensor, own: torch.Tensor, storage: torch.device | None = None) -> torch.Tensor:
-    """This process's rows as what they are in the model: a shard of a DTensor, or the tensor itself.
+def shard_like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A rank's rows as what they are in the model: the local shard of a DTensor, or the tensor itself.
 
     Args:
-        old: the parameter whose place they take.
-        own: its local rows.
-        storage: device of shards, where another than that of `own`.
+        old: the parameter that they replace.
+        local: its rows of this rank, where they are to be kept.
     """
     if not isinstance(old, DTensor):
-        return own
-    if storage is None:
+        return local
+    if local.device.type == old.device_mesh.device_type:
         return DTensor.from_local(
-            own, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+            local, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
         )
     # `from_local` would move it to the mesh's device.
-    shard = torch.empty_like(old, device=storage)
+    shard = torch.empty_like(old, device=local.device)
     assert isinstance(shard, DTensor)
     with torch.no_grad():
-        shard.to_local().copy_(own)
+        shard.to_local().copy_(local)
     return shard

@@ -1,10 +1,11 @@
-"""A model's structure without its weights: every frozen layer in place, its parameters on the meta device.
+"""Build a model on the meta device: every frozen layer in place, no weight read.
 
 Everything about a checkpoint that can be wrong is found here, from its headers, before a weight is read.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,118 +18,106 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qdora.adapters.linear import AdaptedLinear
+from qdora.adapters.layer import AdaptedLinear, OutputLinear
 from qdora.errors import CheckpointError, InputError
 from qdora.models.formats import Checkpoint, TensorFacts
-from qdora.models.formats.prequantized import StoredNF4, is_part, stored_nf4
-from qdora.quant.dense import DenseWeight
-from qdora.quant.nf4 import NF4Weight
+from qdora.quant import Quantization
+from qdora.quant.base import FrozenWeight
+from qdora.quant.stored import STORED_TYPES, StoredWeight, is_statistic, parse_state, state_name
 
 # Old exports carry the rotary frequencies, which the model derives from its configuration.
 _DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How linear layers become NF4.
-
-    Attributes:
-        block_size: weights that share one scale.
-        double: quantize the scales as well (QLoRA, arXiv:2305.14314 §3).
-    """
-
-    block_size: int = 64
-    double: bool = True
-
-
-@dataclass(frozen=True)
-class Skeleton:
+class MetaModel:
     """A model whose weights are still on the meta device, and where they come from.
 
     Attributes:
-        model: its linear layers are `AdaptedLinear`, nothing trainable.
-        stored: layers that are stored as NF4, by the name of their weight.
+        model: its linear layers are `AdaptedLinear`, the output layer apart; nothing trainable.
+        stored: layers that are stored quantized, by the name of their weight.
         unused: tensors of the checkpoint that are not read: derived ones, a tied output layer's.
     """
 
     model: PreTrainedModel
     checkpoint: Checkpoint
-    stored: Mapping[str, StoredNF4]
+    stored: Mapping[str, StoredWeight]
     unused: frozenset[str]
 
 
-def build_skeleton(
-    checkpoint: Checkpoint, compute: torch.dtype, quantization: Quantization | None
-) -> Skeleton:
-    """The structure of a checkpoint's model.
+def build_model(checkpoint: Checkpoint, compute: torch.dtype, quantization: Quantization) -> MetaModel:
+    """A checkpoint's model on the meta device.
 
     Args:
         compute: dtype in which the model computes; stored 16-bit matrices stay 16-bit where it is float32.
-        quantization: of the decoder's linear layers; None leaves them as they are stored.
-    Raises: InputError: an architecture that is not supported, a layer that NF4 cannot hold.
+        quantization: of the decoder's linear layers that are not stored quantized.
+    Raises: InputError: an architecture that is not supported, a layer that the format cannot hold, a
+            checkpoint that is quantized in another way.
         CheckpointError: tensors missing, left over or of another shape than the configuration says.
     """
+    if _stored_quantization(checkpoint, quantization):
+        quantization = Quantization("none")  # for layers that were left as they are
     model = _architecture(checkpoint.config, checkpoint.origin, compute)
     names = frozenset(checkpoint.names())
     tied = _tied_output(model)
     unused = {name for name in names if _DERIVED.search(name) or (tied and name == f"{tied}.weight")}
-    facts = {name: checkpoint.facts(name) for name in names - unused if not is_part(name)}
+    infos = {name: checkpoint.facts(name) for name in names - unused if not is_statistic(name)}
     stored = _stored_layers(checkpoint, names, model)
-    _check_places(checkpoint, model, facts, stored, skip=tied)
-    freeze_structure(
-        model, compute, quantization, dtypes={name: fact.dtype for name, fact in facts.items()}, stored=stored
-    )
-    return Skeleton(model, checkpoint, stored, frozenset(unused))
+    _check_places(checkpoint, model, infos, stored, skip=tied)
+    dtypes = {name: info.dtype for name, info in infos.items()}
+    _freeze_structure(model, compute, quantization, dtypes, stored)
+    return MetaModel(model, checkpoint, stored, frozenset(unused))
 
 
-def architecture_skeleton(
-    config: PreTrainedConfig, compute: torch.dtype, quantization: Quantization | None, stored: torch.dtype
+def build_architecture(
+    config: PreTrainedConfig, compute: torch.dtype, quantization: Quantization, stored: torch.dtype
 ) -> PreTrainedModel:
-    """The structure of a model of which there is a configuration only, as if its weights were stored so.
+    """A model of which there is a configuration only, on the meta device, as if its weights were stored so.
 
-    Raises: InputError: as `build_skeleton`.
+    Raises: InputError: as `build_model`.
     """
     model = _architecture(config, config.name_or_path or config.model_type, compute)
-    dtypes = {name: stored for name, _ in model.named_parameters()}
-    freeze_structure(model, compute, quantization, dtypes=dtypes, stored={})
+    _freeze_structure(
+        model, compute, quantization, {name: stored for name, _ in model.named_parameters()}, {}
+    )
     return model
 
 
-def freeze_structure(
+def _freeze_structure(
     model: PreTrainedModel,
     compute: torch.dtype,
-    quantization: Quantization | None,
-    *,
+    quantization: Quantization,
     dtypes: Mapping[str, torch.dtype],
-    stored: Mapping[str, StoredNF4],
+    stored: Mapping[str, StoredWeight],
 ) -> None:
     """Replace every linear layer by a frozen one on the meta device, in place, and freeze the rest.
 
     Args:
         dtypes: of the stored tensors by parameter name.
-        stored: layers that are stored as NF4.
-    Raises: InputError: NF4 cannot hold a layer's shape.
+        stored: layers that are stored quantized.
+    Raises: InputError: the format cannot hold a layer's shape.
     """
     output, tied = output_name(model), _tied_output(model)
     for name, module in list(model.named_modules()):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             full = f"{name}.{leaf}" if name else leaf
             kept = _kept_dtype(dtypes.get(full, compute), parameter.dim(), compute)
-            module.register_parameter(
-                leaf,
-                nn.Parameter(torch.empty(parameter.shape, dtype=kept, device="meta"), requires_grad=False),
-            )
+            empty = torch.empty(parameter.shape, dtype=kept, device="meta")
+            module.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != tied:
-            wanted = None if name == output else quantization
-            weight = _frozen_weight(name, module, wanted, stored.get(f"{name}.weight"))
+        if not isinstance(module, nn.Linear):
+            continue
+        if name != output:
+            weight = _frozen_weight(name, module, quantization, stored.get(f"{name}.weight"))
             model.set_submodule(name, AdaptedLinear(weight, module.bias))
-    if tied is not None:
-        head = model.get_submodule(tied)
-        embedding = model.get_input_embeddings().weight
-        assert isinstance(head, nn.Linear)
-        assert isinstance(embedding, nn.Parameter)
-        model.set_submodule(tied, AdaptedLinear(DenseWeight(embedding), head.bias))
+            continue
+        head = OutputLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        head.weight, head.bias = module.weight, module.bias
+        if tied is not None:
+            embedding = model.get_input_embeddings()
+            assert isinstance(embedding, nn.Embedding)
+            head.weight = embedding.weight
+        model.set_submodule(name, head)
     _widen_embeddings(model, compute)
     model.requires_grad_(False)
     model.eval()
@@ -164,27 +153,73 @@ def _tied_output(model: PreTrainedModel) -> str | None:
     return output_name(model) if model.config.get_text_config().tie_word_embeddings else None
 
 
+def _stored_quantization(checkpoint: Checkpoint, quantization: Quantization) -> bool:
+    """Whether the checkpoint is quantized already, in the format that was asked for."""
+    stated = checkpoint.quantization
+    if stated is None:
+        return False
+    kind = stated.get("bnb_4bit_quant_type") if stated.get("load_in_4bit") else stated.get("quant_method")
+    allowed = ", ".join(STORED_TYPES)
+    if kind not in STORED_TYPES:
+        raise InputError(
+            f"{checkpoint.origin}: quantized as {kind!r}; allowed: {allowed} (bitsandbytes), or none"
+        )
+    if kind != quantization.name:
+        raise InputError(
+            f"{checkpoint.origin}: already quantized to {kind}; model.quantization must be {kind!r}, "
+            f"got {quantization.name!r}"
+        )
+    return True
+
+
 def _stored_layers(
     checkpoint: Checkpoint, names: frozenset[str], model: PreTrainedModel
-) -> dict[str, StoredNF4]:
-    stored: dict[str, StoredNF4] = {}
+) -> dict[str, StoredWeight]:
+    stored: dict[str, StoredWeight] = {}
     for name, module in model.named_modules():
         weight = f"{name}.weight"
         if isinstance(module, nn.Linear) and weight in names:
-            found = stored_nf4(checkpoint, names, weight, (module.out_features, module.in_features))
+            found = _stored_weight(checkpoint, names, weight, (module.out_features, module.in_features))
             if found is not None:
                 stored[weight] = found
     return stored
+
+
+def _stored_weight(
+    checkpoint: Checkpoint, names: frozenset[str], weight: str, shape: tuple[int, int]
+) -> StoredWeight | None:
+    """How a linear layer's weight is stored; None where it is not quantized.
+
+    Raises: CheckpointError: a statistic is missing or cannot be used.
+    """
+    state = state_name(weight, names)
+    if state is None and checkpoint.facts(weight).dtype != torch.uint8:
+        return None
+    try:
+        if state is None:
+            raise ValueError("the tensor with its quantization state is missing")
+        stored = parse_state(weight, checkpoint.read(state), shape)
+        for name, (count, dtype) in stored.expected().items():
+            if name not in names:
+                raise ValueError(f"tensor {name} is missing")
+            info = checkpoint.facts(name)
+            if math.prod(info.shape) != count or info.dtype.itemsize != dtype.itemsize:
+                raise ValueError(
+                    f"tensor {name} is {info.dtype} of shape {tuple(info.shape)}, expected {count} x {dtype}"
+                )
+        return stored
+    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{weight}: unusable quantization statistics: {error}") from None
 
 
 def _check_places(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
     facts: Mapping[str, TensorFacts],
-    stored: Mapping[str, StoredNF4],
+    stored: Mapping[str, StoredWeight],
     skip: str | None,
 ) -> None:
-    """Every tensor has a place of its shape, and every parameter a tensor."""
+    """Every tensor has a parameter or buffer of its shape, and every parameter a tensor."""
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     unplaced = [n for n in facts if n not in wanted and not any(p.search(n) for p in ignored)]
@@ -213,24 +248,14 @@ def _kept_dtype(stored: torch.dtype, dim: int, compute: torch.dtype) -> torch.dt
 
 
 def _frozen_weight(
-    name: str, linear: nn.Linear, quantization: Quantization | None, stored: StoredNF4 | None
-) -> NF4Weight | DenseWeight:
-    shape = (linear.out_features, linear.in_features)
+    name: str, linear: nn.Linear, quantization: Quantization, stored: StoredWeight | None
+) -> FrozenWeight:
     try:
         if stored is not None:
-            return NF4Weight.on_meta(
-                shape,
-                block_size=stored.block_size,
-                double_quantization=stored.offset is not None,
-                nested_block_size=stored.nested_block_size,
-            )
-        if quantization is not None:
-            return NF4Weight.on_meta(
-                shape, block_size=quantization.block_size, double_quantization=quantization.double
-            )
+            return stored.on_meta()
+        return quantization.on_meta((linear.out_features, linear.in_features), linear.weight.dtype)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
-    return DenseWeight(linear.weight)
 
 
 class _Cast:
@@ -250,7 +275,7 @@ def _widen_embeddings(model: nn.Module, compute: torch.dtype) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' advice on settings that do not matter to a skeleton."""
+    """Without transformers' advice on settings that do not matter before there are weights."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -1,13 +1,15 @@
-"""Load a base model: its tensors stream from disk straight into their frozen layers.
+"""Load a model, one way at any world size: build on the meta device, inject adapters, shard, load weights,
+reset the adapters.
 
-A linear layer of the decoder becomes NF4 the moment its weight arrives, so the peak is the
-4-bit model plus about one tensor.  Embeddings, norms and the output layer are not quantized.
+A linear layer is quantized the moment its rows arrive, so the peak is a rank's quantized shard and about one
+tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,24 +18,29 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.fingerprint import combine, sample_digest, sample_rows, set_base_fingerprint
-from qdora.config import BaseKind, DtypeName
-from qdora.distributed.fsdp import replace_parameter, shard_like
+from qdora.adapters.full import quantize_layers
+from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, load_saved_full, read_saved
+from qdora.config import DtypeName, ModelConfig, QuantizationName
+from qdora.distributed.context import DistributedContext
+from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
+from qdora.errors import InputError
 from qdora.memory import WORTH_TRIMMING, release_freed_memory
-from qdora.models.build import Quantization, Skeleton, build_skeleton
-from qdora.models.formats import TensorFacts
-from qdora.models.formats.prequantized import check_quantization, is_part, read_stored
+from qdora.models.build import MetaModel, build_model
+from qdora.models.formats import Checkpoint, TensorFacts
 from qdora.models.hub import open_checkpoint
-from qdora.models.peers import Alone, Peers
-from qdora.quant.nf4 import NF4Weight
-from qdora.quant.nf4_quantize import NF4Parts, block_count, quantize_share, rows_to_read
-from qdora.quant.share import WHOLE, Share
+from qdora.quant import Quantization
+from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
+from qdora.quant.stored import is_statistic
+
+T = TypeVar("T")
 
 
 def load_base(
-    path_or_id: str,
+    path_or_id: str | Path,
     *,
-    base: BaseKind = "nf4",
-    dtype: DtypeName = "auto",
+    quantization: QuantizationName = "nf4",
+    dtype: DtypeName | torch.dtype = "auto",
     device: str | torch.device = "auto",
     revision: str | None = None,
     block_size: int = 64,
@@ -43,221 +50,120 @@ def load_base(
     """Load a frozen causal language model, its linear layers ready for adapters.
 
     Args:
-        path_or_id: hub id, safetensors folder (plain, or quantized to NF4 by bitsandbytes), GGUF
+        path_or_id: hub id, safetensors folder (plain, or quantized to 4 bits by bitsandbytes), GGUF
             file, or packaged model.
-        base: `nf4` quantizes the decoder's linear layers; `dense` keeps the stored 16 bits.
+        quantization: format of the decoder's linear layers; `none` keeps the stored 16 bits.
         dtype: compute dtype; 16-bit tensors stay 16-bit in memory where it is float32.
         device: where the model goes; `auto` prefers CUDA.
         revision: of a hub id.
-        block_size: weights that share one NF4 scale.
+        block_size: weights that share one quantization scale.
         double_quantization: quantize the scales as well (QLoRA, arXiv:2305.14314 §3).
         progress: show a bar on standard error.
     Returns: the model in evaluation mode, nothing trainable; its tokenizer, None where it has none.
-    Raises: InputError: no such model, an unsupported architecture or quantization.
+    Raises: InputError: no such model, an unsupported architecture or quantization, a setting that is not
+            allowed; it is named.
         CheckpointError: a file is missing, truncated or corrupt, or does not fit its configuration.
     """
-    target = resolve_device(device)
-    skeleton = open_skeleton(
-        path_or_id,
-        base=base,
-        dtype=dtype,
-        device=target,
+    settings = ModelConfig(
+        path=str(path_or_id),
         revision=revision,
-        block_size=block_size,
+        quantization=quantization,
+        dtype=dtype,  # type: ignore[arg-type]  # a dtype becomes its name
+        block_size=block_size,  # type: ignore[arg-type]  # checked there
         double_quantization=double_quantization,
     )
-    return fill(skeleton, target, progress=progress), skeleton.checkpoint.tokenizer()
+    context = DistributedContext(device=resolve_device(device))
+    checkpoint = open_checkpoint(settings.path, settings.revision)
+    model, _ = load_model(checkpoint, settings, context, lambda model: None, progress=progress)
+    return model, checkpoint.tokenizer()
 
 
-def open_skeleton(
-    path_or_id: str,
+def load_model(
+    checkpoint: Checkpoint,
+    settings: ModelConfig,
+    context: DistributedContext,
+    adapt: Callable[[PreTrainedModel], T],
     *,
-    base: BaseKind = "nf4",
-    dtype: DtypeName = "auto",
-    device: torch.device,
-    revision: str | None = None,
-    block_size: int = 64,
-    double_quantization: bool = True,
-) -> Skeleton:
-    """Find a model and build its structure; no weight is read, and no memory taken for one.
-
-    Args: as `load_base`.
-    Raises: as `load_base`.
-    """
-    checkpoint = open_checkpoint(path_or_id, revision)
-    quantized = check_quantization(checkpoint, base)
-    wanted = None if base == "dense" or quantized else Quantization(block_size, double_quantization)
-    return build_skeleton(checkpoint, compute_dtype(dtype, device), wanted)
-
-
-def fill(
-    skeleton: Skeleton, device: torch.device, *, peers: Peers | None = None, progress: bool = False
-) -> PreTrainedModel:
-    """Read the weights of a skeleton and put them in place.
-
-    Where a parameter is a DTensor, sharded by FSDP, only the rows of this process's share are read.
+    progress: bool | None = None,
+) -> tuple[PreTrainedModel, T]:
+    """Load a model with adapters, sharded where the launch asks for FSDP; a collective.
 
     Args:
-        skeleton: of `build_skeleton`; its parameters are on the meta device.
-        device: where the model computes.
-        peers: the processes that fill their shares together; nobody else where None.
-        progress: show a bar on standard error.
-    Returns: the skeleton's model, its base fingerprint set.
-    Raises: CheckpointError: a file became shorter; on every process where it happened to one.
+        checkpoint: of `open_checkpoint(settings.path, ...)`.
+        adapt: gives the model, which is on the meta device, its adapters: `inject` with its settings, say.
+        progress: show a bar on standard error; on the main rank where None.
+    Returns: the model in evaluation mode; what `adapt` returned.
+    Raises: InputError: as `build_model` and `adapt`; on all ranks where it happened to one.
+        CheckpointError: a file became shorter.
     """
-    return _Filler(skeleton, device, peers or Alone()).run(progress)
-
-
-class _Filler:
-    def __init__(self, skeleton: Skeleton, device: torch.device, peers: Peers) -> None:
-        self.skeleton, self.model, self.checkpoint = skeleton, skeleton.model, skeleton.checkpoint
-        self.device, self.peers = device, peers
-        self.samples: dict[str, torch.Tensor] = {}
-
-    def run(self, progress: bool) -> PreTrainedModel:
-        names = self.checkpoint.names()
-        places = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        with tqdm(
-            total=len(names), desc="Loading", unit="tensor", leave=False, mininterval=1, disable=not progress
-        ) as bar:
-            for name in names:
-                self._place(name, self.checkpoint.facts(name), places)
-                bar.update()
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.device)
-        generation_config = self.checkpoint.generation_config()
-        if generation_config is not None:
-            self.model.generation_config = generation_config
-        set_base_fingerprint(self.model, self._fingerprint())
-        return self.model
-
-    def _place(self, name: str, facts: TensorFacts, places: dict[str, nn.Parameter | torch.Tensor]) -> None:
-        layer = self._quantized_layer(name)
-        if layer is not None:
-            self._place_quantized(name, facts, layer)
-        elif is_part(name) or name in self.skeleton.unused:
-            with self.peers.together():
-                self._sample(name, facts, self._read(name, facts, self._own_rows(facts)))
-        else:
-            self._place_plain(name, facts, places)
-        if facts.dtype.itemsize * torch.Size(facts.shape).numel() >= WORTH_TRIMMING:
-            release_freed_memory()
-
-    def _quantized_layer(self, name: str) -> NF4Weight | None:
-        module_name, _, leaf = name.rpartition(".")
-        if leaf != "weight":
-            return None
-        try:
-            base = self.model.get_submodule(f"{module_name}.base")
-        except AttributeError:
-            return None
-        return base if isinstance(base, NF4Weight) else None
-
-    def _place_quantized(self, name: str, facts: TensorFacts, layer: NF4Weight) -> None:
-        """A linear layer of the decoder: quantized here, or stored so."""
-        share = self._share_of(layer.packed)
-        device = self.device
-        stored = self.skeleton.stored.get(name)
-        shape = (layer.out_features, layer.in_features)
-        with self.peers.together():
-            if stored is not None:
-                parts = read_stored(self.checkpoint, stored, share, device)
-                self._sample(name, facts, self._read(name, facts, self._own_rows(facts)))
-            else:
-                rows = rows_to_read(shape, layer.block_size, share)
-                w_RI = self._read(name, facts, rows)
-                self._sample(name, facts, w_RI, rows.start)
-                quantize = partial(
-                    quantize_share,
-                    w_RI.to(device),
-                    shape,
-                    block_size=layer.block_size,
-                    double_quantization=layer.nested_absmax is not None,
-                    share=share,
-                )
-                del w_RI
-        if stored is None:
-            # Outside the block above: every process waits here for the scales of the others.
-            parts = quantize(gather_scales=self._gather_blocks(block_count(shape, layer.block_size), share))
-        self._put_parts(layer, parts)
-
-    def _gather_blocks(self, blocks: int, share: Share) -> Callable[[torch.Tensor], torch.Tensor]:
-        if share.count == 1:
-            return lambda scales: scales
-        return lambda scales: self.peers.gather_rows(scales, blocks)
-
-    def _put_parts(self, layer: NF4Weight, parts: NF4Parts) -> None:
-        layer.packed = self._parameter(layer.packed, parts.packed)
-        layer.absmax = self._parameter(layer.absmax, parts.absmax)
-        layer.nested_absmax, layer.nested_code = parts.nested_absmax, parts.nested_code
-        layer.offset = parts.offset
-
-    def _place_plain(
-        self, name: str, facts: TensorFacts, places: dict[str, nn.Parameter | torch.Tensor]
-    ) -> None:
-        target = places.get(self._parameter_name(name))
-        if target is None:
-            return  # one of those that the architecture says may be there
-        rows = self._own_rows(facts)
-        with self.peers.together():
-            whole = self._share_of(target) == WHOLE
-            tensor = self._read(name, facts, None if whole else rows)
-            self._sample(name, facts, tensor, 0 if whole else rows.start)
-            tensor = tensor.to(self.device, target.dtype)
-        if isinstance(target, nn.Parameter):
-            replace_parameter(self.model, target, self._parameter(target, tensor))
-        else:
-            module_name, _, leaf = name.rpartition(".")
-            self.model.get_submodule(module_name)._buffers[leaf] = tensor
-
-    def _parameter_name(self, name: str) -> str:
-        """Name of the model's parameter: a linear layer holds its weight in its base."""
-        module_name, _, leaf = name.rpartition(".")
-        try:
-            self.model.get_submodule(module_name).get_submodule("base")
-        except AttributeError:
-            return name
-        return f"{module_name}.base.weight" if leaf == "weight" else name
-
-    def _parameter(self, old: torch.Tensor, own: torch.Tensor) -> nn.Parameter:
-        return nn.Parameter(shard_like(old, own, self.peers.storage), requires_grad=old.requires_grad)
-
-    def _share_of(self, parameter: torch.Tensor) -> Share:
-        return self.peers.share if isinstance(parameter, DTensor) else WHOLE
-
-    def _own_rows(self, facts: TensorFacts) -> slice:
-        return self.peers.share.rows(facts.shape[0] if facts.shape else 1)
-
-    def _read(self, name: str, facts: TensorFacts, rows: slice | None) -> torch.Tensor:
-        return self.checkpoint.read(name, rows if facts.shape else None)
-
-    def _sample(
-        self, name: str, facts: TensorFacts, tensor: torch.Tensor, first_row: int | None = None
-    ) -> None:
-        """Of its own rows: together the processes sample each row once, whoever reads how much."""
-        rows = self._own_rows(facts)
-        first = rows.start if first_row is None else first_row
-        self.samples[name] = sample_rows(tensor, facts.shape, rows, first)
-
-    def _fingerprint(self) -> str:
-        parts = self.peers.gather([self.samples])
-        return combine(
-            {
-                name: sample_digest(
-                    name, self.checkpoint.facts(name).shape, torch.cat([p[name] for p in parts])
-                )
-                for name in self.samples
-            }
+    with context.raise_on_all_ranks():
+        meta = build_model(
+            checkpoint, compute_dtype(settings.dtype, context.device), Quantization.of(settings)
         )
+        report = adapt(meta.model)
+        shard_model(meta.model, context)
+    _WeightLoader(meta, context).run(context.is_main if progress is None else progress)
+    reset_adapters(meta.model, context)
+    return meta.model, report
+
+
+def load_with_adapter(
+    checkpoint: Checkpoint,
+    settings: ModelConfig,
+    context: DistributedContext,
+    adapter: Path | None,
+    quantize: Quantization | None = None,
+) -> PreTrainedModel:
+    """The configured model with a saved adapter on it, sharded where the launch asks for FSDP; a collective.
+
+    Args:
+        adapter: folder in PEFT's format; None leaves the base alone.
+        quantize: format of a fully trained model's linear layers, after it is loaded.
+    Raises: InputError: anything that cannot be loaded or does not fit.
+    """
+    with context.raise_on_all_ranks():
+        saved = None if adapter is None else read_saved(adapter)
+    injected = saved is not None and not (saved.is_full and context.fsdp is None)
+    model, _ = load_model(
+        checkpoint, settings, context, lambda m: inject_saved(m, saved) if saved and injected else None
+    )
+    with context.raise_on_all_ranks():
+        if saved is not None:
+            check_base(model, saved)
+            if injected:
+                assign_saved(model, saved)
+            else:
+                load_saved_full(model, saved)
+        if quantize is not None:
+            quantize_layers(model, quantize)
+    return model
+
+
+def required_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises: InputError: it comes without one, or with one that cannot be used.
+    """
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
+        raise InputError(f"{checkpoint.origin}: the model comes without a tokenizer")
+    return tokenizer
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
+    """`auto` is the first CUDA device where there is one, else the CPU.
+
+    Raises: InputError: no such device.
+    """
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device {device!r}: no such device; allowed: auto, cpu, cuda, cuda:N") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {str(device)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return resolved
 
 
 def compute_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
@@ -274,3 +180,118 @@ def _has_native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+class _WeightLoader:
+    """Reads a checkpoint into a model on the meta device; of a sharded parameter this rank's rows."""
+
+    def __init__(self, meta: MetaModel, context: DistributedContext) -> None:
+        self.meta, self.model, self.checkpoint = meta, meta.model, meta.checkpoint
+        self.context = context
+        self.samples: dict[str, torch.Tensor] = {}
+
+    def run(self, progress: bool) -> None:
+        names = self.checkpoint.names()
+        plain = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        with tqdm(
+            total=len(names), desc="Loading", unit="tensor", leave=False, mininterval=1, disable=not progress
+        ) as bar:
+            for name in names:
+                self._load(name, plain)
+                bar.update()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.context.device)
+        generation_config = self.checkpoint.generation_config()
+        if generation_config is not None:
+            self.model.generation_config = generation_config
+        set_base_fingerprint(self.model, self._fingerprint())
+
+    def _load(self, name: str, plain: dict[str, nn.Parameter | torch.Tensor]) -> None:
+        info = self.checkpoint.facts(name)
+        base = self._frozen_weight(name)
+        if base is not None:
+            self._load_frozen(name, info, base)
+        elif is_statistic(name) or name in self.meta.unused:
+            with self.context.raise_on_all_ranks():
+                rows = self._local_rows(info)
+                self._sample(name, info, self._read(name, info, rows), rows.start)
+        elif name in plain:  # other tensors are those that the architecture says may be there
+            self._load_plain(name, info, plain[name])
+        if info.dtype.itemsize * torch.Size(info.shape).numel() >= WORTH_TRIMMING:
+            release_freed_memory()
+
+    def _frozen_weight(self, name: str) -> FrozenWeight | None:
+        module_name, _, leaf = name.rpartition(".")
+        if leaf != "weight":
+            return None
+        try:
+            module = self.model.get_submodule(module_name)
+        except AttributeError:
+            return None
+        return module.base if isinstance(module, AdaptedLinear) else None
+
+    def _load_frozen(self, name: str, info: TensorFacts, base: FrozenWeight) -> None:
+        """A linear layer: quantized here, or stored so."""
+        shard = self._shard_of(next(base.parameters()))
+        stored = self.meta.stored.get(name)
+        with self.context.raise_on_all_ranks():
+            if stored is not None:
+                tensors = stored.read(self.checkpoint.read, shard, self.context.device)
+                rows = self._local_rows(info)
+                self._sample(name, info, self._read(name, info, rows), rows.start)
+            else:
+                rows = base.rows_to_read(shard)
+                w_RI = self._read(name, info, rows)
+                self._sample(name, info, w_RI, rows.start)
+                w_RI = w_RI.to(self.context.device)
+        if stored is None:
+            # Outside the block above: the ranks gather the scales of each other here.
+            tensors = base.from_rows(w_RI, shard, self.context.gather_rows)
+        base.assign({key: self._like(getattr(base, key), tensor) for key, tensor in tensors.items()})
+
+    def _load_plain(self, name: str, info: TensorFacts, target: nn.Parameter | torch.Tensor) -> None:
+        """An embedding, a norm weight, a bias, a buffer."""
+        with self.context.raise_on_all_ranks():
+            sharded = self._shard_of(target) != FULL
+            rows = self._local_rows(info) if sharded else None
+            tensor = self._read(name, info, rows)
+            self._sample(name, info, tensor, rows.start if rows else 0)
+            tensor = tensor.to(self.context.device, target.dtype)
+        if isinstance(target, nn.Parameter):
+            replace_parameter(self.model, target, parameter_like(target, self._like(target, tensor)))
+        else:
+            module_name, _, leaf = name.rpartition(".")
+            self.model.get_submodule(module_name)._buffers[leaf] = tensor
+
+    def _like(self, old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+        if not isinstance(old, DTensor):
+            return local
+        return shard_like(old, local.to(self.context.storage_device))
+
+    def _shard_of(self, parameter: torch.Tensor) -> Shard:
+        return self.context.shard if isinstance(parameter, DTensor) else FULL
+
+    def _local_rows(self, info: TensorFacts) -> slice:
+        return self.context.shard.rows(info.shape[0] if info.shape else 1)
+
+    def _read(self, name: str, info: TensorFacts, rows: slice | None) -> torch.Tensor:
+        return self.checkpoint.read(name, rows if info.shape else None)
+
+    def _sample(self, name: str, info: TensorFacts, tensor: torch.Tensor, first_row: int) -> None:
+        """Of this rank's rows: the ranks sample each row once, however much each of them reads."""
+        self.samples[name] = sample_rows(tensor, info.shape, self._local_rows(info), first_row)
+
+    def _fingerprint(self) -> str:
+        of_ranks = self.context.gather([self.samples])
+        return combine(
+            {
+                name: sample_digest(
+                    name,
+                    self.checkpoint.facts(name).shape,
+                    torch.cat([samples[name] for samples in of_ranks]),
+                )
+                for name in self.samples
+            }
+        )

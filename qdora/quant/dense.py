@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import nn
 
-from qdora.quant.weight import rows_per_tile
+from qdora.quant.base import FrozenWeight, GatherRows, Shard, rows_per_tile
 
 
-class DenseWeight(nn.Module):
+class DenseWeight(FrozenWeight):
     """A frozen (out, in) weight that is widened tile by tile to the compute dtype.
 
     Args:
-        w_OI: floating point; kept as it is, 16 bits stay 16 bits.
+        w_OI: floating point; kept as it is, 16 bits stay 16 bits.  A parameter is shared, not copied.
     """
+
+    quantization = "none"
 
     def __init__(self, w_OI: torch.Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = w_OI.shape
         self.weight = w_OI if isinstance(w_OI, nn.Parameter) else nn.Parameter(w_OI, requires_grad=False)
+
+    @classmethod
+    def on_meta(
+        cls, shape: tuple[int, int], *, dtype: torch.dtype, block_size: int, double_quantization: bool
+    ) -> Self:
+        """As `FrozenWeight.on_meta`; there is nothing to quantize."""
+        return cls(torch.empty(shape, dtype=dtype, device="meta"))
 
     @property
     def device(self) -> torch.device:
@@ -29,6 +39,10 @@ class DenseWeight(nn.Module):
     @property
     def norm_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def trained(self) -> nn.Parameter | None:
+        return self.weight if self.weight.requires_grad else None
 
     def tiles(
         self, dtype: torch.dtype, s_O: torch.Tensor | None = None
@@ -42,6 +56,12 @@ class DenseWeight(nn.Module):
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
             yield rows, w_OI[rows].to(dtype) if s_O is None else (w_OI[rows] * s_O[rows, None]).to(dtype)
+
+    def rows_to_read(self, shard: Shard) -> slice:
+        return shard.rows(self.out_features)
+
+    def from_rows(self, w_RI: torch.Tensor, shard: Shard, gather: GatherRows) -> dict[str, torch.Tensor]:
+        return {"weight": w_RI.to(self.weight.dtype)}
 
     def extra_repr(self) -> str:
         return f"{self.out_features}x{self.in_features}, {self.weight.dtype}"

@@ -1,0 +1,175 @@
+"""LoRA: A and B are trained (arXiv:2106.09685 §4.1)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+
+from qdora.adapters.base import Factors, LowRankUpdate, adapter_parameter, assign_full
+from qdora.adapters.init import INITS, init_from_peft, principal
+from qdora.config import AdapterConfig, InitName
+from qdora.quant.base import FrozenWeight
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class LoraUpdate(LowRankUpdate):
+    """c B A, both trained.
+
+    Attributes:
+        a_RI: (R, I) parameter.
+        b_OR: (O, R) parameter.
+        init: how they start.
+        subtracted: the initial A and B, where c B A was taken out of the base weight; a saved adapter needs
+            them to do the same to the base that it is loaded onto.
+    """
+
+    kind = "lora"
+    peft_type = "LORA"
+    peft_keys: ClassVar = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
+    peft_magnitude = True
+    extra_keys = ("initial_A", "initial_B")
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        r: int,
+        *,
+        scale: float,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
+        init: InitName = "kaiming",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        out_features, in_features = shape
+        self.scale, self.dropout, self.storage, self.init, self._seed = scale, dropout, dtype, init, seed
+        self.subtracted: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.a_RI = adapter_parameter(torch.empty(r, in_features, dtype=dtype, device=device))
+        self.b_OR = adapter_parameter(torch.empty(out_features, r, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    @classmethod
+    def create(
+        cls, shape: tuple[int, int], config: AdapterConfig, *, device: torch.device, seed: int, shared: Any
+    ) -> Self:
+        return cls(
+            shape,
+            config.r,
+            scale=config.scale,
+            dropout=config.dropout,
+            dtype=DTYPES[config.dtype],
+            device=device,
+            init=config.init,
+            seed=seed,
+        )
+
+    @classmethod
+    def largest_rank(cls, shape: tuple[int, int]) -> int | None:
+        return min(shape)
+
+    @property
+    def r(self) -> int:
+        return self.a_RI.shape[0]
+
+    def initial(self, name: str) -> torch.Tensor:
+        a_RI, b_OR = INITS[self.init].draw(self.b_OR.shape[0], self.a_RI.shape[1], self.r, self._seed)
+        return a_RI if name == "a_RI" else b_OR
+
+    @property
+    def sees_weight(self) -> bool:
+        return INITS[self.init].from_weight
+
+    @torch.no_grad()
+    def reset_from_weight(self, weight: FrozenWeight) -> torch.Tensor | None:
+        """As `LowRankUpdate.reset_from_weight`: A and B from the top singular vectors of the weight."""
+        if not self.sees_weight:
+            return None
+        w_OI = weight.dense(torch.float32)
+        for parameter, value in zip((self.a_RI, self.b_OR), principal(w_OI, self.r, self.scale), strict=True):
+            assign_full(parameter, value, self.storage)
+        self.subtracted = self.a_RI.detach().clone(), self.b_OR.detach().clone()
+        return self._without_subtracted(w_OI)
+
+    def extra_tensors(self) -> dict[str, torch.Tensor]:
+        return {} if self.subtracted is None else dict(zip(self.extra_keys, self.subtracted, strict=True))
+
+    @torch.no_grad()
+    def load_extra(self, tensors: Mapping[str, torch.Tensor], weight: FrozenWeight) -> torch.Tensor | None:
+        if self.extra_keys[0] not in tensors:
+            return None
+        a_RI, b_OR = (tensors[key].to(weight.device) for key in self.extra_keys)
+        self.subtracted = a_RI, b_OR
+        return self._without_subtracted(weight.dense(torch.float32))
+
+    def _without_subtracted(self, w_OI: torch.Tensor) -> torch.Tensor:
+        """W less the initial c B A that `subtracted` keeps: the (O, I) frozen weight of this adapter."""
+        assert self.subtracted is not None
+        a_RI, b_OR = (factor.to(w_OI.device, torch.float32) for factor in self.subtracted)
+        return torch.addmm(w_OI.float(), b_OR, a_RI, alpha=-self.scale)
+
+    def factors(self) -> Factors:
+        return Factors(self.a_RI, self.b_OR, None, None, self.scale)
+
+    @classmethod
+    def peft_settings(cls, updates: Mapping[str, Self]) -> dict[str, Any]:
+        """Rank, alpha and their exceptions.  Alpha is that of alpha / r, whatever the scale came from."""
+        if not updates:
+            return {}
+        ranks = {name: update.r for name, update in updates.items()}
+        alphas = {name: _integer(update.scale * update.r) for name, update in updates.items()}
+        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        first = next(iter(updates.values()))
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": {name: value for name, value in ranks.items() if value != r},
+            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            "lora_dropout": first.dropout,
+            "use_rslora": False,
+            "init_lora_weights": INITS[first.init].peft if INITS[first.init].peft is not None else first.init,
+        }
+
+    @classmethod
+    def config_from_peft(cls, settings: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+        """As `LowRankUpdate.config_from_peft`, PEFT's patterns resolved to full names."""
+        r, alpha = int(settings["r"]), float(settings["lora_alpha"])
+        ranks = {name: int(_by_pattern(settings.get("rank_pattern"), name, r)) for name in layers}
+        alphas = {name: float(_by_pattern(settings.get("alpha_pattern"), name, alpha)) for name in layers}
+        return {
+            "r": r,
+            "alpha": alpha,
+            "rslora": bool(settings.get("use_rslora", False)),
+            "rank_pattern": {name: value for name, value in ranks.items() if value != r},
+            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            "dropout": float(settings.get("lora_dropout", 0.0)),
+            "init": init_from_peft(settings.get("init_lora_weights", True)),
+        }
+
+    @classmethod
+    def saved_shapes(cls, shape: tuple[int, int], r: int) -> dict[str, tuple[int, ...]]:
+        a_RI, b_OR = (r, shape[1]), (shape[0], r)
+        return {"lora_A.weight": a_RI, "lora_B.weight": b_OR, "initial_A": a_RI, "initial_B": b_OR}
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}, {self.init}, {self.a_RI.dtype}"
+
+
+def _integer(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, matches the name or its dotted end."""
+    for key, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        except re.error as error:
+            raise ValueError(f"pattern {key!r} is no regular expression: {error}") from None
+    return default

@@ -1,0 +1,41 @@
+"""Frozen weights in 8 bits, block by block (arXiv:2110.02861 §2), by bitsandbytes' kernels."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import bitsandbytes.functional as bnb
+import torch
+
+from qdora.quant.blockwise import BlockwiseWeight
+
+
+class Int8Weight(BlockwiseWeight):
+    """A frozen (out, in) weight as 8-bit codes of bitsandbytes' dynamic code book, a scale for each block.
+
+    Not the 8 bits of LLM.int8(), which quantizes the inputs too.
+    """
+
+    quantization = "int8"
+    codes_per_byte = 1
+
+    def quantize_block_values(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = torch.ops.bitsandbytes.quantize_blockwise(
+            values, _code_book(values.device), self.block_size
+        )
+        return codes, scales
+
+    def dequantize_block_values(
+        self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> torch.Tensor:
+        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
+            codes, scales, _code_book(codes.device), self.block_size, dtype
+        )
+        return values.view(shape)
+
+
+@cache
+def _code_book(device: torch.device) -> torch.Tensor:
+    """(256,) float32: the values of the codes, in -1 to 1."""
+    book: torch.Tensor = bnb.create_dynamic_map().to(device)  # type: ignore[no-untyped-call]
+    return book
