@@ -1,7 +1,7 @@
 """Fine-tune LLaMA-family models with QDoRA: NF4 base weights and bf16 DoRA adapters that really learn.
 
     model, tokenizer = load_base("folder-or-hub-id")
-    report = inject(model, AdapterConfig(method="qdora", r=16, alpha=32))
+    report = inject(model, AdapterConfig(r=16, alpha=32))
 
 Names are imported on first use: `import qdora` alone loads neither torch nor transformers.
 """
@@ -12,10 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qdora.adapters.inject import InjectionReport, inject
-    from qdora.adapters.linear import AdaptedLinear
-    from qdora.adapters.peft_format import load_adapter, save_adapter
-    from qdora.adapters.switch import adapters_off, merge_adapters, unmerge_adapters
+    from qdora.adapters.inject import InjectionReport, adapters_off, inject, merge_adapters, unmerge_adapters
+    from qdora.adapters.layer import AdaptedLinear
+    from qdora.adapters.peft_io import load_adapter, save_adapter
     from qdora.config import AdapterConfig
     from qdora.errors import InputError
     from qdora.evaluation.evaluate import evaluate
@@ -41,20 +40,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AdaptedLinear": "qdora.adapters.linear",
+    "AdaptedLinear": "qdora.adapters.layer",
     "AdapterConfig": "qdora.config",
     "InjectionReport": "qdora.adapters.inject",
     "InputError": "qdora.errors",
     "Scores": "qdora.evaluation.scores",
-    "adapters_off": "qdora.adapters.switch",
+    "adapters_off": "qdora.adapters.inject",
     "evaluate": "qdora.evaluation.evaluate",
     "inject": "qdora.adapters.inject",
-    "load_adapter": "qdora.adapters.peft_format",
+    "load_adapter": "qdora.adapters.peft_io",
     "load_base": "qdora.models.load",
-    "merge_adapters": "qdora.adapters.switch",
+    "merge_adapters": "qdora.adapters.inject",
     "merge_and_export": "qdora.export.write",
-    "save_adapter": "qdora.adapters.peft_format",
-    "unmerge_adapters": "qdora.adapters.switch",
+    "save_adapter": "qdora.adapters.peft_io",
+    "unmerge_adapters": "qdora.adapters.inject",
 }
 
 

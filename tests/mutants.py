@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CLOSED_FORM = "tests/unit/adapters/test_closed_form.py"
 NORM = "tests/unit/adapters/test_norm_and_magnitude.py"
-SHARES = "tests/unit/quant/test_shares.py"
+SHARDS = "tests/unit/quant/test_shards.py"
 SHARDED = "tests/distributed/test_sharded.py"
 
 
@@ -44,24 +44,24 @@ class Mutant:
 MUTANTS = {
     "scale dropped": Mutant(
         "adapters/product.py",
-        "h_NR = (kept_NI @ a_cast.T).mul_(scale)",
+        "h_NR = (kept_NI @ a_cast.T).mul_(settings.scale)",
         "h_NR = kept_NI @ a_cast.T",
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "scale dropped from the norm": Mutant(
-        "adapters/norm_cache.py",
-        "factored_norm(w2_O, wa_OR, a_RI, b_OR, update.scale)",
+        "adapters/norm.py",
+        "factored_norm(w2_O, wa_OR, a_RI, b_OR, factors.scale)",
         "factored_norm(w2_O, wa_OR, a_RI, b_OR, 1.0)",
         f"{NORM}::test_norm_is_that_of_the_dense_sum",
     ),
     "bias scaled": Mutant(
         "adapters/product.py",
-        "else torch.add(y_NO, bias_O, out=torch.empty_like(y_NO))",
-        "else torch.add(y_NO, bias_O * s_O, out=torch.empty_like(y_NO))",
+        "return torch.add(y_NO, given.bias_O, out=torch.empty_like(y_NO))",
+        "return torch.add(y_NO, given.bias_O * s_O, out=torch.empty_like(y_NO))",
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "norm undetached": Mutant(
-        "adapters/linear.py",
+        "adapters/layer.py",
         'self.exact_norm_gradient = config.norm_gradient == "exact"',
         "self.exact_norm_gradient = True",
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
@@ -79,43 +79,39 @@ MUTANTS = {
         "tests/unit/adapters/test_peft_format.py::test_an_adapter_from_peft_loads_here",
     ),
     "stale norm after a step": Mutant(
-        "adapters/norm_cache.py",
-        "return self._norm_O is not None and self._versions == self._current(update)",
+        "adapters/norm.py",
+        "return self._norm_O is not None and self._versions == self._current(factors)",
         "return self._norm_O is not None",
         f"{NORM}::test_norm_is_computed_once_per_optimizer_step",
     ),
     "stale norm after a fused step": Mutant(
-        "adapters/norm_cache.py",
+        "adapters/norm.py",
         'torch.autograd.graph.increment_version(group["params"])',
         "pass",
         "tests/unit/training/test_loop.py::test_the_norm_follows_the_update",
     ),
     "tile off by one": Mutant(
-        "quant/nf4.py",
+        "quant/blockwise.py",
         "scales[first // self.block_size : -(-last // self.block_size)]",
         "scales[first // self.block_size - (start > 0) : -(-last // self.block_size)]",
         "tests/unit/quant/test_nf4.py::test_tiles_are_the_whole_whatever_their_size",
     ),
     "last tile lost": Mutant(
-        "quant/nf4.py",
+        "quant/blockwise.py",
         "for start in range(0, self.out_features, step):\n            stop =",
         "for start in range(0, max(1, self.out_features - step + 1), step):\n            stop =",
         f"{CLOSED_FORM}::test_any_shape_and_tile",
     ),
     "second base product with dropout": Mutant(
-        "adapters/linear.py",
+        "adapters/layer.py",
         "if dropout and self.published_dropout and self.magnitude is not None:",
         "if dropout and self.magnitude is not None:",
         "tests/unit/adapters/test_cost.py::test_one_base_product_each_way",
     ),
     "magnitude stored in bf16": Mutant(
         "adapters/magnitude.py",
-        """initial_O, persistent=False)
-        self.storage = dtype
-        self.offset_O = adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))""",
-        """torch.zeros_like(initial_O), persistent=False)
-        self.storage = dtype
-        self.offset_O = adapter_parameter(initial_O.to(dtype))""",
+        "self.initial_O = norm_O",
+        "self.initial_O = torch.zeros_like(norm_O)\n        self.offset_O.data.copy_(norm_O)",
         f"{NORM}::test_bf16_magnitude_moves_as_float32_does",
     ),
     "step without a master": Mutant(
@@ -125,16 +121,16 @@ MUTANTS = {
         f"{NORM}::test_the_tail_of_a_decayed_rate_moves_as_float32_does",
     ),
     "blocks cut at the shard": Mutant(
-        "quant/nf4_quantize.py",
+        "quant/blockwise.py",
         "slice(start // block_size * block_size, min(",
         "slice(start, min(",
-        f"{SHARES}::test_shares_are_the_whole",
+        f"{SHARDS}::test_shards_are_the_full_weight",
     ),
     "scales of the neighbour": Mutant(
-        "quant/nf4_quantize.py",
-        "first_block = blocks.start - values.start // block_size",
+        "quant/blockwise.py",
+        "first_block = blocks.start - values.start // self.block_size",
         "first_block = 0",
-        f"{SHARES}::test_shares_are_the_whole",
+        f"{SHARDS}::test_shards_are_the_full_weight",
     ),
     "gradients averaged over ranks": Mutant(
         "distributed/fsdp.py",
@@ -144,7 +140,7 @@ MUTANTS = {
         slow=True,
     ),
     "sharded norm never stale": Mutant(
-        "adapters/norm_cache.py",
+        "adapters/norm.py",
         "return tuple(t._version for t in self._watched)",
         "return tuple(0 for t in self._watched)",
         f"{SHARDED}::test_float32_training_is_that_of_one_process[2-qdora]",
@@ -165,14 +161,14 @@ MUTANTS = {
         slow=True,
     ),
     "one rank's rows saved": Mutant(
-        "adapters/whole.py",
+        "adapters/base.py",
         "stored = stored.full_tensor()",
         "stored = stored.to_local()",
         f"{SHARDED}::test_the_adapter_file_is_what_one_process_writes[2-qdora]",
         slow=True,
     ),
     "masters saved": Mutant(
-        "adapters/whole.py",
+        "adapters/base.py",
         "return stored.to(storage)",
         "return stored",
         f"{SHARDED}::test_the_adapter_file_is_what_one_process_writes[2-qdora bf16]",
@@ -180,15 +176,15 @@ MUTANTS = {
     ),
     "every rank reads everything": Mutant(
         "models/load.py",
-        "rows = rows_to_read(shape, layer.block_size, share)",
-        "self._read(name, facts, None)\n                rows = rows_to_read(shape, layer.block_size, share)",
+        "rows = base.rows_to_read(shard)",
+        "self._read(name, info, None)\n                rows = base.rows_to_read(shard)",
         f"{SHARDED}::test_a_rank_holds_and_reads_its_share[2-wide]",
         slow=True,
     ),
     "a rank's own fresh norms": Mutant(
         "distributed/fsdp.py",
-        "            group.unshard()\n            for layer",
-        "            for layer",
+        "            group.unshard()\n            yield own",
+        "            yield own",
         f"{SHARDED}::test_the_initial_norms_are_the_same[2-qdora]",
         slow=True,
     ),

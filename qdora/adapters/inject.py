@@ -129,9 +129,8 @@ def initial_update_fingerprint(model: nn.Module) -> str:
     digests = {}
     for name, layer in adapted_layers(model).items():
         if layer.update is not None:
-            for parameter, _ in layer.update.named_parameters(recurse=False):
-                full = f"{name}.{parameter}"
-                digests[full] = tensor_digest(full, layer.update.initial(parameter))
+            for key, value in layer.update.initial_values().items():
+                digests[f"{name}.{key}"] = tensor_digest(f"{name}.{key}", value)
     return combine(digests)
 
 

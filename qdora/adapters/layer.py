@@ -145,7 +145,7 @@ class AdaptedLinear(nn.Module):
                 norm_of = self.update.factors()
         self._norms.forget()
         if self.magnitude is not None:
-            self.magnitude.initial_O = self._norms.norm(norm_of).clone()
+            self.magnitude.start_from(self._norms.norm(norm_of).clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer.
@@ -215,7 +215,12 @@ class AdaptedLinear(nn.Module):
         Args:
             onto: another W to put the adapter on, the original 16-bit one for example.
         """
-        weight = onto or self.base
+        weight = self.base
+        if onto is not None:
+            rest_OI = (
+                None if self.update is None else self.update.load_extra(self.update.extra_tensors(), onto)
+            )
+            weight = onto if rest_OI is None else DenseWeight(rest_OI)
         factors = None if self.update is None else self.update.factors()
         combined = None if factors is None else factors.combined(weight.norm_dtype)
         scale_O = None

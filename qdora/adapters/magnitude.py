@@ -35,6 +35,10 @@ class Magnitude(AdapterModule):
         """m: (O,), dtype of `initial_O`; a collective where the offset is sharded."""
         return self.initial_O + full_tensor(self.offset_O, self.storage).to(self.initial_O.dtype)
 
+    def start_from(self, norm_O: torch.Tensor) -> None:
+        """Freeze the start at the row norms of a weight, (O,) at least float32."""
+        self.initial_O = norm_O
+
     def load(self, m_O: torch.Tensor) -> None:
         """Start from a given magnitude: it becomes the frozen part, exactly, and the offset zero.
 

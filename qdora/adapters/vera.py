@@ -105,6 +105,9 @@ class VeraUpdate(LowRankUpdate):
     def initial(self, name: str) -> torch.Tensor:
         return torch.full((self.r,), D_INITIAL) if name == "d_R" else torch.zeros(self.out_features)
 
+    def initial_values(self) -> dict[str, torch.Tensor]:
+        return {**super().initial_values(), "seed": torch.tensor(self.matrices.seed or 0)}
+
     def factors(self) -> Factors:
         a_RI, b_OR = self.matrices.a_RI[:, : self.in_features], self.matrices.b_OR[: self.out_features]
         return Factors(a_RI, b_OR, self.d_R, self.b_O, self.scale)

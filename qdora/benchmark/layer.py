@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from qdora.adapters.direction import LowRank
-from qdora.adapters.linear import AdaptedLinear
+from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.lora import LoraUpdate
 from qdora.benchmark.measure import alternate, ratio, timed
 from qdora.benchmark.peers import peft_layer
-from qdora.config import AdapterConfig, Method
+from qdora.config import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def benchmark_layer(
     x = torch.randn(1, shape.tokens, shape.in_features, generator=generator).to(device, dtype)
     g = torch.randn(1, shape.tokens, shape.out_features, generator=generator).to(device, dtype)
     layers = {
-        "qdora": _ours(w_OI, config, "qdora"),
-        "qlora": _ours(w_OI, config, "qlora"),
+        "qdora": _ours(w_OI, config, dora=True),
+        "qlora": _ours(w_OI, config, dora=False),
         "peft qdora": peft_layer(w_OI, config, dora=True, compute=dtype),
         "peft qlora": peft_layer(w_OI, config, dora=False, compute=dtype),
     }
@@ -78,13 +78,13 @@ def benchmark_layer(
     }
 
 
-def _ours(w_OI: torch.Tensor, config: AdapterConfig, method: Method) -> AdaptedLinear:
+def _ours(w_OI: torch.Tensor, config: AdapterConfig, *, dora: bool) -> AdaptedLinear:
     linear = nn.Linear(w_OI.shape[1], w_OI.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(w_OI, requires_grad=False)
-    layer = AdaptedLinear.from_linear(linear, config.model_copy(update={"method": method}))
-    assert isinstance(layer.direction, LowRank)
+    layer = AdaptedLinear.from_linear(linear, config.model_copy(update={"dora": dora}))
+    assert isinstance(layer.update, LoraUpdate)
     with torch.no_grad():
-        layer.direction.b_OR.normal_(std=0.02)
+        layer.update.b_OR.normal_(std=0.02)
     return layer.train()
 
 

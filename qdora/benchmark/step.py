@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.benchmark.measure import Arm, alternate, ratio, square_product, timed
 from qdora.benchmark.peers import peft_model
-from qdora.config import AdapterConfig, Method, ModelConfig, TrainingConfig
+from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.batches import IGNORED_LABEL, Batch
 from qdora.memory import keep_freed_memory
 from qdora.models.load import load_base
@@ -41,9 +41,11 @@ def benchmark_step(
         batch: one batch, the same in every step and arm.
     """
     keep_freed_memory()
-    models = {name: _our_model(name, model, adapter, device) for name in ("qdora", "qlora")}
+    models = {
+        name: _our_model(dora, model, adapter, device) for name, dora in (("qdora", True), ("qlora", False))
+    }
     arms = {name: _our_step(ours, training, batch, device) for name, ours in models.items()}
-    dense, _ = load_base(model.path, base="dense", dtype=_name(dtype), device=device, revision=model.revision)
+    dense, _ = load_base(model.path, quantization="none", dtype=dtype, device=device, revision=model.revision)
     for name, dora in (("peft qdora", True), ("peft qlora", False)):
         peer = peft_model(dense, adapter, dora=dora, compute=dtype)
         arms[name] = _peer_step(peer, training, batch, device)
@@ -90,7 +92,7 @@ def necessary_flops(model: PreTrainedModel, batch: Batch) -> int:
     head = model.get_output_embeddings()
     flops = 4 * labels * head.out_features * head.in_features
     for layer in adapted_layers(model).values():
-        o, i, r = layer.out_features, layer.in_features, layer.direction.r if layer.direction else 0
+        o, i, r = layer.out_features, layer.in_features, layer.update.r if layer.update else 0
         flops += 4 * b * t * o * i + 6 * b * t * r * (o + i)
         flops += 2 * o * i * r if layer.magnitude is not None else 0
     width = text.num_attention_heads * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
@@ -104,10 +106,12 @@ def _name(dtype: torch.dtype) -> Any:
 
 
 def _our_model(
-    method: Method, config: ModelConfig, adapter: AdapterConfig, device: torch.device
+    dora: bool, config: ModelConfig, adapter: AdapterConfig, device: torch.device
 ) -> PreTrainedModel:
-    model, _ = load_base(config.path, base="nf4", dtype=config.dtype, device=device, revision=config.revision)
-    inject(model, adapter.model_copy(update={"method": method}))
+    model, _ = load_base(
+        config.path, quantization="nf4", dtype=config.dtype, device=device, revision=config.revision
+    )
+    inject(model, adapter.model_copy(update={"dora": dora}))
     model.train()
     return model
 

@@ -14,15 +14,15 @@ from qdora.benchmark.layer import ARMS, LARGE, SMALL, Shape, benchmark_layer
 from qdora.benchmark.measure import facts, gemm_rate
 from qdora.benchmark.peers import peft_module
 from qdora.benchmark.step import benchmark_step
-from qdora.commands.base import load_configured
 from qdora.config import AdapterConfig, RunConfig
 from qdora.config_file import load_config
 from qdora.data.batches import Batch, BatchPlan, collate
 from qdora.errors import InputError
 from qdora.files import write_json
 from qdora.memory import keep_freed_memory
-from qdora.models.load import compute_dtype, resolve_device
-from qdora.quant.weight import TILE_BYTES
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import compute_dtype, required_tokenizer, resolve_device
+from qdora.quant.base import TILE_BYTES
 from qdora.tasks.prepare import prepare
 
 
@@ -128,7 +128,7 @@ def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.devi
 
 def _batch(config: RunConfig) -> Batch:
     """The first batch of the run, as training would take it."""
-    _, tokenizer = load_configured(config.model)
+    tokenizer = required_tokenizer(open_checkpoint(config.model.path, config.model.revision))
     data = prepare(config.data, tokenizer, None)
     plan = BatchPlan([len(e.input_ids) for e in data.train], config.training.batch_size, config.training.seed)
     return collate([data.train[i] for i in plan.batch(0)], data.pad_id)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from qdora.adapters.peft_format import load_adapter
-from qdora.commands.base import load_configured
+from qdora.adapters.inject import adapted_layers
+from qdora.config import ModelConfig
+from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.export.verify import verify_export
 from qdora.export.write import DTYPES, merge_and_export, merged_onto
+from qdora.models.formats import Checkpoint
 from qdora.models.hub import open_checkpoint
+from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device
+from qdora.quant import QUANTIZATIONS, Quantization
 from qdora.run import add_target_arguments, resolve_target
 
 VERIFIED_POSITIONS = (4, 64)
@@ -28,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--onto",
         default="nf4",
         choices=("nf4", "original"),
-        help="merge onto the dequantized weights that the adapter was trained on, or onto the original ones",
+        help="merge onto the dequantized weights that the adapter was trained on, whatever their format, or "
+        "onto the original ones",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=sorted(QUANTIZATIONS),
+        help="full fine-tuning: quantize what was trained to this format, and write what it says",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--no-verify", action="store_true", help="do not load the result to check it")
@@ -40,13 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
     if target.adapter is None:
         raise InputError("name an adapter with --adapter, or a run with --run")
     settings = target.config.model
-    model, tokenizer = load_configured(settings, progress=True)
-    report = load_adapter(model, target.adapter)
+    checkpoint = open_checkpoint(settings.path, settings.revision)
+    tokenizer = required_tokenizer(checkpoint)
+    wanted = arguments.quantize or target.config.evaluation.quantization
+    model = _load(checkpoint, settings, target.adapter, None if wanted is None else Quantization(wanted))
     originals = None
     if arguments.onto == "original":
-        if not report.direction_layers and not report.magnitude_layers:
+        if not adapted_layers(model):
             raise InputError("--onto original: full fine-tuning leaves no adapter to put on other weights")
-        checkpoint = open_checkpoint(settings.path, settings.revision)
         if checkpoint.quantization is not None:
             raise InputError(f"{settings.path}: holds no original weights, they are stored quantized")
         originals = merged_onto(model, checkpoint.tensors(), DTYPES[arguments.dtype])
@@ -63,14 +75,20 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.onto == "original":
         # What the export must reproduce is the adapter on the unquantized base.
-        model, _ = load_configured(settings.model_copy(update={"base": "dense"}))
-        load_adapter(model, target.adapter)
+        model = _load(checkpoint, settings.model_copy(update={"quantization": "none"}), target.adapter, None)
     result = verify_export(folder, model, _tokens(model))
     print(
         f"verified: plain transformers loads it; logits differ by {result.relative_error:.1e} relative "
         f"(bound {result.bound:.0e}), the same next token at {100 * result.same_next_token:.1f}% of "
         f"{result.positions} positions"
     )
+
+
+def _load(
+    checkpoint: Checkpoint, settings: ModelConfig, adapter: Path, quantize: Quantization | None
+) -> PreTrainedModel:
+    context = DistributedContext(device=resolve_device("auto"))
+    return load_with_adapter(checkpoint, settings, context, adapter, quantize)
 
 
 def _tokens(model: PreTrainedModel) -> torch.Tensor:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.commands.base import load_with_adapter
 from qdora.config import RunConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token
@@ -17,6 +16,9 @@ from qdora.distributed.generation import for_generation
 from qdora.errors import InputError, suggest
 from qdora.evaluation.evaluate import Scores, evaluate
 from qdora.evaluation.scores import write_scores
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import load_with_adapter, required_tokenizer
+from qdora.quant import Quantization
 from qdora.tasks.prepare import load_test
 
 
@@ -68,9 +70,10 @@ def score_adapter(
         task: only this task of the test set.
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
-    model, tokenizer = load_with_adapter(config.model, adapter, context)
-    choose_pad_token(tokenizer)
     with context.raise_on_all_ranks():
+        checkpoint = open_checkpoint(config.model.path, config.model.revision)
+        tokenizer = required_tokenizer(checkpoint)
+        choose_pad_token(tokenizer)
         test = load_test(config.data, tokenizer)
     if test.skipped and context.is_main:
         first = test.skipped[0]
@@ -79,6 +82,9 @@ def score_adapter(
             file=sys.stderr,
         )
     examples = _of_task(test.examples, task)
+    wanted = config.evaluation.quantization
+    quantize = None if wanted is None or adapter is None else Quantization(wanted)
+    model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
     scores = score_model(model, tokenizer, examples, config, context)
     if context.is_main and folder is not None:
         for score in scores:

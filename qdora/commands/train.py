@@ -12,10 +12,11 @@ from typing import Any
 from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.inject import InjectionReport, initial_a_fingerprint, inject
-from qdora.adapters.peft_format import check_savable, save_adapter
-from qdora.commands.base import load_adapted
+from qdora.adapters.full import train_everything
+from qdora.adapters.inject import InjectionReport, initial_update_fingerprint, inject
+from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.commands.score import score_model
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
@@ -23,7 +24,8 @@ from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.scores import write_scores
 from qdora.experiments.plots import plot_loss
-from qdora.models.load import compute_dtype
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import compute_dtype, load_model, required_tokenizer
 from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.tasks.prepare import PreparedData, prepare
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
@@ -88,13 +90,14 @@ def train(
             directory.refuse_if_used(config.output.overwrite)
     say = _say if context.is_main else _silent
     reset_peak_memory(context.device)
-    model, tokenizer, report = load_adapted(
-        config.model, lambda model: inject(model, config.adapter, seed=config.training.seed), context
-    )
     with context.raise_on_all_ranks():
-        data = prepare(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
-    context.refuse_disagreement(_input_facts(model, data))
+        # Data first: a model is not quantized only to find a missing column.
+        checkpoint = open_checkpoint(config.model.path, config.model.revision)
+        tokenizer = required_tokenizer(checkpoint)
+        data = prepare(config.data, tokenizer, getattr(checkpoint.config, "max_position_embeddings", None))
     _say_data(data, say)
+    model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
+    context.refuse_disagreement(_input_digests(model, data))
     check_savable(model)
     say(str(report))
     trainer = Trainer(
@@ -110,9 +113,8 @@ def train(
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
         steps = read_metrics(directory.metrics_file)
-        plot_loss(
-            {config.adapter.method: steps}, directory.loss_plot, f"Training loss, {directory.path.name}"
-        )
+        trained = describe(config.model.quantization, config.adapter, config.training.mode)
+        plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")
         print(_summary(directory, report, steps))
     context.barrier()
     return directory
@@ -212,7 +214,13 @@ def _open_directory(
     keep_until(directory.metrics_file, start)
 
 
-def _input_facts(model: PreTrainedModel, data: PreparedData) -> dict[str, str]:
+def _adapt(model: PreTrainedModel, config: RunConfig) -> InjectionReport:
+    if config.training.mode == "full":
+        return train_everything(model)
+    return inject(model, config.adapter, seed=config.training.seed)
+
+
+def _input_digests(model: PreTrainedModel, data: PreparedData) -> dict[str, str]:
     """What all processes must have read alike, from whatever disks."""
     named = {f"the {part} data": value[:16] for part, value in data.fingerprints.items()}
     return {**named, "the base model": str(base_fingerprint(model))[:16]}
@@ -235,7 +243,7 @@ def _facts(
             "rows_skipped": len(data.skipped),
         },
         "trainable_parameters": report.trainable,
-        "initial_a": initial_a_fingerprint(model),
+        "initial_a": initial_update_fingerprint(model),
         "steps": trainer.total_steps,
         "compute_dtype": str(compute_dtype(config.model.dtype, trainer.context.device)),
     }

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.inject import adapted_layers
-from qdora.adapters.linear import AdaptedLinear
+from qdora.adapters.layer import AdaptedLinear
 from qdora.errors import InputError
 from qdora.files import new_directory
 from qdora.quant.dense import DenseWeight
@@ -111,13 +111,13 @@ def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
-            if isinstance(module.base, DenseWeight) and id(module.base.weight) in seen:
-                continue  # the output layer that shares the embedding
             yield f"{name}.weight", _fitting(f"{name}.weight", module.merged(torch.float32), dtype)
             if module.bias is not None:
                 yield f"{name}.bias", _fitting(f"{name}.bias", module.bias, dtype)
             continue
         for leaf, tensor in _own_tensors(module):
+            if id(tensor) in seen:
+                continue  # the output layer that shares the embedding
             if "." in name and isinstance(model.get_submodule(name.rpartition(".")[0]), AdaptedLinear):
                 continue
             seen.add(id(tensor))

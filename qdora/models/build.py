@@ -198,7 +198,9 @@ def _stored_weight(
     try:
         if state is None:
             raise ValueError("the tensor with its quantization state is missing")
-        stored = parse_state(weight, checkpoint.read(state), shape)
+        stated = checkpoint.quantization or {}
+        allowed = [str(stated.get("bnb_4bit_quant_type", "nf4"))]
+        stored = parse_state(weight, checkpoint.read(state), shape, allowed)
         for name, (count, dtype) in stored.expected().items():
             if name not in names:
                 raise ValueError(f"tensor {name} is missing")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,20 +99,22 @@ def state_name(name: str, names: frozenset[str]) -> str | None:
     return next((other for other in names if other.startswith(name + _STATE)), None)
 
 
-def parse_state(name: str, state: torch.Tensor, shape: tuple[int, int]) -> StoredWeight:
+def parse_state(
+    name: str, state: torch.Tensor, shape: tuple[int, int], allowed: Collection[str] = STORED_TYPES
+) -> StoredWeight:
     """How a weight is stored, from its small JSON.
 
     Args:
         state: uint8 text.
+        allowed: formats, of `STORED_TYPES`, that it may be in.
         shape: (out, in), as the model's configuration says.
     Raises: ValueError, TypeError, KeyError: it cannot be used.
     """
     values: Mapping[str, Any] = json.loads(bytes(state.tolist()))
-    kind = STORED_TYPES.get(values["quant_type"])
-    if kind is None:
-        raise ValueError(
-            f"only {', '.join(STORED_TYPES)} weights are supported, got {values['quant_type']!r}"
-        )
+    if values["quant_type"] not in allowed:
+        names = " and ".join(allowed).upper()
+        raise ValueError(f"only {names} weights are supported, got {values['quant_type']!r}")
+    kind = STORED_TYPES[values["quant_type"]]
     if tuple(values["shape"]) != shape:
         raise ValueError(f"shape {tuple(values['shape'])}, the model's configuration says {shape}")
     offset = values.get("nested_offset")
@@ -153,7 +155,7 @@ def adopt_linear(layer: nn.Linear, name: str) -> FrozenWeight | None:
     if not plain or (type(layer).forward is not nn.Linear.forward and not getattr(layer, "adoptable", False)):
         raise InputError(
             f"{name} is a {type(layer).__name__} with a weight of {layer.weight.dtype}: it holds no plain "
-            f"weight, or computes in a way of its own; allowed: nn.Linear in 16 bits or more, and bitsandbytes' "
-            f"4-bit layers ({', '.join(STORED_TYPES)})"
+            f"weight, or computes in a way of its own; allowed: nn.Linear in 16 bits or more, and "
+            f"bitsandbytes' 4-bit layers ({', '.join(STORED_TYPES)})"
         )
     return None

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.inject import adapted_layers, initial_a_fingerprint, inject
-from qdora.adapters.peft_format import save_adapter
-from qdora.commands.base import load_adapted
-from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
+from qdora.adapters.full import train_everything
+from qdora.adapters.inject import adapted_layers, initial_update_fingerprint, inject
+from qdora.adapters.peft_io import save_adapter
+from qdora.config import ModelConfig, TrainingConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed import generation
@@ -31,9 +31,11 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.errors import CheckpointError, InputError
 from qdora.evaluation.evaluate import evaluate
 from qdora.models.formats import safetensors as safetensors_file
-from qdora.models.load import load_base
-from qdora.quant.nf4 import NF4Weight
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import load_base, load_model
+from qdora.quant.base import FrozenWeight
 from qdora.training.loop import Callbacks, Trainer
+from tests.axes import METHODS, adapter_config
 from tests.tiny import cpu_context, tiny_tokenizer
 
 
@@ -45,6 +47,7 @@ class Case:
         model: folder in MODELS.
         adapter, training, fsdp: settings other than the common ones.
         double: quantization of the scales.
+        quantization: where another than the method's.
         examples: of the training set; where a batch of 8 does not divide it, the last one is uneven.
         generates: also answer questions, from a complete copy and in step.
     """
@@ -54,6 +57,7 @@ class Case:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     fsdp: dict[str, Any] = dataclasses.field(default_factory=dict)
     double: bool = True
+    quantization: str | None = None
     examples: int = 19
     generates: bool = False
 
@@ -76,6 +80,9 @@ CASES = {
     "qdora offloaded bf16": Case(fsdp={"offload": True}),
     "qdora recomputed": Case(adapter=FLOAT32, fsdp={"activation_checkpointing": True}),
     "qdora accumulated": Case(adapter=FLOAT32, training={"gradient_accumulation": 2, "max_steps": 20}),
+    "fp4": Case("awkward", FLOAT32, {"max_steps": 20}, generates=True, quantization="fp4"),
+    "int8": Case(adapter=FLOAT32, training={"max_steps": 20}, generates=True, quantization="int8"),
+    "int8 awkward single": Case("awkward", FLOAT32, double=False, quantization="int8"),
     "qdora exact": Case(adapter=FLOAT32 | {"norm_gradient": "exact"}),
     "qlora": Case(adapter=FLOAT32 | {"method": "qlora"}, training={"max_steps": 20}),
     "qlora accumulated": Case(
@@ -123,11 +130,16 @@ def main(out: Path, models: Path, fsdp: bool) -> None:
     accelerator.end_training()
 
 
+def load(settings: ModelConfig, adapt: Any, context: DistributedContext) -> Any:
+    """The model as the commands load it, and what `adapt` returned."""
+    return load_model(open_checkpoint(settings.path), settings, context, adapt, progress=False)
+
+
 def refusal(models: Path, accelerator: Accelerator) -> str:
     """What a launch that names a layer which the model does not have is told."""
     context = cpu_context(FsdpSettings(layer_classes=("LlamaDecoderLayr",)))
     try:
-        load_adapted(ModelConfig(path=str(models / "tied")), lambda m: None, context)
+        load(ModelConfig(path=str(models / "tied")), lambda m: None, context)
     except InputError as error:
         return str(error)
     return "nothing"
@@ -147,7 +159,7 @@ def fail_in_the_middle(out: Path, models: Path, context: DistributedContext) -> 
     safetensors_file.read_bytes = failing
     try:
         settings = ModelConfig(path=str(models / "tied"), dtype="float32")
-        load_adapted(settings, lambda m: inject(m, AdapterConfig(r=4)), context)
+        load(settings, lambda m: inject(m, adapter_config(r=4)), context)
         told = "nothing"
     except InputError as error:
         told = f"{type(error).__name__}: {error}"
@@ -156,22 +168,31 @@ def fail_in_the_middle(out: Path, models: Path, context: DistributedContext) -> 
     (out / f"told-{context.rank}").write_text(told)
 
 
+def adapt(model: torch.nn.Module, case: Case) -> Any:
+    """What the case trains, put into a model."""
+    if METHODS[case.adapter.get("method", "qdora")].full:
+        return train_everything(model)
+    return inject(model, adapter_config(**({"r": 4, "alpha": 12} | case.adapter)), seed=3)
+
+
 def run_case(out: Path, models: Path, case: Case, context: DistributedContext) -> None:
     """One training, from the model's folder to the adapter's."""
-    adapter = AdapterConfig(**({"r": 4, "alpha": 12} | case.adapter))
-    base = "nf4" if adapter.method.startswith("q") else "dense"
+    method = METHODS[case.adapter.get("method", "qdora")]
     model_config = ModelConfig(
-        path=str(models / case.model), base=base, dtype="float32", double_quantization=case.double
+        path=str(models / case.model),
+        quantization=case.quantization or method.quantization,
+        dtype="float32",
+        double_quantization=case.double,
     )
     with CountedReads() as reads:
-        model, _, report = load_adapted(model_config, lambda m: inject(m, adapter, seed=3), context)
+        model, report = load(model_config, lambda m: adapt(m, case), context)
     facts = {
         "bytes_read": reads.bytes,
         "resident": {n: _local(p).nbytes for n, p in model.named_parameters() if not p.requires_grad},
         "rows": {n: len(_local(p)) for n, p in model.named_parameters() if isinstance(p, DTensor)},
         "report": str(report),
         "fingerprint": base_fingerprint(model),
-        "initial_a": initial_a_fingerprint(model),
+        "initial_a": initial_update_fingerprint(model),
     }
     state = weights(model)
     norms = {
@@ -193,7 +214,7 @@ def run_case(out: Path, models: Path, case: Case, context: DistributedContext) -
     out.mkdir(parents=True, exist_ok=True)
     save_adapter(model, out / "adapter" if context.is_main else None)
     if context.fsdp is not None:
-        save_from_one_process(out / "alone", model, model_config, adapter, context.is_main)
+        save_from_one_process(out / "alone", model, model_config, case, context.is_main)
     if case.generates:
         answers = {"gathered": generate(model, context)}
         with NoRoom():
@@ -207,16 +228,19 @@ def run_case(out: Path, models: Path, case: Case, context: DistributedContext) -
 
 
 def save_from_one_process(
-    out: Path, model: torch.nn.Module, settings: ModelConfig, adapter: AdapterConfig, main: bool
+    out: Path, model: torch.nn.Module, settings: ModelConfig, case: Case, main: bool
 ) -> None:
     """What one process writes from the same state."""
     state = {name: _whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if not main:
         return
     alone, _ = load_base(
-        settings.path, base=settings.base, dtype="float32", double_quantization=settings.double_quantization
+        settings.path,
+        quantization=settings.quantization,
+        dtype="float32",
+        double_quantization=settings.double_quantization,
     )
-    inject(alone, adapter, seed=3)
+    adapt(alone, case)
     with torch.no_grad():
         for name, parameter in alone.named_parameters():
             if parameter.requires_grad:
@@ -262,7 +286,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if not parameter.requires_grad:
             tensors[name] = _whole(parameter.detach())
     for name, module in model.named_modules():
-        if isinstance(module, NF4Weight):
+        if isinstance(module, FrozenWeight):
             tensors |= {f"{name}.{key}": b.clone() for key, b in module.named_buffers(recurse=False)}
     return tensors or {"none": torch.zeros(1)}
 

@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qdora.adapters.methods import METHODS
 from qdora.cli import run_command
 from qdora.config_file import load_config
+from tests.axes import METHODS
 
 from .runs import finish, start, tiny_tree, write_config
 
@@ -108,8 +108,8 @@ def test_every_kind_of_method_goes_the_whole_way(tiny_model_folder, tmp_path, ca
     """Catches: a method that trains and then cannot be saved, resumed, scored or exported."""
     tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=4, save_every=2)
     tree["adapter"] = {"method": method, "r": 4, "dropout": 0.1}
-    tree["model"]["base"] = METHODS[method].base
-    tree["training"]["learning_rate"] = 1e-3 if METHODS[method].trains_base else 3e-2
+    tree["model"]["base"] = METHODS[method].quantization
+    tree["training"]["learning_rate"] = 1e-3 if METHODS[method].full else 3e-2
     config, run = write_config(tmp_path, tree), tmp_path / "run"
     assert run_command("train", ["--config", config]) == 0
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

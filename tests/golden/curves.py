@@ -9,12 +9,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import inject
-from qdora.adapters.methods import METHODS
-from qdora.config import AdapterConfig, Method, TrainingConfig
+from qdora.config import Method, TrainingConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
 from qdora.models.load import load_base
 from qdora.training.loop import Callbacks, Trainer
+from tests.axes import METHODS, adapter_config
 from tests.tiny import cpu_context, tiny_tokenizer, write_tiny_model
 
 RECORD = Path(__file__).with_name("curves.json")
@@ -40,8 +40,8 @@ def rate(method: Method) -> float:
 def loss_curve(method: Method, folder: Path) -> list[float]:
     """Losses of 15 steps with seed 0 on the same data."""
     model: PreTrainedModel
-    model, _ = load_base(str(folder), base=METHODS[method].base, dtype="float32")
-    inject(model, AdapterConfig(method=method, r=4, alpha=16), seed=0)
+    model, _ = load_base(str(folder), quantization=METHODS[method].quantization, dtype="float32")
+    inject(model, adapter_config(method=method, r=4, alpha=16), seed=0)
     tokenized, _ = tokenize_examples(examples(), tiny_tokenizer(), "question_answer", 128, "stop")
     config = TrainingConfig(max_steps=15, batch_size=8, learning_rate=rate(method), warmup_steps=2)
     losses: list[float] = []

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qdora.adapters.direction import LowRank, Vera
-from qdora.adapters.linear import AdaptedLinear
+from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.lora import LoraUpdate
+from qdora.adapters.vera import VeraUpdate
 
 PARAMETERS = {
-    "a": "direction.a_RI",
-    "b": "direction.b_OR",
-    "inner": "direction.d_R",
-    "outer": "direction.b_O",
+    "a": "update.a_RI",
+    "b": "update.b_OR",
+    "inner": "update.d_R",
+    "outer": "update.b_O",
     "m": "magnitude.offset_O",
 }
 """What the closed form calls a parameter, and where a layer keeps it."""
@@ -20,7 +21,7 @@ PARAMETERS = {
 
 def dense_weight(layer: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """W as the layer sees it in a compute dtype, (O, I) float64."""
-    return torch.cat([tile.double().clone() for _, tile in layer.weight_source.tiles(dtype)])
+    return torch.cat([tile.double().clone() for _, tile in layer.base.tiles(dtype)])
 
 
 class ClosedForm(nn.Module):
@@ -34,13 +35,13 @@ class ClosedForm(nn.Module):
         self.w_OI = dense_weight(layer)
         self.bias = None if layer.bias is None else layer.bias.detach().double()
         self.exact, self.published = exact, published
-        self.scale = layer.direction.scale if layer.direction is not None else 0.0
+        self.scale = layer.update.scale if layer.update is not None else 0.0
         self.a = self.b = self.inner = self.outer = self.m = None
-        if isinstance(layer.direction, LowRank):
-            self.a = nn.Parameter(layer.direction.a_RI.detach().double())
-            self.b = nn.Parameter(layer.direction.b_OR.detach().double())
-        elif isinstance(layer.direction, Vera):
-            update = layer.direction.update()
+        if isinstance(layer.update, LoraUpdate):
+            self.a = nn.Parameter(layer.update.a_RI.detach().double())
+            self.b = nn.Parameter(layer.update.b_OR.detach().double())
+        elif isinstance(layer.update, VeraUpdate):
+            update = layer.update.factors()
             self.a, self.b = update.a_RI.double(), update.b_OR.double()
             self.inner = nn.Parameter(update.inner_R.detach().double())
             self.outer = nn.Parameter(update.outer_O.detach().double())
@@ -76,11 +77,11 @@ def move_off_the_identity(layer: AdaptedLinear, seed: int = 0) -> AdaptedLinear:
         return (torch.randn(like.shape, generator=generator) * size).to(like.dtype)
 
     with torch.no_grad():
-        if isinstance(layer.direction, LowRank):
-            layer.direction.b_OR.copy_(noise(layer.direction.b_OR, 0.1))
-        elif isinstance(layer.direction, Vera):
-            layer.direction.b_O.copy_(noise(layer.direction.b_O, 0.5))
-            layer.direction.d_R.add_(noise(layer.direction.d_R, 0.1))
+        if isinstance(layer.update, LoraUpdate):
+            layer.update.b_OR.copy_(noise(layer.update.b_OR, 0.1))
+        elif isinstance(layer.update, VeraUpdate):
+            layer.update.b_O.copy_(noise(layer.update.b_O, 0.5))
+            layer.update.d_R.add_(noise(layer.update.d_R, 0.1))
         if layer.magnitude is not None:
             layer.magnitude.offset_O.copy_(noise(layer.magnitude.offset_O, 0.2))
     return layer

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from qdora.adapters import product
-from qdora.adapters.linear import AdaptedLinear
-from qdora.adapters.methods import METHODS
-from qdora.config import AdapterConfig
-from qdora.quant import weight as tiling
+from qdora.adapters.layer import AdaptedLinear
+from qdora.quant import base as tiling
+from qdora.quant.dense import DenseWeight
+from tests.axes import METHODS, adapter_config
 
 from .oracle import (
     ClosedForm,
@@ -24,9 +24,9 @@ from .oracle import (
     relative,
 )
 
-ADAPTED = tuple(name for name, spec in METHODS.items() if not spec.trains_base)
+ADAPTED = tuple(name for name, spec in METHODS.items() if not spec.full)
 COMBINATIONS = [(m, "detached") for m in ADAPTED] + [
-    (m, "exact") for m in ADAPTED if METHODS[m].magnitude and METHODS[m].direction
+    (m, "exact") for m in ADAPTED if METHODS[m].dora and METHODS[m].update
 ]
 
 
@@ -35,16 +35,18 @@ def make_layer(
 ) -> AdaptedLinear:
     torch.manual_seed(3)
     linear = nn.Linear(inputs, outputs, bias=bias)
-    config = AdapterConfig(**({"method": method, "r": r, "alpha": 11.0, "dtype": "float32"} | changes))
-    return move_off_the_identity(AdaptedLinear.from_linear(linear, config, seed=5))
+    config = adapter_config(**({"method": method, "r": r, "alpha": 11.0, "dtype": "float32"} | changes))
+    return move_off_the_identity(
+        AdaptedLinear.from_linear(linear, config, quantization=METHODS[method].quantization, seed=5)
+    )
 
 
-def test_every_combination_of_the_axes_is_a_method():
-    """Catches: a row of the table that is missing or doubled."""
-    axes = [(s.base, s.direction, s.magnitude) for s in METHODS.values() if not s.trains_base]
-    expected = {(b, d, m) for b in ("dense", "nf4") for d in (None, "lora", "vera") for m in (False, True)}
+def test_every_combination_of_the_axes_is_tested():
+    """Catches: a point of the test table that is missing or doubled."""
+    axes = [(s.quantization, s.update, s.dora) for s in METHODS.values() if not s.full]
+    expected = {(b, d, m) for b in ("none", "nf4") for d in (None, "lora", "vera") for m in (False, True)}
     assert len(axes) == len(set(axes))
-    assert set(axes) == expected - {("dense", None, False), ("nf4", None, False)}
+    assert set(axes) == expected - {("none", None, False), ("nf4", None, False)}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -69,7 +71,7 @@ def float64_norms(monkeypatch):
 def test_float64_is_exact(method, norm, float64_norms):
     """Catches: an approximation anywhere in the factored norm or the backward pass."""
     layer = make_layer(method, norm_gradient=norm)
-    for module in (layer.direction, layer.magnitude):
+    for module in (layer.update, layer.magnitude):
         if module is not None:
             module.double()
             for parameter in module.parameters():
@@ -115,7 +117,7 @@ def test_any_shape_and_tile(inputs, outputs, r, alpha, rslora, batch, tile_bytes
         assert torch.allclose(got[name].double(), expected[name], rtol=1e-4, atol=1e-5 * size), name
 
 
-@pytest.mark.parametrize("method", [m for m in ADAPTED if METHODS[m].direction])
+@pytest.mark.parametrize("method", [m for m in ADAPTED if METHODS[m].update])
 def test_dropout_acts_on_the_low_rank_branch_alone(method, monkeypatch):
     """Catches: dropout on the base product, a mask in backward that is not forward's, a missing 1/(1-p)."""
     masks = []
@@ -154,7 +156,7 @@ def test_masks_keep_the_share_that_they_say(p):
     assert p == 0 or not torch.equal(mask, product.keep_mask(torch.empty(1000), 333, p, seed=8))
 
 
-@pytest.mark.parametrize("method", [m for m in ADAPTED if METHODS[m].direction])
+@pytest.mark.parametrize("method", [m for m in ADAPTED if METHODS[m].update])
 def test_published_dropout_is_the_published_formula(method, monkeypatch):
     """Catches: a placement that is not NVlabs': W x + (s - 1) W drop(x) + s c B A drop(x)."""
     mask = (torch.rand(6, 24) > 0.4) / 0.6
@@ -187,11 +189,11 @@ def test_an_all_zero_row_learns():
     linear = nn.Linear(24, 8, bias=False)
     with torch.no_grad():
         linear.weight[3] = 0
-    layer = AdaptedLinear.from_linear(linear, AdapterConfig(method="qdora", r=4, dtype="float32"))
+    layer = AdaptedLinear.from_linear(linear, adapter_config(method="qdora", r=4, dtype="float32"))
     x, g = torch.randn(5, 24), torch.randn(5, 8)
     assert (layer(x)[:, 3] == 0).all()
     with torch.no_grad():
-        layer.direction.b_OR.normal_()
+        layer.update.b_OR.normal_()
     oracle = ClosedForm(layer)
     y = oracle(x.double())
     y.backward(g.double())
@@ -206,7 +208,7 @@ def test_a_trained_base_gets_its_gradient(bias):
     """Catches: full fine-tuning that leaves W or its bias as they are."""
     torch.manual_seed(0)
     plain = nn.Linear(24, 40, bias=bias)
-    layer = AdaptedLinear.of_linear(plain, "dense")
+    layer = AdaptedLinear(DenseWeight(plain.weight.detach()), plain.bias)
     layer.base.weight = nn.Parameter(plain.weight.detach().clone())
     for parameter in layer.parameters():
         parameter.requires_grad_(True)

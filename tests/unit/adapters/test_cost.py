@@ -8,16 +8,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdora.adapters.linear import AdaptedLinear
-from qdora.adapters.methods import METHODS
-from qdora.config import AdapterConfig
-from qdora.quant import weight as tiling
+from qdora.adapters.layer import AdaptedLinear
+from qdora.quant import base as tiling
+from tests.axes import METHODS, adapter_config
 
 from .oracle import move_off_the_identity
 
 TOKENS, INPUTS, OUTPUTS, R = 32, 512, 384, 8
 TILE_ROWS = 64
-ADAPTED = [name for name, spec in METHODS.items() if not spec.trains_base]
+ADAPTED = [name for name, spec in METHODS.items() if not spec.full]
 
 
 def storage(tensor: torch.Tensor) -> torch.UntypedStorage:
@@ -59,8 +58,10 @@ def small_tiles(monkeypatch):
 def make_layer(method: str, **changes) -> AdaptedLinear:
     torch.manual_seed(0)
     linear = nn.Linear(INPUTS, OUTPUTS, bias=False).to(torch.bfloat16)
-    config = AdapterConfig(method=method, r=R, **({"dropout": 0.05} | changes))
-    return move_off_the_identity(AdaptedLinear.from_linear(linear, config)).train()
+    config = adapter_config(method=method, r=R, **({"dropout": 0.05} | changes))
+    return move_off_the_identity(
+        AdaptedLinear.from_linear(linear, config, quantization=METHODS[method].quantization)
+    ).train()
 
 
 def watch_step(layer: AdaptedLinear) -> tuple[Watch, Watch]:
@@ -120,8 +121,8 @@ def test_what_is_kept_for_backward(method):
     kept, x, y = kept_for_backward(layer)
     large = [t for t in kept if t.numel() >= TOKENS * min(INPUTS, OUTPUTS)]
     storages = {storage(t).data_ptr() for t in large}
-    expected = {storage(x).data_ptr()} if spec.direction == "lora" else set()
-    if spec.magnitude:
+    expected = {storage(x).data_ptr()} if spec.update == "lora" else set()
+    if spec.dora:
         expected.add(storage(y).data_ptr())  # the output itself, not one more tensor
     assert storages == expected
     rest = [t for t in kept if storage(t).data_ptr() not in storages]

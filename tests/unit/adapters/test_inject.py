@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from qdora.adapters.inject import adapted_layers, initial_a_fingerprint, inject
-from qdora.config import AdapterConfig
+from qdora.adapters.inject import adapted_layers, initial_update_fingerprint, inject
 from qdora.errors import InputError
 from qdora.models.load import load_base
+from tests.axes import adapter_config
 from tests.tiny import tiny_config
 
 
@@ -21,8 +21,8 @@ def make_model(**changes) -> LlamaForCausalLM:
 def test_report_and_freezing():
     """Catches: a parameter outside the adapter left trainable, or counted wrongly."""
     model = make_model()
-    report = inject(model, AdapterConfig(method="qdora", r=4, targets=("q_proj", "mlp.up_proj")))
-    assert report.direction_layers == (
+    report = inject(model, adapter_config(method="qdora", r=4, targets=("q_proj", "mlp.up_proj")))
+    assert report.update_layers == (
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.mlp.up_proj",
         "model.layers.1.self_attn.q_proj",
@@ -45,26 +45,26 @@ def test_report_and_freezing():
 )
 def test_patterns(pattern, count):
     """Catches: a suffix that matches half a name, or a glob that is not over the full name."""
-    assert len(inject(make_model(), AdapterConfig(r=4, targets=(pattern,))).direction_layers) == count
+    assert len(inject(make_model(), adapter_config(r=4, targets=(pattern,))).update_layers) == count
 
 
 def test_pattern_without_a_match_names_the_nearest():
     """Catches: a typo in a target that trains fewer layers than the user thinks."""
     with pytest.raises(InputError, match=r"'q_prj' matches no linear layer; did you mean 'q_proj'\?"):
-        inject(make_model(), AdapterConfig(targets=("v_proj", "q_prj")))
+        inject(make_model(), adapter_config(targets=("v_proj", "q_prj")))
 
 
 def test_half_a_name_does_not_match():
     """Catches: 'proj' taken for every projection."""
     with pytest.raises(InputError, match="matches no linear layer"):
-        inject(make_model(), AdapterConfig(targets=("proj",)))
+        inject(make_model(), adapter_config(targets=("proj",)))
 
 
 def test_rank_above_a_side_is_refused_before_anything_changes():
     """Catches: half an injection left behind by a late error."""
     model = make_model()
     with pytest.raises(InputError, match=r"adapter.r is 33, larger .*k_proj \(32x64\); allowed: 1 to 32"):
-        inject(model, AdapterConfig(r=33, targets=("q_proj", "k_proj")))
+        inject(model, adapter_config(r=33, targets=("q_proj", "k_proj")))
     assert not adapted_layers(model)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -72,31 +72,31 @@ def test_rank_above_a_side_is_refused_before_anything_changes():
 def test_a_second_adapter_is_refused():
     """Catches: an adapter silently replaced by a fresh one."""
     model = make_model()
-    inject(model, AdapterConfig(r=4))
+    inject(model, adapter_config(r=4))
     with pytest.raises(InputError, match="has an adapter already"):
-        inject(model, AdapterConfig(r=4))
+        inject(model, adapter_config(r=4))
 
 
 def test_a_tied_output_layer_is_refused_by_name():
     """Catches: an adapter on the output layer that changes the embedding as well."""
     with pytest.raises(InputError, match=r"lm_head shares its weight with model.embed_tokens"):
-        inject(make_model(), AdapterConfig(r=4, targets=("lm_head",), method="dora"))
+        inject(make_model(), adapter_config(r=4, targets=("lm_head",), method="dora"))
 
 
-@pytest.mark.parametrize(("base", "method"), [("nf4", "dora"), ("dense", "qdora")])
-def test_method_must_fit_the_loaded_base(tiny_model_folder, base, method):
-    """Catches: a 'q' method that trains on 16-bit weights, or the other way round."""
-    model, _ = load_base(str(tiny_model_folder), base=base)
-    with pytest.raises(InputError, match=f"method '{method}' needs a"):
-        inject(model, AdapterConfig(r=4, method=method))
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_loaded_base_keeps_its_format(tiny_model_folder, quantization):
+    """Catches: an adapter that quantizes a 16-bit base on its own account, or the other way round."""
+    model, _ = load_base(str(tiny_model_folder), quantization=quantization)
+    inject(model, adapter_config(r=4), quantization="int8")
+    assert {layer.base.quantization for layer in adapted_layers(model).values()} == {quantization}
 
 
 def test_magnitude_targets_are_their_own_list():
     """Catches: a magnitude put where only a direction was asked for."""
     model = make_model()
-    inject(model, AdapterConfig(r=4, targets=("q_proj", "v_proj"), magnitude_targets=("v_proj", "o_proj")))
+    inject(model, adapter_config(r=4, targets=("q_proj", "v_proj"), magnitude_targets=("v_proj", "o_proj")))
     kinds = {
-        name.rsplit(".", 1)[-1]: (layer.direction is not None, layer.magnitude is not None)
+        name.rsplit(".", 1)[-1]: (layer.update is not None, layer.magnitude is not None)
         for name, layer in adapted_layers(model).items()
     }
     assert kinds == {"q_proj": (True, False), "v_proj": (True, True), "o_proj": (False, True)}
@@ -105,14 +105,18 @@ def test_magnitude_targets_are_their_own_list():
 def test_initial_a_depends_on_seed_and_layer_alone():
     """Catches: arms of a comparison that start from different A, or layers that all start alike."""
     first, second, third = make_model(), make_model(), make_model()
-    inject(first, AdapterConfig(r=4, method="qlora"), seed=3)
+    inject(first, adapter_config(r=4, method="qlora"), seed=3)
     torch.randn(100)
-    inject(second, AdapterConfig(r=4, method="qdora"), seed=3)
-    inject(third, AdapterConfig(r=4, method="qdora"), seed=4)
-    assert initial_a_fingerprint(first) == initial_a_fingerprint(second) != initial_a_fingerprint(third)
+    inject(second, adapter_config(r=4, method="qdora"), seed=3)
+    inject(third, adapter_config(r=4, method="qdora"), seed=4)
+    assert (
+        initial_update_fingerprint(first)
+        == initial_update_fingerprint(second)
+        != initial_update_fingerprint(third)
+    )
     layers = adapted_layers(first)
-    a0 = layers["model.layers.0.self_attn.q_proj"].direction.a_RI
-    a1 = layers["model.layers.1.self_attn.q_proj"].direction.a_RI
+    a0 = layers["model.layers.0.self_attn.q_proj"].update.a_RI
+    a1 = layers["model.layers.1.self_attn.q_proj"].update.a_RI
     assert not torch.equal(a0, a1)
 
 
@@ -121,10 +125,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model_folder):
     grads = []
     for checkpointing in (False, True):
         model, _ = load_base(str(tiny_model_folder))
-        inject(model, AdapterConfig(r=4, dropout=0.3))
+        inject(model, adapter_config(r=4, dropout=0.3))
         for layer in adapted_layers(model).values():
             with torch.no_grad():
-                layer.direction.b_OR.fill_(0.01)
+                layer.update.b_OR.fill_(0.01)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()

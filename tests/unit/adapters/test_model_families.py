@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from qdora.adapters.inject import adapted_layers, inject
-from qdora.adapters.peft_format import load_adapter, save_adapter
-from qdora.config import AdapterConfig
+from qdora.adapters.peft_io import load_adapter, save_adapter
 from qdora.errors import InputError
 from qdora.models.load import load_base
+from tests.axes import adapter_config
 
 from .oracle import dense_weight, move_off_the_identity, relative
 
@@ -97,7 +97,7 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
 
 def adapted(family: str, method: str):
     model, targets, _ = make(family)
-    report = inject(model, AdapterConfig(method=method, r=4, targets=targets, dtype="float32"), seed=1)
+    report = inject(model, adapter_config(method=method, r=4, targets=targets, dtype="float32"), seed=1)
     for seed, layer in enumerate(adapted_layers(model).values()):
         move_off_the_identity(layer, seed)
     return model, report
@@ -141,7 +141,7 @@ def gpt2() -> GPT2LMHeadModel:
 def test_gpt2_is_refused_by_name(tmp_path):
     """Catches: 'matches no linear layer' where the user sees the layer in the model."""
     with pytest.raises(InputError, match=r"c_attn is a Conv1D of transformers, which stores its weight as"):
-        inject(gpt2(), AdapterConfig(r=4, targets=("c_attn",)))
+        inject(gpt2(), adapter_config(r=4, targets=("c_attn",)))
     gpt2().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"Conv1D"):
         load_base(str(tmp_path))
@@ -154,7 +154,7 @@ def test_a_linear_that_two_modules_share_is_refused_by_name():
     with pytest.raises(
         InputError, match=r"layers\.0\.mlp\.up_proj shares its weight with .*layers\.1\.mlp\.up_proj"
     ):
-        inject(model, AdapterConfig(r=4, targets=("up_proj",)))
+        inject(model, adapter_config(r=4, targets=("up_proj",)))
 
 
 def test_tied_weights_of_two_linears_are_refused_by_name():
@@ -162,7 +162,7 @@ def test_tied_weights_of_two_linears_are_refused_by_name():
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(InputError, match=r"shares its weight with model\.layers\.1\.mlp\.up_proj"):
-        inject(model, AdapterConfig(r=4, targets=("up_proj",)))
+        inject(model, adapter_config(r=4, targets=("up_proj",)))
     untouched = copy.deepcopy(model)
-    inject(model, AdapterConfig(r=4, targets=("down_proj",)))
+    inject(model, adapter_config(r=4, targets=("down_proj",)))
     assert not adapted_layers(untouched)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from qdora.adapters import norm_cache as algebra
-from qdora.adapters.linear import AdaptedLinear
-from qdora.config import AdapterConfig, TrainingConfig
+from qdora.adapters import norm as algebra
+from qdora.adapters.layer import AdaptedLinear
+from qdora.config import TrainingConfig
 from qdora.training.optimizer import AdapterOptimizer
+from tests.axes import METHODS, adapter_config
 from tests.measurements import small_rate_tail
 
 from .oracle import ClosedForm, dense_weight, move_off_the_identity, relative
@@ -19,15 +20,17 @@ def make_layer(
     method: str = "qdora", dtype: str = "bfloat16", inputs: int = 64, outputs: int = 48
 ) -> AdaptedLinear:
     torch.manual_seed(0)
-    config = AdapterConfig(method=method, r=8, alpha=16.0, dtype=dtype)
-    return AdaptedLinear.from_linear(nn.Linear(inputs, outputs), config, seed=1)
+    config = adapter_config(method=method, r=8, alpha=16.0, dtype=dtype)
+    return AdaptedLinear.from_linear(
+        nn.Linear(inputs, outputs), config, quantization=METHODS[method].quantization, seed=1
+    )
 
 
 @pytest.mark.parametrize("method", ["dora", "qdora"])
 def test_step_zero_reproduces_the_base_exactly(method):
     """Catches: magnitudes started from the unquantized weight's norm, as published scripts do."""
     layer = make_layer(method)
-    plain = AdaptedLinear(layer.weight_source, layer.bias)
+    plain = AdaptedLinear(layer.base, layer.bias)
     x = torch.randn(7, 64)
     assert torch.equal(layer(x), plain(x))
 
@@ -35,7 +38,7 @@ def test_step_zero_reproduces_the_base_exactly(method):
 def test_norm_is_that_of_the_dense_sum():
     """Catches: a missing cross term, a norm over columns, a scale that is not squared."""
     layer = move_off_the_identity(make_layer())
-    d = layer.direction
+    d = layer.update
     dense = dense_weight(layer) + d.scale * (d.b_OR.double() @ d.a_RI.double())
     assert relative(layer.weight_norm(), dense.norm(dim=1)) < 1e-6
 
@@ -76,7 +79,7 @@ def test_norm_follows_loading_and_replaced_storage():
     state = {k: v + 0.3 if "b_OR" in k else v for k, v in layer.state_dict().items()}
     layer.load_state_dict(state)
     assert relative(layer(x), ClosedForm(layer)(x.double())) < 1e-5
-    layer.direction.b_OR.data = layer.direction.b_OR.data * 2
+    layer.update.b_OR.data = layer.update.b_OR.data * 2
     assert relative(layer(x), ClosedForm(layer)(x.double())) < 1e-5
 
 
@@ -103,7 +106,7 @@ def test_an_all_zero_row_stays_zero():
     linear = nn.Linear(64, 8, bias=False)
     with torch.no_grad():
         linear.weight[3] = 0
-    layer = AdaptedLinear.from_linear(linear, AdapterConfig(method="qdora", r=4))
+    layer = AdaptedLinear.from_linear(linear, adapter_config(method="qdora", r=4))
     y = layer(torch.randn(5, 64))
     assert torch.isfinite(y).all()
     assert (y[:, 3] == 0).all()

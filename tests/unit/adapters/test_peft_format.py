@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject, linear_layers
-from qdora.adapters.methods import METHODS
-from qdora.adapters.peft_format import load_adapter, save_adapter
-from qdora.config import AdapterConfig
+from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.peft_io import load_adapter, save_adapter
 from qdora.errors import CheckpointError, InputError
 from qdora.models.load import load_base
+from tests.axes import METHODS, adapter_config
 from tests.tiny import write_tiny_model
 
 from .oracle import move_off_the_identity, relative
@@ -24,13 +24,13 @@ IDS = torch.arange(4, 28).view(2, 12)
 
 
 def fresh(folder, method):
-    model, _ = load_base(str(folder), base=METHODS[method].base, dtype="float32")
+    model, _ = load_base(str(folder), quantization=METHODS[method].quantization, dtype="float32")
     return model
 
 
 def adapted(folder, method="qdora", **changes):
     model = fresh(folder, method)
-    inject(model, AdapterConfig(**({"method": method, "r": 4, "alpha": 12.0} | changes)))
+    inject(model, adapter_config(**({"method": method, "r": 4, "alpha": 12.0} | changes)))
     for seed, layer in enumerate(adapted_layers(model).values()):
         move_off_the_identity(layer, seed)
     return model
@@ -45,9 +45,9 @@ def peft_base(folder, model):
     """A plain transformers model holding the weights that ours sees, in float32."""
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, layer in linear_layers(model).items():
-        tiles = [t.clone() for _, t in layer.weight_source.tiles(torch.float32)]
+        weight = layer.base.dense(torch.float32) if isinstance(layer, AdaptedLinear) else layer.weight
         with torch.no_grad():
-            plain.get_submodule(name).weight.copy_(torch.cat(tiles))
+            plain.get_submodule(name).weight.copy_(weight)
     return plain
 
 
@@ -75,9 +75,9 @@ def test_an_adapter_from_peft_loads_here(tiny_model_folder, tmp_path, dora, rslo
             if "lora_B" in name or "magnitude" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     theirs.save_pretrained(tmp_path)
-    model, _ = load_base(str(tiny_model_folder), base="dense", dtype="float32")
+    model, _ = load_base(str(tiny_model_folder), quantization="none", dtype="float32")
     report = load_adapter(model, tmp_path)
-    assert len(report.direction_layers) == 4
+    assert len(report.update_layers) == 4
     assert len(report.magnitude_layers) == (4 if dora else 0)
     assert relative(logits(model), logits(theirs.eval())) < 1e-5
 
@@ -183,15 +183,15 @@ def test_patterns_reach_peft(tiny_model_folder, tmp_path, method, rslora):
     }
     model = adapted(tiny_model_folder, method, rslora=rslora, **patterns)
     layers = adapted_layers(model)
-    assert layers["model.layers.0.self_attn.q_proj"].direction.r == 2
-    assert layers["model.layers.1.mlp.down_proj"].direction.r == 6
-    scale = layers["model.layers.0.self_attn.v_proj"].direction.scale  # the first pattern counts
+    assert layers["model.layers.0.self_attn.q_proj"].update.r == 2
+    assert layers["model.layers.1.mlp.down_proj"].update.r == 6
+    scale = layers["model.layers.0.self_attn.v_proj"].update.scale  # the first pattern counts
     assert scale == pytest.approx(3.0 / (2.0 if rslora else 4.0))
     save_adapter(model, tmp_path)
     theirs = peft.PeftModel.from_pretrained(peft_base(tiny_model_folder, model), tmp_path).eval()
     assert relative(logits(theirs), logits(model)) < 1e-5
     again, _ = load_base(
-        str(tiny_model_folder), base="nf4" if method == "qdora" else "dense", dtype="float32"
+        str(tiny_model_folder), quantization="nf4" if method == "qdora" else "none", dtype="float32"
     )
     load_adapter(again, tmp_path)
     assert relative(logits(again), logits(model)) < 1e-6
@@ -218,7 +218,7 @@ def test_patterns_come_from_peft(tiny_model_folder, tmp_path, rslora, dora):
             if "lora_B" in name or "magnitude" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     theirs.save_pretrained(tmp_path)
-    model, _ = load_base(str(tiny_model_folder), base="dense", dtype="float32")
+    model, _ = load_base(str(tiny_model_folder), quantization="none", dtype="float32")
     load_adapter(model, tmp_path)
     assert relative(logits(model), logits(theirs.eval())) < 1e-5
 
@@ -253,13 +253,13 @@ def test_vera_comes_from_peft(tiny_model_folder, tmp_path, projection):
         if projection == "foreign":
             theirs.base_model.vera_A["default"].mul_(0.5)
     theirs.save_pretrained(tmp_path / "theirs")
-    model, _ = load_base(str(tiny_model_folder), base="dense", dtype="float32")
+    model, _ = load_base(str(tiny_model_folder), quantization="none", dtype="float32")
     load_adapter(model, tmp_path / "theirs")
     assert relative(logits(model), logits(theirs.eval())) < 1e-5
     save_adapter(model, tmp_path / "ours")
     tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     assert any("vera_A" in key for key in tensors) == (projection == "foreign")
-    again, _ = load_base(str(tiny_model_folder), base="dense", dtype="float32")
+    again, _ = load_base(str(tiny_model_folder), quantization="none", dtype="float32")
     load_adapter(again, tmp_path / "ours")
     assert relative(logits(again), logits(model)) < 1e-6
 
@@ -278,7 +278,9 @@ def test_methods_that_peft_lacks_are_marked(tiny_model_folder, tmp_path, method,
     """Catches: a file from which PEFT would compute something else, or one that does not load here."""
     model = adapted(tiny_model_folder, method, **changes)
     save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["qdora_method"] == method
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["adapter_type"] == (METHODS[method].update or "none")
+    assert settings["dora"]
     with pytest.raises((KeyError, ValueError), match="QDORA"):
         peft.PeftModel.from_pretrained(peft_base(tiny_model_folder, model), tmp_path)
     again = fresh(tiny_model_folder, method)
@@ -290,9 +292,9 @@ def test_an_unknown_method_of_ours_is_refused(tiny_model_folder, tmp_path):
     """Catches: a file of a later version read as something that it is not."""
     save_adapter(adapted(tiny_model_folder, "qdvora"), tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"qdora_method": "qdvoora"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"adapter_type": "veera"}))
     model, _ = load_base(str(tiny_model_folder), dtype="float32")
-    with pytest.raises(InputError, match=r"unknown qdora_method 'qdvoora'; did you mean 'qdvora'"):
+    with pytest.raises(InputError, match=r"unknown adapter_type 'veera'; did you mean 'vera'"):
         load_adapter(model, tmp_path)
 
 

@@ -8,19 +8,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject
-from qdora.adapters.peft_format import save_adapter
-from qdora.config import AdapterConfig
+from qdora.adapters.peft_io import save_adapter
 from qdora.export.write import merged_tensors
 from qdora.models.load import load_base
+from tests.axes import adapter_config
 
 from .oracle import move_off_the_identity, relative
 
 IDS = torch.arange(1000, 1048).view(2, 24)
 PEFT_NAMES = {
-    "direction.a_RI": "lora_A.default.weight",
-    "direction.b_OR": "lora_B.default.weight",
-    "direction.d_R": "vera_lambda_d.default",
-    "direction.b_O": "vera_lambda_b.default",
+    "update.a_RI": "lora_A.default.weight",
+    "update.b_OR": "lora_B.default.weight",
+    "update.d_R": "vera_lambda_d.default",
+    "update.b_O": "vera_lambda_b.default",
     "magnitude.offset_O": "lora_magnitude_vector.default.weight",
 }
 
@@ -45,11 +45,11 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path, method, changes):
     plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     plain.load_state_dict(dict(merged_tensors(model, torch.float32)), strict=False)
     plain.tie_weights()
-    inject(model, AdapterConfig(**({"method": method, "r": 8, "alpha": 12.0, "dtype": "float32"} | changes)))
+    inject(model, adapter_config(**({"method": method, "r": 8, "alpha": 12.0, "dtype": "float32"} | changes)))
     for seed, layer in enumerate(adapted_layers(model).values()):
         move_off_the_identity(layer, seed)
-        if layer.direction is not None and hasattr(layer.direction, "b_OR"):
-            layer.direction.b_OR.data *= 0.1
+        if layer.update is not None and hasattr(layer.update, "b_OR"):
+            layer.update.b_OR.data *= 0.1
         if layer.magnitude is not None:
             layer.magnitude.offset_O.data *= 0.1
     save_adapter(model, tmp_path)

@@ -8,16 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from qdora.adapters.inject import adapted_layers, inject
-from qdora.adapters.linear import AdaptedLinear
-from qdora.adapters.methods import METHODS
-from qdora.adapters.switch import adapters_off, merge_adapters, unmerge_adapters
-from qdora.config import AdapterConfig
+from qdora.adapters.inject import adapted_layers, adapters_off, inject, merge_adapters, unmerge_adapters
+from qdora.adapters.layer import AdaptedLinear
 from qdora.models.load import load_base
+from tests.axes import METHODS, adapter_config
 
 from .oracle import move_off_the_identity, relative
 
-ADAPTED = [name for name, spec in METHODS.items() if not spec.trains_base]
+ADAPTED = [name for name, spec in METHODS.items() if not spec.full]
 IDS = torch.arange(4, 28).view(2, 12)
 
 
@@ -30,7 +28,7 @@ def test_merged_equals_unmerged(method, bias, dtype, bound):
     """Catches: a merge without the scale, with a scaled bias, or with the wrong norm."""
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=bias).bfloat16().float()
-    layer = AdaptedLinear.from_linear(linear, AdapterConfig(method=method, r=4, alpha=11.0))
+    layer = AdaptedLinear.from_linear(linear, adapter_config(method=method, r=4, alpha=11.0))
     move_off_the_identity(layer).eval()
     x = torch.randn(3, 5, 64)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -46,8 +44,8 @@ def test_merged_equals_unmerged(method, bias, dtype, bound):
 
 
 def adapted_model(folder, method="qdora"):
-    model, _ = load_base(str(folder), base=METHODS[method].base, dtype="float32")
-    inject(model, AdapterConfig(method=method, r=4))
+    model, _ = load_base(str(folder), quantization=METHODS[method].quantization, dtype="float32")
+    inject(model, adapter_config(method=method, r=4))
     for seed, layer in enumerate(adapted_layers(model).values()):
         move_off_the_identity(layer, seed)
     return model

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject
-from qdora.config import AdapterConfig
 from qdora.errors import InputError
 from qdora.export import write
 from qdora.export.verify import VerificationError, verify_export
 from qdora.export.write import merge_and_export, merged_onto, merged_tensors
 from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_base
+from tests.axes import METHODS, adapter_config
 from tests.tiny import write_tiny_model
 from tests.unit.adapters.oracle import move_off_the_identity, relative
 
@@ -24,9 +24,9 @@ IDS = torch.arange(4, 28).view(2, 12)
 
 
 def adapted(folder, method="qdora"):
-    base = "nf4" if method.startswith("q") else "dense"
-    model, tokenizer = load_base(str(folder), base=base, dtype="float32")
-    inject(model, AdapterConfig(method=method, r=4, alpha=12))
+    quantization = METHODS[method].quantization
+    model, tokenizer = load_base(str(folder), quantization=quantization, dtype="float32")
+    inject(model, adapter_config(method=method, r=4, alpha=12))
     for seed, layer in enumerate(adapted_layers(model).values()):
         move_off_the_identity(layer, seed)
     return model, tokenizer
@@ -68,7 +68,7 @@ def test_onto_the_original_weights(tiny_model_folder):
     originals = dict(open_checkpoint(str(tiny_model_folder)).tensors())
     merged = dict(merged_onto(model, originals.items(), torch.float16))
     name, layer = next(iter(adapted_layers(model).items()))
-    d = layer.direction
+    d = layer.update
     w = originals[f"{name}.weight"].double() + d.scale * (d.b_OR.double() @ d.a_RI.double())
     expected = (layer.magnitude.value().double() / w.norm(dim=1))[:, None] * w
     assert relative(merged[f"{name}.weight"], expected) < 5e-4

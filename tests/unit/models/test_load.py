@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.linear import AdaptedLinear
+from qdora.adapters.layer import AdaptedLinear
 from qdora.errors import CheckpointError, InputError
 from qdora.models.load import load_base
-from qdora.quant.dense import DenseWeight
 from qdora.quant.nf4 import NF4Weight
 from tests.tiny import write_tiny_model
 
@@ -50,7 +49,7 @@ def transformers_in_4_bits(folder):
 
 def test_dense_equals_transformers(tiny_model_folder):
     """Catches: a weight put in the wrong place, tied wrongly, or rounded."""
-    ours, tokenizer = load_base(str(tiny_model_folder), base="dense", dtype="float32")
+    ours, tokenizer = load_base(str(tiny_model_folder), quantization="none", dtype="float32")
     theirs = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     assert torch.equal(logits(ours), logits(theirs))
     assert tokenizer is not None
@@ -82,7 +81,7 @@ def test_a_folder_quantized_by_bitsandbytes_loads_as_it_is(whole_blocks, tmp_pat
     )
     assert relative(logits(ours), expected) < 1e-5
     with pytest.raises(InputError, match="already quantized"):
-        load_base(str(tmp_path), base="dense")
+        load_base(str(tmp_path), quantization="none")
 
 
 @pytest.mark.parametrize(
@@ -114,12 +113,12 @@ def test_a_stored_layers_statistics_are_checked(whole_blocks, tmp_path, change, 
 
 
 def test_other_quantizations_are_refused(tiny_model_folder, tmp_path):
-    """Catches: 8-bit or FP4 codes read as if they were NF4."""
+    """Catches: codes of other formats read as if they were NF4."""
     folder = write_tiny_model(tmp_path / "m")
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for quantization, word in (
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "fp4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "nf3"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
     ):
         path.write_text(json.dumps(config | {"quantization_config": quantization}))
@@ -133,11 +132,11 @@ def test_only_the_decoders_linear_layers_are_quantized(tiny_model_folder):
     kinds = {
         name: type(module.base) for name, module in model.named_modules() if isinstance(module, AdaptedLinear)
     }
-    assert kinds.pop("lm_head") is DenseWeight
+    assert isinstance(model.lm_head, torch.nn.Linear)
     assert len(kinds) == 14
     assert set(kinds.values()) == {NF4Weight}
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
-    assert model.get_input_embeddings().weight is model.lm_head.base.weight
+    assert model.get_input_embeddings().weight is model.lm_head.weight
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
 
@@ -152,7 +151,7 @@ def test_compute_dtype(tiny_model_folder, dtype):
 def test_untied_output_layer_is_its_own(tmp_path):
     """Catches: an output layer tied to the embedding although the model says it is not."""
     folder = write_tiny_model(tmp_path / "untied", tie_word_embeddings=False)
-    ours, _ = load_base(str(folder), base="dense", dtype="float32")
+    ours, _ = load_base(str(folder), quantization="none", dtype="float32")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -163,7 +162,7 @@ def test_biases_are_kept(tmp_path):
     path = folder / "model.safetensors"
     tensors = {k: torch.randn_like(t) if k.endswith("bias") else t for k, t in load_file(path).items()}
     save_file(tensors, path, {"format": "pt"})
-    ours, _ = load_base(str(folder), base="dense", dtype="float32")
+    ours, _ = load_base(str(folder), quantization="none", dtype="float32")
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -190,7 +189,7 @@ def test_checkpoint_must_fit_its_configuration(tmp_path, edit, message):
 def test_fingerprint_tells_bases_apart(tiny_model_folder, tmp_path):
     """Catches: a fingerprint of names and shapes only, the same for every fine-tune of a model."""
     one, _ = load_base(str(tiny_model_folder))
-    same, _ = load_base(str(tiny_model_folder), base="dense")
+    same, _ = load_base(str(tiny_model_folder), quantization="none")
     other, _ = load_base(str(write_tiny_model(tmp_path / "other", seed=5)))
     assert base_fingerprint(one) == base_fingerprint(same) != base_fingerprint(other)
 

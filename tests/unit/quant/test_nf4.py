@@ -11,10 +11,10 @@ from bitsandbytes.backends.utils import CODE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qdora.quant import weight as tiling
+from qdora.quant import base as tiling
+from qdora.quant.base import FrozenWeight, align_rows
 from qdora.quant.dense import DenseWeight
 from qdora.quant.nf4 import NF4Weight
-from qdora.quant.weight import FrozenWeight, align_rows
 
 
 def whole(weight: FrozenWeight, dtype: torch.dtype) -> torch.Tensor:
@@ -27,7 +27,7 @@ def whole(weight: FrozenWeight, dtype: torch.dtype) -> torch.Tensor:
 def test_bits_are_those_of_bitsandbytes(shape, dtype, double):
     """Catches: another code book, block order, nested offset or rounding than bitsandbytes has."""
     w_OI = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    ours = NF4Weight.quantize(w_OI, double_quantization=double)
+    ours = NF4Weight.from_dense(w_OI, double_quantization=double)
     packed, state = bnb.quantize_4bit(w_OI, blocksize=64, compress_statistics=double, quant_type="nf4")
     assert torch.equal(ours.packed.view(-1), packed.view(-1))
     state.shape = torch.Size((1, w_OI.numel()))  # in 2D its AVX512 kernel errs where rows are no whole blocks
@@ -46,7 +46,7 @@ def test_bits_are_those_of_bitsandbytes(shape, dtype, double):
 def test_tiles_are_the_whole_whatever_their_size(rows, half_columns, tile_bytes, double):
     """Catches: a tile that starts inside a block, repeats or loses a row, or takes a neighbour's scale."""
     w_OI = torch.randn(rows, 2 * half_columns, generator=torch.Generator().manual_seed(rows))
-    weight = NF4Weight.quantize(w_OI, double_quantization=double)
+    weight = NF4Weight.from_dense(w_OI, double_quantization=double)
     one_tile = whole(weight, torch.float32)
     before = tiling.TILE_BYTES["cpu"]
     tiling.TILE_BYTES["cpu"] = tile_bytes
@@ -66,7 +66,7 @@ def test_tiles_are_the_whole_whatever_their_size(rows, half_columns, tile_bytes,
 def test_each_value_is_its_code_times_the_scale_of_its_block(shape, block_size):
     """Catches: the scale of another block, which bitsandbytes' AVX512 kernel takes for rows that are no
     whole blocks."""
-    weight = NF4Weight.quantize(torch.randn(shape), block_size=block_size)
+    weight = NF4Weight.from_dense(torch.randn(shape), block_size=block_size)
     codes = weight.packed.reshape(-1, 1) >> torch.tensor([4, 0], dtype=torch.uint8) & 15
     blocks = torch.arange(shape[0] * shape[1]) // block_size
     expected = CODE["nf4"].float()[codes.long().view(-1)] * weight.scales()[blocks]
@@ -77,7 +77,7 @@ def test_rows_scaled_on_the_way():
     """Catches: a row scale that is lost, or taken for another row, in either way of applying it."""
     s_O = torch.randn(24)
     for inputs in (128, 96):  # rows of whole blocks, and others
-        for weight in (NF4Weight.quantize(torch.randn(24, inputs)), DenseWeight(torch.randn(24, inputs))):
+        for weight in (NF4Weight.from_dense(torch.randn(24, inputs)), DenseWeight(torch.randn(24, inputs))):
             scaled = torch.cat([t.clone() for _, t in weight.tiles(torch.float32, s_O)])
             assert torch.allclose(scaled, whole(weight, torch.float32) * s_O[:, None], rtol=1e-6, atol=1e-7)
 
@@ -93,21 +93,21 @@ def test_rows_that_are_no_whole_blocks_are_grouped():
 def test_odd_rows_are_refused():
     """Catches: two rows sharing a packed byte, silently."""
     with pytest.raises(ValueError, match="even, got 33"):
-        NF4Weight.quantize(torch.randn(4, 33))
+        NF4Weight.from_dense(torch.randn(4, 33))
 
 
 def test_float64_tiles_hold_the_float32_values():
     """Catches: the exactness tests running on other weights than training does."""
-    weight = NF4Weight.quantize(torch.randn(20, 64))
+    weight = NF4Weight.from_dense(torch.randn(20, 64))
     assert torch.equal(whole(weight, torch.float64), whole(weight, torch.float32).double())
 
 
 def test_state_dict_carries_the_statistics():
     """Catches: statistics left out of the state dict, as happens to bitsandbytes' parameter when sharded."""
-    weight = NF4Weight.quantize(torch.randn(300, 128))
+    weight = NF4Weight.from_dense(torch.randn(300, 128))
     names = set(weight.state_dict())
     assert names == {"packed", "absmax", "nested_absmax", "nested_code", "offset"}
-    fresh = NF4Weight.quantize(torch.randn(300, 128))
+    fresh = NF4Weight.from_dense(torch.randn(300, 128))
     fresh.load_state_dict(weight.state_dict())
     assert torch.equal(whole(fresh, torch.float32), whole(weight, torch.float32))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datasets
 import pytest
+from qdora.tasks.quantization import shuffled
 
 from qdora.config import ColumnsConfig, DatasetConfig
 from qdora.data.rows import Example, fingerprint
 from qdora.errors import DataError, InputError
 from qdora.tasks import ROW_SOURCES, load_dataset
-from qdora.tasks.base import shuffled
 
 INSTRUCTION = ColumnsConfig(question="instruction", completion="output", answer="answer")
 

@@ -1,0 +1,50 @@
+"""Points on the axes quantization, low-rank update and magnitude, by short names, for parametrized tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qdora.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Axes:
+    """One point.
+
+    Attributes:
+        quantization: of the base weight.
+        update: `adapter.type`; None where there is none.
+        dora: whether there is a magnitude.
+        full: every weight is trained.
+    """
+
+    quantization: str
+    update: str | None
+    dora: bool
+    full: bool = False
+
+
+METHODS = {
+    "lora": Axes("none", "lora", dora=False),
+    "dora": Axes("none", "lora", dora=True),
+    "qlora": Axes("nf4", "lora", dora=False),
+    "qdora": Axes("nf4", "lora", dora=True),
+    "vera": Axes("none", "vera", dora=False),
+    "qvera": Axes("nf4", "vera", dora=False),
+    "dvora": Axes("none", "vera", dora=True),
+    "qdvora": Axes("nf4", "vera", dora=True),
+    "magnitude": Axes("none", None, dora=True),
+    "qmagnitude": Axes("nf4", None, dora=True),
+    "full": Axes("none", None, dora=False, full=True),
+}
+
+
+def axes_keys(method: str) -> dict[str, Any]:
+    """The point's keys in an adapter section."""
+    return {"type": METHODS[method].update or "none", "dora": METHODS[method].dora}
+
+
+def adapter_config(method: str = "qdora", **settings: Any) -> AdapterConfig:
+    """An adapter of the point, with other settings."""
+    return AdapterConfig(**axes_keys(method), **settings)
