@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qdora.adapters.linear import AdaptedLinear
 from qdora.errors import CheckpointError, InputError
-from qdora.models.formats import Checkpoint, TensorFacts
+from qdora.models.formats import Checkpoint, TensorInfo
 from qdora.models.formats.prequantized import StoredNF4, is_part, stored_nf4
 from qdora.quant.dense import DenseWeight
 from qdora.quant.nf4 import NF4Weight
@@ -72,7 +72,7 @@ def build_skeleton(
     names = frozenset(checkpoint.names())
     tied = _tied_output(model)
     unused = {name for name in names if _DERIVED.search(name) or (tied and name == f"{tied}.weight")}
-    facts = {name: checkpoint.facts(name) for name in names - unused if not is_part(name)}
+    facts = {name: checkpoint.info(name) for name in names - unused if not is_part(name)}
     stored = _stored_layers(checkpoint, names, model)
     _check_places(checkpoint, model, facts, stored, skip=tied)
     freeze_structure(
@@ -180,7 +180,7 @@ def _stored_layers(
 def _check_places(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
-    facts: Mapping[str, TensorFacts],
+    facts: Mapping[str, TensorInfo],
     stored: Mapping[str, StoredNF4],
     skip: str | None,
 ) -> None:

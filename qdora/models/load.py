@@ -20,7 +20,7 @@ from qdora.config import BaseKind, DtypeName
 from qdora.distributed.fsdp import replace_parameter, shard_like
 from qdora.memory import WORTH_TRIMMING, release_freed_memory
 from qdora.models.build import Quantization, Skeleton, build_skeleton
-from qdora.models.formats import TensorFacts
+from qdora.models.formats import TensorInfo
 from qdora.models.formats.prequantized import check_quantization, is_part, read_stored
 from qdora.models.hub import open_checkpoint
 from qdora.models.peers import Alone, Peers
@@ -121,7 +121,7 @@ class _Filler:
             total=len(names), desc="Loading", unit="tensor", leave=False, mininterval=1, disable=not progress
         ) as bar:
             for name in names:
-                self._place(name, self.checkpoint.facts(name), places)
+                self._place(name, self.checkpoint.info(name), places)
                 bar.update()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -133,7 +133,7 @@ class _Filler:
         set_base_fingerprint(self.model, self._fingerprint())
         return self.model
 
-    def _place(self, name: str, facts: TensorFacts, places: dict[str, nn.Parameter | torch.Tensor]) -> None:
+    def _place(self, name: str, facts: TensorInfo, places: dict[str, nn.Parameter | torch.Tensor]) -> None:
         layer = self._quantized_layer(name)
         if layer is not None:
             self._place_quantized(name, facts, layer)
@@ -155,7 +155,7 @@ class _Filler:
             return None
         return base if isinstance(base, NF4Weight) else None
 
-    def _place_quantized(self, name: str, facts: TensorFacts, layer: NF4Weight) -> None:
+    def _place_quantized(self, name: str, facts: TensorInfo, layer: NF4Weight) -> None:
         """A linear layer of the decoder: quantized here, or stored so."""
         share = self._share_of(layer.packed)
         device = self.device
@@ -195,7 +195,7 @@ class _Filler:
         layer.offset = parts.offset
 
     def _place_plain(
-        self, name: str, facts: TensorFacts, places: dict[str, nn.Parameter | torch.Tensor]
+        self, name: str, facts: TensorInfo, places: dict[str, nn.Parameter | torch.Tensor]
     ) -> None:
         target = places.get(self._parameter_name(name))
         if target is None:
@@ -227,14 +227,14 @@ class _Filler:
     def _share_of(self, parameter: torch.Tensor) -> Share:
         return self.peers.share if isinstance(parameter, DTensor) else WHOLE
 
-    def _own_rows(self, facts: TensorFacts) -> slice:
+    def _own_rows(self, facts: TensorInfo) -> slice:
         return self.peers.share.rows(facts.shape[0] if facts.shape else 1)
 
-    def _read(self, name: str, facts: TensorFacts, rows: slice | None) -> torch.Tensor:
+    def _read(self, name: str, facts: TensorInfo, rows: slice | None) -> torch.Tensor:
         return self.checkpoint.read(name, rows if facts.shape else None)
 
     def _sample(
-        self, name: str, facts: TensorFacts, tensor: torch.Tensor, first_row: int | None = None
+        self, name: str, facts: TensorInfo, tensor: torch.Tensor, first_row: int | None = None
     ) -> None:
         """Of its own rows: together the processes sample each row once, whoever reads how much."""
         rows = self._own_rows(facts)
@@ -246,7 +246,7 @@ class _Filler:
         return combine(
             {
                 name: sample_digest(
-                    name, self.checkpoint.facts(name).shape, torch.cat([p[name] for p in parts])
+                    name, self.checkpoint.info(name).shape, torch.cat([p[name] for p in parts])
                 )
                 for name in self.samples
             }

@@ -76,7 +76,7 @@ def stored_nf4(
     Raises: CheckpointError: a statistic is missing or cannot be used.
     """
     states = [name for name in names if name.startswith(weight + _STATE)]
-    if not states and checkpoint.facts(weight).dtype != torch.uint8:
+    if not states and checkpoint.info(weight).dtype != torch.uint8:
         return None
     try:
         if not states:
@@ -141,7 +141,7 @@ def _check_parts(checkpoint: Checkpoint, names: frozenset[str], stored: StoredNF
         name = stored.weight + part
         if name not in names:
             raise ValueError(f"tensor {name} is missing")
-        facts = checkpoint.facts(name)
+        facts = checkpoint.info(name)
         if math.prod(facts.shape) != count or facts.dtype.itemsize != dtype.itemsize:
             raise ValueError(
                 f"tensor {name} is {facts.dtype} of shape {tuple(facts.shape)}, expected {count} x {dtype}"
