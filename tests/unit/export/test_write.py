@@ -73,3 +73,12 @@ def test_exporting_changes_nothing_in_the_model(tiny_model_folder, tmp_path):
         merge_and_export(model, None, tmp_path / "out")
         assert torch.equal(model(input_ids=IDS).logits, before)
     assert model.config.dtype != torch.float16
+
+
+def test_the_exported_config_says_nothing_of_quantization(tiny_model_folder, tmp_path):
+    """Catches: merged 16-bit weights that transformers takes for the 4-bit ones of the adopted model."""
+    model, _ = adapted(tiny_model_folder)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    merge_and_export(model, None, tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert model.config.quantization_config["load_in_4bit"]
