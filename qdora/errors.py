@@ -34,9 +34,14 @@ class InterruptedRunError(Exception):
         self.exit_code = exit_code
 
 
+def nearest(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name that is most similar; None where none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)), None)
+
+
 def suggest(name: str, allowed: Iterable[str]) -> str:
     """A sentence with the nearest allowed name (where one is near) and all the allowed ones."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, names)
+    hint = f"did you mean {near!r}? " if near else ""
     return f"{hint}allowed: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Files that are either written whole or not at all."""
+"""Atomic writes: a file or a directory is written under a temporary name, fsynced, then renamed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qdora.errors import InputError
@@ -20,15 +21,15 @@ from qdora.errors import InputError
 _REPLACED = ".replaced"
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write under a temporary name in the same folder, flush to the device, rename.
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file atomically.
 
     Args:
-        path: the final name; its folder is made where missing.
+        path: the final name; its directory is made where missing.
         write: writes the file at the path it is given.
-    Raises: InputError: the device is full, or the folder cannot be written; `path` is as before.
+    Raises: InputError: the device is full, or the directory cannot be written; `path` is as before.
     """
-    with explained(path):
+    with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -36,15 +37,41 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
         try:
             write(temporary)
             temporary.chmod(0o644)
-            flush(temporary)
+            fsync(temporary)
             temporary.replace(path)
-            flush(path.parent)
+            fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text as `write_file` does."""
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON as `write_file` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises: InputError: missing, unreadable, not JSON or not an object; it is of type `error`.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path}: no such file") from None
+    except (OSError, ValueError) as cause:
+        raise error(f"{path}: not readable as JSON: {cause}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, the same bytes for the same contents.
+    """Write a safetensors file, the same bytes for the same contents; not atomic by itself.
 
     The library writes metadata in an order that changes from call to call.
     """
@@ -59,90 +86,55 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         file.write(ordered.ljust(length))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write text as `write_file` does."""
-    write_file(path, lambda temporary: _write_text(temporary, text))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON as `write_file` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's value.
-
-    Raises: InputError: missing, unreadable or not JSON; the file is named.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """Fill a temporary sibling folder; flushed and renamed to `path` if the block succeeds.
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling directory, which becomes `path` if the block succeeds.
 
-    A folder that stood at `path` is replaced only then.
+    A directory that stood at `path` is replaced only then.
 
-    Raises: InputError: the device is full, or the folder cannot be written; nothing is left behind.
+    Raises: InputError: the device is full, or the directory cannot be written; nothing is left behind.
     """
-    with explained(path):
+    with wrap_os_errors(path):
         temporary = temporary_directory(path)
         try:
             yield temporary
-            put_directory(temporary, path)
+            replace_directory(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def temporary_directory(path: Path) -> Path:
-    """A new hidden folder beside `path`, for `put_directory`; the folder around them is made where missing.
+    """Make a hidden directory beside `path`, to be filled and given to `replace_directory`.
 
-    Raises: InputError: the folder cannot be written.
+    Raises: InputError: it cannot be made.
     """
-    with explained(path):
+    with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
 
 
-def put_directory(temporary: Path, path: Path) -> None:
-    """Flush a filled temporary folder and rename it to `path`; what stood there is replaced.
+def replace_directory(temporary: Path, path: Path) -> None:
+    """Fsync a temporary directory with all its files and rename it to `path`, replacing what stood there.
 
-    Raises: InputError: the device is full, or the folder cannot be written; `path` is as before.
+    Raises: InputError: the device is full, or the directory cannot be written; `path` is as before.
     """
-    with explained(path):
+    with wrap_os_errors(path):
         for file in [*temporary.rglob("*"), temporary]:
             # Temporary files are private; what they become is as readable as any other file.
             file.chmod(0o755 if file.is_dir() else 0o644)
-            flush(file)
-        _swap(temporary, path, temporary.with_name(temporary.name + _REPLACED))
-        flush(path.parent)
+            fsync(file)
+        _exchange(temporary, path, temporary.with_name(temporary.name + _REPLACED))
+        fsync(path.parent)
 
 
-def clear_leftovers(folder: Path, name: str) -> None:
-    """Remove the temporary folders of a process that was killed while it wrote to `folder`.
-
-    Where it was killed between the two renames that replace a folder, the old one is put back.
-
-    Args:
-        name: pattern of the folders that were written.
-    Raises: InputError: the folder cannot be written.
-    """
-    with explained(folder):
-        for left in sorted(folder.glob(f".{name}.*")):
-            path = folder / left.name.removesuffix(_REPLACED)[1:].rpartition(".")[0]
-            if left.name.endswith(_REPLACED) and not os.path.lexists(path):
-                left.rename(path)
-            else:
-                shutil.rmtree(left)
-
-
-def _swap(new: Path, path: Path, replaced: Path) -> None:
-    """Put `new` at `path`; what stood there is put back if that fails, and removed if it does not."""
+def _exchange(new: Path, path: Path, replaced: Path) -> None:
+    """Rename `path` to `replaced` and `new` to `path`; undone if the second rename fails."""
     try:
         if os.path.lexists(path):
             path.rename(replaced)
@@ -157,18 +149,26 @@ def _swap(new: Path, path: Path, replaced: Path) -> None:
         replaced.unlink(missing_ok=True)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def clear_leftovers(folder: Path, name: str) -> None:
+    """Remove the temporary directories of a process that was killed while it wrote to `folder`.
+
+    If it was killed between the two renames that replace a directory, the old one is restored.
+
+    Args:
+        name: glob pattern of the directories that were written.
+    Raises: InputError: the folder cannot be written.
+    """
+    with wrap_os_errors(folder):
+        for left in sorted(folder.glob(f".{name}.*")):
+            path = folder / left.name.removesuffix(_REPLACED)[1:].rpartition(".")[0]
+            if left.name.endswith(_REPLACED) and not os.path.lexists(path):
+                left.rename(path)
+            else:
+                shutil.rmtree(left)
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Until the device has a file's contents, or a folder's names."""
+def fsync(path: Path) -> None:
+    """Fsync a file's contents, or a directory's entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -177,17 +177,17 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Say of a refusal of the operating system what could not be written.
+def wrap_os_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system inside the block into `InputError`s that name `path`.
 
-    Raises: InputError: the block was refused.
+    Raises: InputError: something could not be written.
     """
     try:
         yield
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    except Exception as error:
-        # safetensors reports the operating system's refusals as an exception of its own.
-        if "SafetensorError" in type(error).__name__ and "os error" in str(error).lower():
-            raise InputError(f"{path}: cannot be written: {error}") from error
-        raise
+    except SafetensorError as error:
+        # The library reports errors of the operating system as an exception of its own.
+        if "os error" not in str(error).lower():
+            raise
+        raise InputError(f"{path}: cannot be written: {error}") from error

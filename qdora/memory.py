@@ -1,4 +1,4 @@
-"""Give freed memory back to the system while a model streams in."""
+"""What glibc's heap does with freed memory: returned while a model is loaded, kept while one is trained."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
 
 WORTH_TRIMMING = 1 << 20
-"""Bytes of a tensor after which trimming pays."""
+"""Bytes of a freed tensor from which on `release_freed_memory` pays."""
 
 
 def release_freed_memory() -> None:
     """Return free pages of the C heap; without effect where the C library cannot.
 
-    The short-lived 16-bit tensors of a stream leave holes between the 4-bit ones that stay.
-    Left to itself glibc keeps those, and a process that holds a 4-bit model grows to the size
-    of the 16-bit one.
+    The short-lived 16-bit tensors of a loading model leave holes between the 4-bit ones that stay.
+    By default glibc keeps those, and a process that holds a 4-bit model grows to the size of the
+    16-bit one.
     """
     trim = _malloc_trim()
     if trim is not None:

@@ -1,8 +1,9 @@
-"""The run directory: what lies where, and the manifest that says how it came about."""
+"""Runs on disk: the files of a run directory, its manifest, and the choice of what a command works on."""
 
 from __future__ import annotations
 
 import argparse
+import calendar
 import importlib.metadata
 import os
 import platform
@@ -23,6 +24,7 @@ from qdora.errors import InputError
 from qdora.files import read_json, write_json, write_text
 
 _VERSIONED = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors", "qdora")
+_TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class RunDirectory:
@@ -44,7 +46,7 @@ class RunDirectory:
         return self.config_file.exists() or self.metrics_file.exists() or self.checkpoints.exists()
 
     def refuse_if_used(self, overwrite: bool) -> None:
-        """A run is never written over unless that was asked for.
+        """Refuse to write over a run unless `overwrite`.
 
         Raises: InputError: there is one, or something that is not a folder.
         """
@@ -68,8 +70,8 @@ class RunDirectory:
         write_json(self.manifest_file, manifest)
         write_text(self.config_file, dump_config(config))
 
-    def go_on(self, config: RunConfig, step: int) -> None:
-        """Note in the manifest that the run was resumed after `step`, and keep the configuration in force.
+    def record_resume(self, config: RunConfig, step: int) -> None:
+        """Add to the manifest that the run was resumed after `step`; write the configuration now in force.
 
         Raises: InputError: the manifest is missing or not JSON.
         """
@@ -78,7 +80,7 @@ class RunDirectory:
         self.start(config, manifest | {"resumed": resumed})
 
     def config(self) -> RunConfig:
-        """The configuration that the run was started with.
+        """The configuration in force.
 
         Raises: InputError: there is no run here.
         """
@@ -91,8 +93,18 @@ class RunDirectory:
 
         Raises: InputError: missing or not JSON.
         """
-        manifest: dict[str, Any] = read_json(self.manifest_file)
-        return manifest
+        return read_json(self.manifest_file)
+
+    def start_time(self) -> tuple[float, float]:
+        """When the run was started, and when its configuration was written, in seconds since the epoch.
+
+        Without a usable manifest both are the second.
+        """
+        written = self.config_file.stat().st_mtime
+        try:
+            return calendar.timegm(time.strptime(self.manifest()["started"], _TIME_FORMAT)), written
+        except (KeyError, TypeError, ValueError):
+            return written, written
 
     def finished_adapter(self) -> Path:
         """Folder of the trained adapter.
@@ -102,18 +114,30 @@ class RunDirectory:
         if (self.adapter / "adapter_model.safetensors").is_file():
             return self.adapter
         found = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
-        steps = sorted(found, key=lambda path: int(path.name[5:]))
-        hint = f"; its newest checkpoint is {steps[-1]}" if steps else ""
+        newest = max(found, key=lambda path: int(path.name[5:]), default=None)
+        hint = f"; its newest checkpoint is {newest}" if newest else ""
         raise InputError(f"{self.path}: the run has no adapter, it was not finished{hint}")
 
 
-def make_manifest(config: RunConfig, *, processes: int, facts: dict[str, Any]) -> dict[str, Any]:
+def newest_run(root: str | Path = "runs") -> RunDirectory:
+    """The run below `root` that was started last, finished or not.
+
+    Raises: InputError: there is none.
+    """
+    found = [RunDirectory(path.parent) for path in Path(root).rglob("config.yaml")]
+    if not found:
+        raise InputError(
+            f"there is no run under {root}/; name a run with --run, or a model with --model (and --adapter)"
+        )
+    return max(found, key=RunDirectory.start_time)
+
+
+def make_manifest(config: RunConfig, *, world_size: int, fields: dict[str, Any]) -> dict[str, Any]:
     """Everything that a reader needs to repeat a run, or to see why theirs differs.
 
     Args:
         config: its seeds are repeated here.
-        processes: world size.
-        facts: fingerprints and counts of base and data.
+        fields: fingerprints and counts of base and data.
     """
     return {
         "started": _now(),
@@ -121,23 +145,21 @@ def make_manifest(config: RunConfig, *, processes: int, facts: dict[str, Any]) -
         "versions": {"python": platform.python_version(), **package_versions()},
         "git_commit": git_commit(),
         "machine": machine(),
-        "processes": processes,
+        "processes": world_size,
         "seeds": {"training": config.training.seed, "data": config.data.train.seed},
-        **facts,
+        **fields,
     }
 
 
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide numbers."""
-    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+def package_versions(*others: str) -> dict[str, str]:
+    """Installed versions of the packages that decide numbers, and of others."""
+    return {name: importlib.metadata.version(name) for name in (*_VERSIONED, *others)}
 
 
 def git_commit() -> str | None:
     """Commit of the source tree, with `+changes` where it differs; None outside a checkout."""
-    folder = Path(__file__).parent
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(folder, "status", "--porcelain") else "")
+        return _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -145,7 +167,6 @@ def git_commit() -> str | None:
 def machine() -> dict[str, Any]:
     """Processor, cores in use and accelerators."""
     return {
-        "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -154,31 +175,31 @@ def machine() -> dict[str, Any]:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(_TIME_FORMAT, time.gmtime())
 
 
 def _command() -> str:
     return shlex.join(sys.argv)
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
-
-
-def _git(folder: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
+    folder = Path(__file__).parent
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 @dataclass(frozen=True)
 class Target:
-    """What to load.
+    """What a command works on.
 
     Attributes:
         config: of the run, or made from the command line.
@@ -193,36 +214,35 @@ class Target:
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that name a run, or a model and an adapter without one."""
-    parser.add_argument("--run", help="run directory")
+    parser.add_argument("--run", help="run directory; without it and --model the newest one under runs/")
     parser.add_argument("--model", help="base model, instead of a run's")
     parser.add_argument("--adapter", help="adapter folder in PEFT's format, instead of the run's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
 
 
 def resolve_target(arguments: argparse.Namespace, *, data: str | None, base_only: bool = False) -> Target:
-    """The run that was named, or a configuration for a model, an adapter and a data file.
+    """The named run, else the named model with an adapter and a data file, else the newest run.
 
     Args:
         data: a data file to score on; None where the command needs none.
         base_only: leave the adapter out.
-    Raises: InputError: neither a run nor a model was named, or the run has no adapter.
+    Raises: InputError: there is no run, or it has no adapter, or an override is wrong.
     """
-    if arguments.run:
-        directory = RunDirectory(arguments.run)
+    directory = RunDirectory(arguments.run) if arguments.run else None
+    if directory is None and not arguments.model:
+        directory = newest_run()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no --run given: {directory.path} is the newest run", file=sys.stderr)
+    if directory is None:
+        tree = _without_run(arguments.model)
+    else:
         tree = directory.config().model_dump(mode="json")
         if arguments.model:
             set_key(tree, "model.path", arguments.model)
-    elif arguments.model:
-        directory = None
-        tree = _without_run(arguments.model)
-    else:
-        raise InputError("name a run with --run, or a model with --model (and --adapter)")
     if data:
         set_key(tree, "data.test", _data_file(data, tree["data"]["test"]))
     apply_overrides(tree, arguments.set)
-    if directory is None and tree["model"].get("base") == "dense":
-        tree.setdefault("adapter", {}).setdefault("method", "dora")  # the adapter's own files decide
-    config = check_config(tree, RunConfig, arguments.run or "command line")
+    config = check_config(tree, RunConfig, str(directory.path) if directory else "command line")
     adapter = None
     if not base_only:
         if arguments.adapter:
@@ -233,7 +253,7 @@ def resolve_target(arguments: argparse.Namespace, *, data: str | None, base_only
 
 
 def _data_file(path: str, test: dict[str, Any]) -> dict[str, Any]:
-    """A data file in place of a run's test set, read as that set was where it came from a file too."""
+    """A data file in place of a run's test set, with that set's columns where it came from a file too."""
     chosen: dict[str, Any] = {"source": "file", "path": path, "split": "test"}
     if test["source"] in ("file", "hub"):
         chosen |= {key: test[key] for key in ("columns", "answer_kind") if key in test}
@@ -241,7 +261,7 @@ def _data_file(path: str, test: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_run(model: str) -> dict[str, Any]:
-    """A configuration whose training part is never looked at."""
+    """A configuration whose training part is not used."""
     nothing = {"source": "synthetic", "count": 1}
     return {
         "model": {"path": model},

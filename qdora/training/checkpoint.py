@@ -27,7 +27,14 @@ from torch.distributed.tensor import DTensor
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import read_timeout
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
-from qdora.files import clear_leftovers, explained, file_digest, put_directory, read_json, temporary_directory
+from qdora.files import (
+    clear_leftovers,
+    file_digest,
+    read_json,
+    replace_directory,
+    temporary_directory,
+    wrap_os_errors,
+)
 from qdora.training.checkpoint_storage import Reader, load_tensors, save_tensors
 from qdora.training.optimizer import local_rows
 
@@ -305,7 +312,7 @@ class CheckpointWriter:
 
     def _put(self, folder: Path, step: int, position: Mapping[str, int], digests: dict[str, str]) -> None:
         final = self.directory / f"step-{step}"
-        with explained(final):
+        with wrap_os_errors(final):
             for path in (folder / "adapter").rglob("*"):
                 if path.is_file():
                     digests[path.relative_to(folder).as_posix()] = file_digest(path)
@@ -318,7 +325,7 @@ class CheckpointWriter:
                 "sha256": dict(sorted(digests.items())),
             }
             (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        put_directory(folder, final)
+        replace_directory(folder, final)
         for old in _superfluous(self.directory, step, self.keep):
             shutil.rmtree(old)
 

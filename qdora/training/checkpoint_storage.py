@@ -29,7 +29,7 @@ from torch.futures import Future
 
 from qdora.distributed.context import DistributedContext
 from qdora.errors import CheckpointError, InputError
-from qdora.files import explained, file_digest, flush, write_tensors
+from qdora.files import file_digest, fsync, wrap_os_errors, write_tensors
 from qdora.training.optimizer import local_rows
 
 
@@ -147,11 +147,11 @@ class _Writer(StorageWriter):
             tensors[item.index.fqn] = data.detach().cpu().contiguous()
             offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         path = self.folder / f"state-{self.rank}.safetensors"
-        with explained(path):
+        with wrap_os_errors(path):
             places = json.dumps(offsets, sort_keys=True)
             metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": places}
             write_tensors(path, tensors, metadata)
-            flush(path)
+            fsync(path)
             written = path.name, file_digest(path)
         done.set_result(
             [WriteResult(item.index, tensors[item.index.fqn].nbytes, written) for item in plan.items]

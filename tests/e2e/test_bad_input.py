@@ -110,8 +110,9 @@ def test_truncated_model(tmp_path, tiny_model_folder, capsys):
         (("compare", "--config", "/nowhere.yaml"), "no such configuration file"),
     ],
 )
-def test_commands(capsys, words, message):
+def test_commands(tmp_path, monkeypatch, capsys, words, message):
     """Catches: a missing argument that ends in a traceback."""
+    monkeypatch.chdir(tmp_path)  # without --run the newest run under runs/ is taken
     assert message in failing(capsys, *words)
 
 

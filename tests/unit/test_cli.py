@@ -11,10 +11,12 @@ import types
 import pytest
 
 from qdora import cli
+from qdora.benchmark import measure, step
 from qdora.benchmark.layer import Shape
 from qdora.cli import run_command
 from qdora.commands import benchmark
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
+from tests.e2e.runs import tiny_tree, write_config
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -127,3 +129,36 @@ def test_benchmark_layer_runs_and_writes_its_figures(tmp_path, capsys, monkeypat
     (layer,) = json.loads((tmp_path / "layer.json").read_text())["layers"]
     assert {(e["arm"], e["peer"]) for e in layer["ratios"]} >= {("qdora", "peft qdora"), ("qdora", "qlora")}
     assert all(e["ratio"] > 0 for e in layer["ratios"])
+
+
+def test_benchmark_train_runs_on_the_model_that_is_configured(
+    tmp_path, tiny_model_folder, capsys, monkeypatch
+):
+    """Catches: quantization settings of the model dropped by our arms or by PEFT's."""
+    tree = tiny_tree(tmp_path, tiny_model_folder)
+    tree["model"] |= {"block_size": 128, "double_quantization": False}
+    built = []
+
+    def remember(build):
+        return lambda *words, **settings: built.append(build(*words, **settings)) or built[-1]
+
+    monkeypatch.setattr(step, "_load", remember(step._load))
+    monkeypatch.setattr(step, "peft_model", remember(step.peft_model))
+    monkeypatch.setitem(measure.GEMM_SIDE, "cpu", 64)
+    words = ["train", "--config", write_config(tmp_path, tree), "--rounds", "1"]
+    assert run_command("benchmark", [*words, "--json", str(tmp_path / "train.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "qdora / peft qlora: " in shown
+    assert "goal" not in shown
+    qdora, qlora, dense, *peers = built
+    for model in (qdora, qlora):
+        base = model.get_submodule("model.layers.0.mlp.up_proj.base")
+        assert (base.block_size, base.nested_absmax) == (128, None)
+    assert dense.get_submodule("model.layers.0.mlp.up_proj.base").weight.is_floating_point()
+    for peer in peers:
+        state = next(p for n, p in peer.named_parameters() if "up_proj.base_layer" in n).quant_state
+        assert (state.blocksize, state.nested) == (128, False)
+    report = json.loads((tmp_path / "train.json").read_text())["step"]
+    assert report["seconds"].keys() == {"qdora", "qlora", "peft qdora", "peft qlora"}
+    assert {(e["arm"], e["peer"]) for e in report["ratios"]} == set(step.PAIRS)
+    assert report["gemm"]["share"] > 0

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qdora.errors import InputError
-from qdora.files import new_directory, read_json, write_file, write_json, write_tensors, write_text
+from qdora.files import atomic_directory, read_json, write_file, write_json, write_tensors, write_text
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_no_space_is_the_users_error_and_names_the_file(tmp_path):
         write_file(tmp_path / "x.json", full)
     with (
         pytest.raises(InputError, match=r"step-1: cannot be written: No space left on device"),
-        new_directory(tmp_path / "step-1") as folder,
+        atomic_directory(tmp_path / "step-1") as folder,
     ):
         full(folder / "y")
     assert list(tmp_path.iterdir()) == []
@@ -68,9 +68,9 @@ def test_no_space_is_the_users_error_and_names_the_file(tmp_path):
 
 def test_other_errors_are_not_disguised(tmp_path):
     """Catches: a bug of ours shown as a full disk."""
-    with pytest.raises(InputError, match=r"^mine$"), new_directory(tmp_path / "d"):
+    with pytest.raises(InputError, match=r"^mine$"), atomic_directory(tmp_path / "d"):
         raise InputError("mine")
-    with pytest.raises(KeyError), new_directory(tmp_path / "d"):
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "d"):
         raise KeyError("ours")
     assert list(tmp_path.iterdir()) == []
 
@@ -91,13 +91,13 @@ def test_a_folder_is_swapped_only_at_the_end(tmp_path):
     """Catches: the old folder removed before the new one is complete, files of both mixed."""
     target = tmp_path / "out"
     for name in ("one", "two"):
-        with new_directory(target) as folder:
+        with atomic_directory(target) as folder:
             (folder / "sub").mkdir()
             (folder / "sub" / name).write_text(name)
             assert not (target / "sub" / name).exists()
             assert target.exists() == (name == "two")
         assert tree(tmp_path) == {f"out/sub/{name}": name}
-    with pytest.raises(RuntimeError), new_directory(target) as folder:  # noqa: PT012
+    with pytest.raises(RuntimeError), atomic_directory(target) as folder:  # noqa: PT012
         (folder / "three").write_text("three")
         raise RuntimeError
     assert tree(tmp_path) == {"out/sub/two": "two"}
@@ -107,7 +107,7 @@ def test_a_folder_is_swapped_only_at_the_end(tmp_path):
 def test_the_result_can_be_read_by_others(tmp_path):
     """Catches: the private mode of a temporary file that stays on the result."""
     write_text(tmp_path / "x", "x")
-    with new_directory(tmp_path / "d") as folder:
+    with atomic_directory(tmp_path / "d") as folder:
         (folder / "y").write_text("y")
     modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.rglob("*")}
     assert modes == {"x": 0o644, "d": 0o755, "y": 0o644}
@@ -117,7 +117,7 @@ def test_the_result_can_be_read_by_others(tmp_path):
 def test_a_swap_that_fails_halfway_puts_the_old_folder_back(tmp_path, monkeypatch, error):
     """Catches: old and new both deleted where the second of the two renames fails or is interrupted."""
     target = tmp_path / "out"
-    with new_directory(target) as folder:
+    with atomic_directory(target) as folder:
         (folder / "x").write_text("old")
     rename = Path.rename
 
@@ -127,7 +127,7 @@ def test_a_swap_that_fails_halfway_puts_the_old_folder_back(tmp_path, monkeypatc
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", second_fails)
-    with pytest.raises((InputError, KeyboardInterrupt)), new_directory(target) as folder:
+    with pytest.raises((InputError, KeyboardInterrupt)), atomic_directory(target) as folder:
         (folder / "x").write_text("new")
     monkeypatch.setattr(Path, "rename", rename)
     kept = [p for p in tmp_path.rglob("x") if p.read_text() == "old"]
@@ -143,7 +143,7 @@ def test_what_is_no_folder_is_replaced_without_leftovers(tmp_path, kind):
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "y").write_text("theirs")
         (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
-    with new_directory(tmp_path / "out") as folder:
+    with atomic_directory(tmp_path / "out") as folder:
         (folder / "x").write_text("new")
     assert (tmp_path / "out" / "x").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -157,7 +157,7 @@ def test_a_full_device(small_device):
     big = {"w": torch.zeros(100_000)}
     with (
         pytest.raises(InputError, match=r"out: cannot be written: .*(space|28)"),
-        new_directory(small_device / "out") as folder,
+        atomic_directory(small_device / "out") as folder,
     ):
         save_file(big, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"text: cannot be written: No space left"):

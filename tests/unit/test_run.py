@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
+from qdora.cli import run_command
+from qdora.commands import evaluate
 from qdora.config import RunConfig
 from qdora.config_file import check_config
 from qdora.errors import InputError
-from qdora.run import RunDirectory, make_manifest
+from qdora.run import RunDirectory, make_manifest, newest_run
 
 
 def make_config(folder) -> RunConfig:
@@ -100,7 +103,7 @@ def test_an_unfinished_run_names_its_newest_checkpoint(tmp_path, foreign):
 
 def test_the_manifest_says_how_the_run_came_about(tmp_path):
     """Catches: a run that cannot be repeated: no versions, commit, machine or seeds."""
-    manifest = make_manifest(make_config(tmp_path), processes=2, facts={"steps": 5})
+    manifest = make_manifest(make_config(tmp_path), world_size=2, fields={"steps": 5})
     assert json.loads(json.dumps(manifest)) == manifest
     assert {"python", "torch", "bitsandbytes", "transformers", "accelerate", "qdora"} <= set(
         manifest["versions"]
@@ -111,3 +114,84 @@ def test_the_manifest_says_how_the_run_came_about(tmp_path):
     assert {"processor", "threads", "cores", "gpus"} <= set(manifest["machine"])
     assert manifest["command"]
     assert manifest["started"].endswith("Z")
+
+
+def started_at(folder, time: str | None, modified: int) -> RunDirectory:
+    """A run whose manifest says `time` and whose configuration was written at `modified`."""
+    run = RunDirectory(folder)
+    run.start(make_config(folder), {} if time is None else {"started": time})
+    os.utime(run.config_file, (modified, modified))
+    return run
+
+
+def test_the_newest_run_is_the_one_started_last(tmp_path):
+    """Catches: a resumed or copied run taken for the newest, an arm of a comparison overlooked."""
+    with pytest.raises(InputError, match=r"there is no run under .*/runs/; name a run with --run"):
+        newest_run(tmp_path / "runs")
+    first = started_at(tmp_path / "runs" / "b", "1970-01-01T00:01:40Z", modified=900)
+    assert newest_run(tmp_path / "runs").path == first.path
+    second = started_at(tmp_path / "runs" / "compare" / "a-seed0", "1970-01-01T00:03:20Z", modified=200)
+    assert newest_run(tmp_path / "runs").path == second.path
+    twin = started_at(tmp_path / "runs" / "c", "1970-01-01T00:03:20Z", modified=201)
+    assert newest_run(tmp_path / "runs").path == twin.path
+    (tmp_path / "runs" / "later-export").mkdir()
+    assert newest_run(tmp_path / "runs").path == twin.path
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", "{}", '{"started": 7}', '{"started": "yesterday"}'])
+def test_a_run_without_a_usable_manifest_counts_by_the_time_of_its_files(tmp_path, manifest):
+    """Catches: one damaged manifest that makes every command without --run end in a traceback."""
+    old = started_at(tmp_path / "old", "1970-01-01T00:01:40Z", modified=900)
+    damaged = started_at(tmp_path / "damaged", None, modified=300)
+    damaged.manifest_file.unlink()
+    if manifest is not None:
+        damaged.manifest_file.write_text(manifest)
+    assert newest_run(tmp_path).path == damaged.path
+    os.utime(damaged.config_file, (50, 50))
+    assert newest_run(tmp_path).path == old.path
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["export", "--output", "out"]])
+def test_commands_without_a_run_take_the_newest_and_say_which(tmp_path, monkeypatch, capsys, words):
+    """Catches: a command that works on another run than it names, or silently, or says so on every rank."""
+    monkeypatch.chdir(tmp_path)
+    assert run_command(words[0], words[1:]) == 2
+    assert "there is no run under runs/; name a run with --run" in capsys.readouterr().err
+    started_at(tmp_path / "runs" / "old", "1970-01-01T00:01:40Z", modified=900)
+    started_at(tmp_path / "runs" / "new", "1970-01-01T00:03:20Z", modified=900)
+    assert run_command(words[0], words[1:]) == 2
+    said, problem = capsys.readouterr().err.splitlines()
+    assert said == "no --run given: runs/new is the newest run"
+    assert "runs/new: the run has no adapter, it was not finished" in problem
+    assert run_command(words[0], [*words[1:], "--run", "runs/old"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    assert run_command(words[0], words[1:]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_evaluate_scores_the_newest_run_and_a_named_model_instead_of_it(tmp_path, monkeypatch, capsys):
+    """Catches: the newest run's adapter put on a model that was named without a run."""
+    monkeypatch.chdir(tmp_path)
+    run = started_at(tmp_path / "runs" / "new", "1970-01-01T00:03:20Z", modified=900)
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"")
+    scored = []
+
+    def score_adapter(config, adapter, context, *, folder, task):
+        scored.append((config.model.path, adapter and str(adapter), folder and str(folder)))
+        return []
+
+    monkeypatch.setattr(evaluate, "score_adapter", score_adapter)
+    assert run_command("evaluate", []) == 0
+    assert "runs/new is the newest run" in capsys.readouterr().err
+    assert run_command("evaluate", ["--base-only"]) == 0
+    assert run_command("evaluate", ["--model", "m", "--data", "f.jsonl"]) == 0
+    assert scored == [
+        ("x", "runs/new/adapter", "runs/new/evaluation"),
+        ("x", None, "runs/new/evaluation-base"),
+        ("m", None, None),
+    ]
+    capsys.readouterr()
+    assert run_command("evaluate", ["--model", "m"]) == 2
+    assert "name a data file with --data" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A base model on disk: its configuration, its tensors one at a time, its tokenizer."""
+"""The interface to a stored base model: its configuration, its tensors one at a time, its tokenizer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from qdora.errors import CheckpointError
 
 
-class TensorFacts(NamedTuple):
-    """What a header says of a tensor."""
+class TensorInfo(NamedTuple):
+    """What a file's header says of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -25,7 +25,7 @@ class TensorFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint(ABC):
-    """A base model on disk, opened and checked, with no tensor read yet.
+    """A stored base model, opened and checked, with no tensor read yet.
 
     Attributes:
         origin: what the user typed.
@@ -39,21 +39,21 @@ class Checkpoint(ABC):
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """How the stored weights are quantized (`quantization_config`); None where they are plain."""
+        """How the stored weights are quantized (`quantization_config`); None where they are not."""
         stated = getattr(self.config, "quantization_config", None)
         return None if stated is None else dict(stated)
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Tensor names, as `transformers` names parameters, in the order of `tensors`."""
+        """Tensor names, as `transformers` names parameters, in file order."""
 
     @abstractmethod
-    def facts(self, name: str) -> TensorFacts:
-        """Shape and dtype of a tensor as `read` hands it out, without reading it."""
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of the tensor that `read` returns, without reading it."""
 
     @abstractmethod
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """A tensor, or consecutive rows of one, on the CPU.
+        """Read a tensor, or consecutive rows of one, to the CPU.
 
         Args:
             rows: along the first dimension; all where None.
@@ -61,9 +61,9 @@ class Checkpoint(ABC):
         """
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and CPU tensor, read one by one in file order; none is kept after it was handed out.
+        """Read name after name, in file order; a tensor is not kept after it was yielded.
 
-        Raises: CheckpointError: the file became shorter since it was opened.
+        Raises: CheckpointError: as `read`.
         """
         for name in self.names():
             yield name, self.read(name)

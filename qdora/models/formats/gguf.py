@@ -17,15 +17,17 @@ from tokenizers import pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qdora.errors import CheckpointError, InputError
-from qdora.models.formats import Checkpoint, TensorFacts, read_bytes
+from qdora.models.formats import Checkpoint, TensorInfo, read_bytes
 from qdora.models.formats.gguf_config import gguf_config
 
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
+# llama.cpp's tensor names and those of transformers; in a block without "blk.N." and "model.layers.N.".
+_EMBEDDING, _OUTPUT, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+_TOP_NAMES = {
+    _EMBEDDING: "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    _OUTPUT: "lm_head.weight",
 }
-_BLOCK = {
+_BLOCK_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
     "attn_k.weight": "self_attn.k_proj.weight",
@@ -38,15 +40,36 @@ _BLOCK = {
 }
 _QWEN2_BIASES = {f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
 
-_ROPE_FACTORS = "rope_freqs.weight"
-_EMBEDDING = "token_embd.weight"
-_OUTPUT = "output.weight"
-
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+
+# Of the header: struct codes by value type, and the types that are not scalars.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_VERSIONS = (2, 3)
+_DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """A tensor in a GGUF file.
+
+    Attributes:
+        name: llama.cpp's, for example `blk.0.attn_q.weight`.
+        shape: in torch's order, (out, in) for a linear layer.
+        encoding: of its values.
+        start: first byte, from the start of the file.
+        size: in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: GGMLQuantizationType
+    start: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -54,12 +77,12 @@ class GGUFFile(Checkpoint):
     """A GGUF file of the llama (LLaMA, Mistral, SmolLM) or qwen2 architecture.
 
     Attributes:
-        header: metadata and tensor places.
-        places: tensor place by the name in `transformers`, in file order.
+        metadata: of its header, by llama.cpp's keys.
+        stored: the tensors by their name in `transformers`, in file order.
     """
 
-    header: Header
-    places: dict[str, TensorPlace]
+    metadata: dict[str, Any]
+    stored: dict[str, GGUFTensor]
 
     @classmethod
     def open(cls, path: Path, origin: str) -> GGUFFile:
@@ -68,48 +91,62 @@ class GGUFFile(Checkpoint):
         Raises: CheckpointError: not GGUF, truncated or corrupt.
             InputError: an architecture, encoding or tensor that is not supported.
         """
-        header = read_header(path)
-        by_name = {place.name: place for place in header.tensors}
-        factors = _read_plain(path, by_name.pop(_ROPE_FACTORS)) if _ROPE_FACTORS in by_name else None
+        metadata, tensors = _read_header(path)
+        by_name = {tensor.name: tensor for tensor in tensors}
+        factors = _read_tensor(path, by_name.pop(_ROPE_FACTORS)) if _ROPE_FACTORS in by_name else None
         if _EMBEDDING not in by_name:
             raise CheckpointError(f"{path}: corrupt: it has no tensor {_EMBEDDING}")
         vocab_size = by_name[_EMBEDDING].shape[0]
-        config = gguf_config(path, header.metadata, vocab_size, _OUTPUT not in by_name, factors)
-        _check_encodings(path, header)
-        places = {_name_of(path, name, config.model_type): place for name, place in by_name.items()}
-        return cls(origin, path, config, header, dict(sorted(places.items(), key=lambda item: item[1].start)))
+        config = gguf_config(path, metadata, vocab_size, _OUTPUT not in by_name, factors)
+        _check_encodings(path, tensors)
+        stored = {_hf_name(path, name, config.model_type): tensor for name, tensor in by_name.items()}
+        in_order = dict(sorted(stored.items(), key=lambda item: item[1].start))
+        return cls(origin, path, config, metadata, in_order)
 
     def names(self) -> list[str]:
-        return list(self.places)
+        """As `Checkpoint.names`."""
+        return list(self.stored)
 
-    def facts(self, name: str) -> TensorFacts:
-        place = self.places[name]
-        return TensorFacts(tuple(place.shape), _PLAIN.get(place.kind, torch.float32))
+    def info(self, name: str) -> TensorInfo:
+        """As `Checkpoint.info`."""
+        tensor = self.stored[name]
+        return TensorInfo(tensor.shape, _PLAIN.get(tensor.encoding, torch.float32))
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """Plain encodings keep their dtype; quantized ones are dequantized to float32.
+        """As `Checkpoint.read`: plain encodings keep their dtype, quantized ones become float32.
 
-        The file is read one tensor at a time, whatever rows are wanted: their order changes.
+        The full tensor is read even where some rows are wanted: their order changes.
         """
-        tensor = self._in_head_order(name, _read_plain(self.path, self.places[name]))
+        tensor = self._in_head_order(name, _read_tensor(self.path, self.stored[name]))
         return tensor if rows is None or not tensor.dim() else tensor[rows].clone()
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        if "tokenizer.ggml.tokens" not in self.header.metadata:
+        """As `Checkpoint.tokenizer`."""
+        if "tokenizer.ggml.tokens" not in self.metadata:
             return None
         try:
-            tokenizer = _tokenizer_of(self.path)
+            # In a folder by itself: a tokenizer.json beside the file would be taken instead.
+            with tempfile.TemporaryDirectory() as alone:
+                Path(alone, self.path.name).symlink_to(self.path.resolve())
+                # Not AutoTokenizer: it would read the file's configuration with the slow reader first.
+                tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+                    alone, gguf_file=self.path.name
+                )
         except Exception as error:
             raise InputError(f"{self.path}: its tokenizer cannot be read: {error}") from error
-        _split_digits(tokenizer, self.header.metadata)
+        tokenizer.name_or_path = str(self.path)
+        if self.metadata.get("tokenizer.ggml.pre") == "smollm":
+            _split_digits(tokenizer)
         return tokenizer
 
     def generation_config(self) -> GenerationConfig | None:
+        """As `Checkpoint.generation_config`: its special tokens."""
         tokens = {key: getattr(self.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation: GenerationConfig = GenerationConfig.from_dict(tokens)
         return generation
 
     def _in_head_order(self, name: str, w_OI: torch.Tensor) -> torch.Tensor:
+        """Reorder the rows of each head: llama.cpp rotates neighbouring rows, `transformers` halves."""
         if self.config.model_type != "llama":
             return w_OI
         if name.endswith("q_proj.weight"):
@@ -118,120 +155,68 @@ class GGUFFile(Checkpoint):
             heads = self.config.num_key_value_heads
         else:
             return w_OI
-        if w_OI.shape[0] % (2 * heads):
+        out, features = w_OI.shape
+        if out % (2 * heads):
             raise CheckpointError(
                 f"{self.path}: {name} {tuple(w_OI.shape)} does not divide into {heads} heads"
             )
-        return _halves_from_pairs(w_OI, heads)
+        return w_OI.view(heads, out // heads // 2, 2, features).transpose(1, 2).reshape(out, features)
 
 
-def _halves_from_pairs(w_OI: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head: llama.cpp rotates neighbouring rows, `transformers` halves."""
-    out, features = w_OI.shape
-    return w_OI.view(heads, out // heads // 2, 2, features).transpose(1, 2).reshape(out, features)
+def _hf_name(path: Path, name: str, model_type: str) -> str:
+    """The name in `transformers` of llama.cpp's tensor."""
+    if name in _TOP_NAMES:
+        return _TOP_NAMES[name]
+    names = _BLOCK_NAMES | (_QWEN2_BIASES if model_type == "qwen2" else {})
+    block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    if block is None or block[2] not in names:
+        raise InputError(f"{path}: tensor {name!r} has no place in a {model_type} model")
+    return f"model.layers.{block[1]}.{names[block[2]]}"
 
 
-def _read_plain(path: Path, place: TensorPlace) -> torch.Tensor:
-    raw = read_bytes(path, place.start, place.size)
-    if place.kind in _PLAIN:
-        return torch.from_numpy(raw).view(_PLAIN[place.kind]).view(place.shape)
-    values = dequantize(raw.reshape(*place.shape[:-1], -1), place.kind)
+def _read_tensor(path: Path, tensor: GGUFTensor) -> torch.Tensor:
+    raw = read_bytes(path, tensor.start, tensor.size)
+    if tensor.encoding in _PLAIN:
+        return torch.from_numpy(raw).view(_PLAIN[tensor.encoding]).view(tensor.shape)
+    values = dequantize(raw.reshape(*tensor.shape[:-1], -1), tensor.encoding)
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
-def _check_encodings(path: Path, header: Header) -> None:
-    """Refuse an encoding before an hour of streaming, not after."""
-    for kind in {place.kind for place in header.tensors} - _PLAIN.keys():
-        place = next(place for place in header.tensors if place.kind == kind)
-        row_bytes = place.size * place.shape[-1] // np.prod(place.shape)
+def _check_encodings(path: Path, tensors: tuple[GGUFTensor, ...]) -> None:
+    """Dequantize one row of each encoding: refused before an hour of loading, not after."""
+    examples = {t.encoding: t for t in reversed(tensors) if t.encoding not in _PLAIN and t.size}
+    for encoding, tensor in examples.items():
+        row_bytes = tensor.size // math.prod(tensor.shape[:-1])
         try:
-            dequantize(read_bytes(path, place.start, int(row_bytes)).reshape(1, -1), kind)
+            dequantize(read_bytes(path, tensor.start, row_bytes).reshape(1, -1), encoding)
         except NotImplementedError:
-            raise InputError(f"{path}: tensor {place.name}: encoding {kind.name} cannot be read") from None
+            raise InputError(
+                f"{path}: tensor {tensor.name}: encoding {encoding.name} cannot be read"
+            ) from None
 
 
-def _name_of(path: Path, name: str, model_type: str) -> str:
-    """The name in `transformers` of llama.cpp's tensor."""
-    if name in _TOP:
-        return _TOP[name]
-    leaves = _BLOCK | (_QWEN2_BIASES if model_type == "qwen2" else {})
-    block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    if block is None or block[2] not in leaves:
-        raise InputError(f"{path}: tensor {name!r} has no place in a {model_type} model")
-    return f"model.layers.{block[1]}.{leaves[block[2]]}"
-
-
-def _tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
-    # In a folder by itself: a tokenizer.json beside the file would be taken instead.
-    with tempfile.TemporaryDirectory() as alone:
-        Path(alone, path.name).symlink_to(path.resolve())
-        # Not AutoTokenizer: it would read the configuration of the file with the slow reader first.
-        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
-            alone, gguf_file=path.name
-        )
-    tokenizer.name_or_path = str(path)
-    return tokenizer
-
-
-def _split_digits(tokenizer: Any, metadata: dict[str, Any]) -> None:
+def _split_digits(tokenizer: Any) -> None:
     """Let SmolLM's tokenizer split off every digit before anything else, as the original does.
 
     `transformers` knows no splitting rule for `smollm` and takes GPT-2's, under which a run of
     spaces or line breaks before a number becomes other tokens than in training.
     Source: llama.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM.
     """
-    if metadata.get("tokenizer.ggml.pre") == "smollm":
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
 
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_VERSIONS = (2, 3)
-_DEFAULT_ALIGNMENT = 32
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where one tensor lies.
-
-    Attributes:
-        name: llama.cpp's name, for example `blk.0.attn_q.weight`.
-        shape: in torch's order, (out, in) for a linear layer.
-        kind: how its values are encoded.
-        start: first byte, from the start of the file.
-        size: in bytes.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """Metadata by llama.cpp's key, and the tensors in file order."""
-
-    metadata: dict[str, Any]
-    tensors: tuple[TensorPlace, ...]
-
-
-def read_header(path: Path) -> Header:
+def _read_header(path: Path) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
     """Read and check the header of a GGUF file.
 
+    Returns: its metadata, its tensors in file order.
     Raises: CheckpointError: not a GGUF file, truncated or corrupt.
         InputError: a version, byte order or encoding that cannot be read.
     """
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            return _HeaderReader(path, file, size).header()
+            return _HeaderReader(path, file, path.stat().st_size).header()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
 
@@ -240,7 +225,7 @@ class _HeaderReader:
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
 
-    def header(self) -> Header:
+    def header(self) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
         if self.size < 4 or self.take(4) != b"GGUF":
             raise CheckpointError(f"{self.path}: not a GGUF file (it does not begin with 'GGUF')")
         version = self.scalar("I")
@@ -248,46 +233,40 @@ class _HeaderReader:
             order = "big-endian " if version & 0xFFFF == 0 else ""
             raise InputError(f"{self.path}: {order}GGUF version {version}; readable: little-endian 2 and 3")
         tensor_count, pair_count = self.scalar("Q"), self.scalar("Q")
-        metadata = dict(self.pair() for _ in range(pair_count))
-        rows = [self.row() for _ in range(tensor_count)]
+        metadata = {self.string(): self.value(self.scalar("I")) for _ in range(pair_count)}
+        rows = [self.tensor_row() for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise CheckpointError(f"{self.path}: corrupt: general.alignment is {alignment!r}")
         data_start = math.ceil(self.file.tell() / alignment) * alignment
-        return Header(metadata, self.places(rows, data_start))
-
-    def places(
-        self, rows: list[tuple[str, tuple[int, ...], int, int]], data_start: int
-    ) -> tuple[TensorPlace, ...]:
-        places = tuple(self.place(row, data_start) for row in rows)
-        if len({place.name for place in places}) != len(places):
+        tensors = tuple(self.tensor(*row, data_start) for row in rows)
+        if len({tensor.name for tensor in tensors}) != len(tensors):
             raise CheckpointError(f"{self.path}: corrupt: a tensor name occurs twice")
-        end = max((place.start + place.size for place in places), default=0)
+        end = max((tensor.start + tensor.size for tensor in tensors), default=0)
         if end > self.size:
             raise CheckpointError(
                 f"{self.path}: truncated: its tensors need {end} bytes, the file has {self.size}"
             )
-        return places
+        return metadata, tensors
 
-    def place(self, row: tuple[str, tuple[int, ...], int, int], data_start: int) -> TensorPlace:
-        name, shape, kind_number, offset = row
-        try:
-            kind = GGMLQuantizationType(kind_number)
-        except ValueError:
-            raise InputError(f"{self.path}: tensor {name}: unknown encoding {kind_number}") from None
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        if not shape or shape[-1] % block:
-            raise CheckpointError(f"{self.path}: corrupt: {name} {shape} is not whole {kind.name} blocks")
-        return TensorPlace(name, shape, kind, data_start + offset, math.prod(shape) // block * block_bytes)
-
-    def row(self) -> tuple[str, tuple[int, ...], int, int]:
+    def tensor_row(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape, number of the encoding, offset in the data section."""
         name = self.string()
         shape = tuple(self.scalar("Q") for _ in range(self.scalar("I")))
         return name, shape[::-1], self.scalar("I"), self.scalar("Q")
 
-    def pair(self) -> tuple[str, Any]:
-        key = self.string()
-        return key, self.value(self.scalar("I"))
+    def tensor(
+        self, name: str, shape: tuple[int, ...], encoding_number: int, offset: int, data_start: int
+    ) -> GGUFTensor:
+        try:
+            encoding = GGMLQuantizationType(encoding_number)
+        except ValueError:
+            raise InputError(f"{self.path}: tensor {name}: unknown encoding {encoding_number}") from None
+        block, block_bytes = GGML_QUANT_SIZES[encoding]
+        if not shape or shape[-1] % block:
+            raise CheckpointError(f"{self.path}: corrupt: {name} {shape} is not whole {encoding.name} blocks")
+        size = math.prod(shape) // block * block_bytes
+        return GGUFTensor(name, shape, encoding, data_start + offset, size)
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:

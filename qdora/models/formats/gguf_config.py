@@ -1,7 +1,7 @@
 """The `transformers` configuration that the metadata of a GGUF file describes.
 
-Read from the header that is already parsed: `AutoConfig` would parse the whole vocabulary again,
-and drops the rope scaling of LLaMA 3.1 and later without a word.
+Read from the header that is already parsed: `AutoConfig` would parse the full vocabulary again,
+and silently drops the rope scaling of LLaMA 3.1 and later.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def gguf_config(
         InputError: an architecture, a mixture of experts or a rope scaling that is not supported.
         CheckpointError: a key is missing, or its value is impossible.
     """
-    reader = _Keys(path, _architecture(path, metadata), metadata)
+    reader = _Metadata(path, _architecture(path, metadata), metadata)
     _refuse_unsupported(reader)
     try:
         config = _build(reader, vocab_size, tied)
@@ -63,41 +63,21 @@ def gguf_config(
     return config
 
 
-def _build(reader: _Keys, vocab_size: int, tied: bool) -> PreTrainedConfig:
-    architecture = reader.prefix
-    fields = {field: reader.need(key) for field, key in _SHAPE_KEYS.items()}
-    fields |= {field: reader.metadata.get(f"tokenizer.ggml.{key}") for field, key in _TOKEN_KEYS.items()}
-    head_dim = fields["hidden_size"] // fields["num_attention_heads"]
-    if architecture == "llama":
-        head_dim = reader.get("attention.key_length", reader.get("rope.dimension_count", head_dim))
-        fields["head_dim"] = head_dim
-    config: PreTrainedConfig = AutoConfig.for_model(
-        architecture,
-        **fields,
-        num_key_value_heads=reader.get("attention.head_count_kv", fields["num_attention_heads"]),
-        vocab_size=vocab_size,
-        tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": reader.get("rope.freq_base", 10000.0)},
-        architectures=[_ARCHITECTURES[architecture]],
-    )
-    return config
-
-
-class _Keys:
-    """The metadata below one architecture's prefix."""
+class _Metadata:
+    """The metadata of one architecture: its keys begin with the architecture's name."""
 
     def __init__(self, path: Path, architecture: str, metadata: dict[str, Any]) -> None:
-        self.path, self.prefix, self.metadata = path, architecture, metadata
+        self.path, self.architecture, self.metadata = path, architecture, metadata
 
     def get(self, key: str, default: Any = None) -> Any:
-        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        value = self.metadata.get(f"{self.architecture}.{key}", default)
         # Stored as float32: the shortest decimal that rounds to it is the number that was meant.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def need(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            raise CheckpointError(f"{self.path}: corrupt: its metadata lack {self.prefix}.{key}")
+            raise CheckpointError(f"{self.path}: corrupt: its metadata lack {self.architecture}.{key}")
         return value
 
 
@@ -115,7 +95,7 @@ def _architecture(path: Path, metadata: dict[str, Any]) -> str:
     return architecture
 
 
-def _refuse_unsupported(reader: _Keys) -> None:
+def _refuse_unsupported(reader: _Metadata) -> None:
     if reader.get("expert_count", 0):
         raise InputError(f"{reader.path}: a mixture of {reader.get('expert_count')} experts is not supported")
     scaling = reader.get("rope.scaling.type", "none")
@@ -126,11 +106,30 @@ def _refuse_unsupported(reader: _Keys) -> None:
         )
 
 
-def _llama3_scaling(path: Path, config: PreTrainedConfig, factors: torch.Tensor) -> dict[str, Any]:
-    """The rope scaling that gives these frequency factors.
+def _build(reader: _Metadata, vocab_size: int, tied: bool) -> PreTrainedConfig:
+    fields = {field: reader.need(key) for field, key in _SHAPE_KEYS.items()}
+    fields |= {field: reader.metadata.get(f"tokenizer.ggml.{key}") for field, key in _TOKEN_KEYS.items()}
+    if reader.architecture == "llama":
+        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+        fields["head_dim"] = reader.get("attention.key_length", reader.get("rope.dimension_count", head_dim))
+    config: PreTrainedConfig = AutoConfig.for_model(
+        reader.architecture,
+        **fields,
+        num_key_value_heads=reader.get("attention.head_count_kv", fields["num_attention_heads"]),
+        vocab_size=vocab_size,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": reader.get("rope.freq_base", 10000.0)},
+        architectures=[_ARCHITECTURES[reader.architecture]],
+    )
+    return config
 
-    A GGUF file keeps only its result; the parameters are those that every LLaMA 3.1-3.3 model
-    shares, except the factor, which is the largest one.  They are used only if they give the result.
+
+def _llama3_scaling(path: Path, config: PreTrainedConfig, factors: torch.Tensor) -> dict[str, Any]:
+    """The rope scaling that yields these frequency factors, the only trace of it in a GGUF file.
+
+    Its parameters are those of every LLaMA 3.1-3.3 model, except the factor, which is the largest one.
+
+    Raises: InputError: they do not yield the factors.
     """
     plain = config.rope_parameters["rope_theta"] ** -torch.linspace(0, 1, factors.numel() + 1)[:-1]
     parameters = {

@@ -1,11 +1,12 @@
-"""A base model in a folder, as `save_pretrained` writes it: config.json, safetensors, tokenizer."""
+"""A model folder as `save_pretrained` writes it: config.json, safetensors (in shards or not), tokenizer."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -22,130 +24,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qdora.errors import CheckpointError, InputError, suggest
-from qdora.models.formats import Checkpoint, TensorFacts, read_bytes
+from qdora.errors import CheckpointError, InputError, nearest, suggest
+from qdora.files import read_json, write_json
+from qdora.models.formats import Checkpoint, TensorInfo, read_bytes
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+SHARD_BYTES = 512 << 20
+"""Largest shard that is written; it is collected in memory first, so this bounds the memory of an export."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-
-
-@dataclass(frozen=True)
-class SafetensorsFolder(Checkpoint):
-    """A model folder whose weights are safetensors, in one file or in shards.
-
-    Attributes:
-        places: where each tensor lies, in file order.
-    """
-
-    places: dict[str, StoredTensor]
-
-    @classmethod
-    def open(cls, folder: Path, origin: str) -> SafetensorsFolder:
-        """Open a model folder and check config and every weight file against index and size.
-
-        Raises:
-            CheckpointError: no weights, a shard missing, truncated or at odds with the index.
-            InputError: no usable config.json; weights only as pickle; an unknown model type.
-        """
-        config = read_config(folder)
-        return cls(origin, folder, config, _places(folder))
-
-    def names(self) -> list[str]:
-        return list(self.places)
-
-    def facts(self, name: str) -> TensorFacts:
-        return TensorFacts(self.places[name].shape, self.places[name].dtype)
-
-    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        return read_tensor(self.places[name], rows)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
-            return None
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise InputError(f"{self.path}: its tokenizer cannot be read: {error}") from error
-        return tokenizer
-
-    def generation_config(self) -> GenerationConfig | None:
-        path = self.path / "generation_config.json"
-        if not path.is_file():
-            return None
-        try:
-            generation: GenerationConfig = GenerationConfig.from_dict(read_json(path))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: cannot be used: {error}") from None
-        return generation
-
-
-def _places(folder: Path) -> dict[str, StoredTensor]:
-    if (folder / SINGLE_FILE).is_file():
-        places = read_header(folder / SINGLE_FILE)
-    elif (folder / INDEX_FILE).is_file():
-        places = _sharded(folder)
-    else:
-        raise _no_weights(folder)
-    # Frequencies that early LLaMA exports stored; every model computes them.
-    return {name: place for name, place in places.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def _sharded(folder: Path) -> dict[str, StoredTensor]:
-    index = folder / INDEX_FILE
-    shard_of = read_json(index).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise CheckpointError(f"{index}: has no weight_map")
-    shards = sorted({str(shard) for shard in shard_of.values()})
-    for shard in shards:
-        # A name with a path in it could lead anywhere on the disk.
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: {shard!r} is not the name of a safetensors file beside it")
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} of {len(shards)} shards missing: {_some(missing)}")
-    headers = {shard: read_header(folder / shard) for shard in shards}
-    _check_index(index, shard_of, headers)
-    return {name: place for header in headers.values() for name, place in header.items()}
-
-
-def _check_index(index: Path, shard_of: dict[str, str], headers: dict[str, dict[str, StoredTensor]]) -> None:
-    counts = Counter(name for header in headers.values() for name in header)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        raise CheckpointError(f"{index.parent}: {_some(twice)} stored in more than one shard")
-    for name, shard in shard_of.items():
-        if name not in headers[shard]:
-            raise CheckpointError(f"{index}: places {name} in {shard}, which does not hold it")
-    unlisted = [name for name in counts if name not in shard_of]
-    if unlisted:
-        raise CheckpointError(f"{index}: does not list {_some(unlisted)}, which a shard holds")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _no_weights(folder: Path) -> InputError:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        return InputError(
-            f"{folder}: has its weights only as pickle ({_some(pickles)}), which can run code when loaded "
-            "and is refused; convert it to safetensors first (save_pretrained does)"
-        )
-    ggufs = sorted(folder.glob("*.gguf"))
-    if ggufs:
-        return InputError(f"{folder}: no safetensors weights; to use a GGUF file name it: {ggufs[0]}")
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    found = f"; found {_some(others)}" if others else ""
-    return CheckpointError(f"{folder}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there{found}")
-
-
+_QUANTIZERS = ("bitsandbytes",)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -164,76 +55,78 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: bytes `start` to `start + size` of `path`."""
+    """A tensor in a safetensors file: its bytes begin at `start`."""
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    size: int
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name, in file order.
+@dataclass(frozen=True)
+class SafetensorsFolder(Checkpoint):
+    """A model folder whose weights are safetensors.
 
-    Raises: CheckpointError: missing, truncated or corrupt; a dtype that cannot be read.
+    Attributes:
+        stored: the tensors by name, in file order.
     """
-    try:
-        with safe_open(path, framework="pt"):  # checks the header against the size of the file
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: truncated or corrupt safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    tensors = {name: _stored_tensor(path, name, entry, 8 + length) for name, entry in header.items()}
-    return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
+    stored: dict[str, StoredTensor]
 
-def read_tensor(place: StoredTensor, rows: slice | None = None) -> torch.Tensor:
-    """One tensor or some of its rows, on the CPU, in the dtype of the file; no other byte is read.
+    @classmethod
+    def open(cls, folder: Path, origin: str) -> SafetensorsFolder:
+        """Open a model folder and check config and every weight file against index and size.
 
-    Args:
-        rows: start and stop along the first dimension; all where None.
-    Raises: CheckpointError: the file became shorter.
-    """
-    shape, first = place.shape, 0
-    if rows is not None and shape:
-        shape, first = (rows.stop - rows.start, *shape[1:]), rows.start * math.prod(shape[1:])
-    count = math.prod(shape)
-    if count == 0:  # torch does not reinterpret a tensor without elements
-        return torch.empty(shape, dtype=place.dtype)
-    size = place.dtype.itemsize
-    raw = torch.from_numpy(read_bytes(place.path, place.start + first * size, count * size))
-    return raw.view(place.dtype).view(shape)
+        Raises:
+            CheckpointError: no weights, a shard missing, truncated or at odds with the index.
+            InputError: no usable config.json; weights only as pickle; an unknown model type.
+        """
+        config = read_config(folder)
+        return cls(origin, folder, config, _read_headers(folder))
 
+    def names(self) -> list[str]:
+        """As `Checkpoint.names`."""
+        return list(self.stored)
 
-def _stored_tensor(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    dtype = _DTYPES.get(str(entry["dtype"]))
-    if dtype is None:
-        raise CheckpointError(f"{path}: tensor {name}: dtype {entry['dtype']} cannot be read")
-    first, last = entry["data_offsets"]
-    return StoredTensor(path, dtype, tuple(entry["shape"]), data_start + first, last - first)
+    def info(self, name: str) -> TensorInfo:
+        """As `Checkpoint.info`."""
+        return TensorInfo(self.stored[name].shape, self.stored[name].dtype)
 
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """As `Checkpoint.read`: in the dtype of the file; bytes of other rows are not read."""
+        stored = self.stored[name]
+        shape, first = stored.shape, 0
+        if rows is not None and shape:
+            shape, first = (rows.stop - rows.start, *shape[1:]), rows.start * math.prod(shape[1:])
+        count = math.prod(shape)
+        if count == 0:  # torch does not reinterpret a tensor without elements
+            return torch.empty(shape, dtype=stored.dtype)
+        size = stored.dtype.itemsize
+        raw = torch.from_numpy(read_bytes(stored.path, stored.start + first * size, count * size))
+        return raw.view(stored.dtype).view(shape)
 
-_QUANTIZERS = ("bitsandbytes",)
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """As `Checkpoint.tokenizer`."""
+        if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
+            return None
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            raise InputError(f"{self.path}: its tokenizer cannot be read: {error}") from error
+        return tokenizer
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises: CheckpointError: unreadable, not JSON or not an object.
-    """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(tree).__name__}")
-    return tree
+    def generation_config(self) -> GenerationConfig | None:
+        """As `Checkpoint.generation_config`."""
+        path = self.path / "generation_config.json"
+        if not path.is_file():
+            return None
+        try:
+            generation: GenerationConfig = GenerationConfig.from_dict(read_json(path, CheckpointError))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be used: {error}") from None
+        return generation
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -247,7 +140,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise _no_config(folder)
-    tree = read_json(path)
+    tree = read_json(path, CheckpointError)
     _check_model_type(path, tree)
     _check_quantization(path, tree)
     try:
@@ -268,8 +161,8 @@ def _check_model_type(path: Path, tree: dict[str, Any]) -> None:
             f"{path}: model_type {kind!r} runs code that comes with the model (auto_map), which is refused; "
             f"allowed: the model types of transformers {transformers.__version__} itself"
         )
-    near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(str(kind), CONFIG_MAPPING)
+    hint = f"; did you mean {near!r}?" if near else ""
     raise InputError(
         f"{path}: model_type {kind!r} is unknown to transformers {transformers.__version__}{hint}"
     )
@@ -295,3 +188,169 @@ def _no_config(folder: Path) -> InputError:
     if ggufs:
         return InputError(f"{folder}: no config.json; to use a GGUF file name it: {ggufs[0]}")
     return InputError(f"{folder}: not a model folder: it has no config.json")
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all weight files in a folder."""
+    if (folder / SINGLE_FILE).is_file():
+        stored = _read_header(folder / SINGLE_FILE)
+    elif (folder / INDEX_FILE).is_file():
+        stored = _read_sharded(folder)
+    else:
+        raise _no_weights(folder)
+    # Frequencies that early LLaMA exports stored; every model computes them.
+    return {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _read_sharded(folder: Path) -> dict[str, StoredTensor]:
+    index = folder / INDEX_FILE
+    shard_of = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise CheckpointError(f"{index}: has no weight_map")
+    shards = sorted({str(shard) for shard in shard_of.values()})
+    for shard in shards:
+        # A name with a path in it could lead anywhere on the disk.
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {shard!r} is not the name of a safetensors file beside it")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} of {len(shards)} shards missing: {_some(missing)}")
+    headers = {shard: _read_header(folder / shard) for shard in shards}
+    _check_index(index, shard_of, headers)
+    return {name: tensor for header in headers.values() for name, tensor in header.items()}
+
+
+def _check_index(index: Path, shard_of: dict[str, str], headers: dict[str, dict[str, StoredTensor]]) -> None:
+    counts = Counter(name for header in headers.values() for name in header)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise CheckpointError(f"{index.parent}: {_some(twice)} stored in more than one shard")
+    for name, shard in shard_of.items():
+        if name not in headers[shard]:
+            raise CheckpointError(f"{index}: places {name} in {shard}, which does not hold it")
+    unlisted = [name for name in counts if name not in shard_of]
+    if unlisted:
+        raise CheckpointError(f"{index}: does not list {_some(unlisted)}, which a shard holds")
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, in file order.
+
+    Raises: CheckpointError: missing, truncated or corrupt; a dtype that cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt"):  # checks the header against the size of the file
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: truncated or corrupt safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, entry in header.items():
+        dtype = _DTYPES.get(str(entry["dtype"]))
+        if dtype is None:
+            raise CheckpointError(f"{path}: tensor {name}: dtype {entry['dtype']} cannot be read")
+        start = 8 + length + entry["data_offsets"][0]
+        stored[name] = StoredTensor(path, dtype, tuple(entry["shape"]), start)
+    return dict(sorted(stored.items(), key=lambda item: item[1].start))
+
+
+def _no_weights(folder: Path) -> InputError:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return InputError(
+            f"{folder}: has its weights only as pickle ({_some(pickles)}), which can run code when loaded "
+            "and is refused; convert it to safetensors first (save_pretrained does)"
+        )
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return InputError(f"{folder}: no safetensors weights; to use a GGUF file name it: {ggufs[0]}")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = f"; found {_some(others)}" if others else ""
+    return CheckpointError(f"{folder}: no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there{found}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def write_model_folder(
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Write an unquantized model so that transformers and vLLM load it; not atomic by itself.
+
+    Args:
+        folder: made where missing.
+        tensors: on the CPU and in `dtype`, see `cast_checked`; at most one shard of them is kept in memory.
+        config: written with `dtype` and without its quantization; not changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_shards(folder, tensors)
+    config = deepcopy(config)
+    config.dtype = dtype
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    if generation_config is not None:
+        generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype, hint: str = "") -> torch.Tensor:
+    """The tensor in `dtype`, contiguous, on the CPU.
+
+    Raises: InputError: a value is not finite in `dtype`; `hint` ends the message.
+    """
+    tensor = tensor.detach()
+    cast = tensor.to("cpu", dtype)
+    if not torch.isfinite(cast).all():
+        largest = float(tensor.float().abs().max())
+        raise InputError(
+            f"{name}: a value of magnitude {largest:g} does not fit {dtype}, whose largest is "
+            f"{torch.finfo(dtype).max:g}{hint}"
+        )
+    return cast.contiguous()
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write tensors, in their order, as one file or as shards with an index."""
+    names_of: list[list[str]] = []
+    total = 0
+    for shard in _collect_shards(tensors):
+        # vLLM and older transformers ask for the format that torch writes here.
+        save_file(shard, folder / f"part-{len(names_of)}", {"format": "pt"})
+        total += sum(tensor.nbytes for tensor in shard.values())
+        names_of.append(list(shard))
+        shard.clear()  # while the next one is collected this name still refers to it
+    if len(names_of) == 1:
+        (folder / "part-0").rename(folder / SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, names in enumerate(names_of):
+        file_name = f"model-{number + 1:05d}-of-{len(names_of):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / file_name)
+        weight_map.update(dict.fromkeys(names, file_name))
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _collect_shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard

