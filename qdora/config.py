@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from qdora.errors import InputError, suggest
@@ -34,20 +34,26 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
     key: ClassVar[str] = ""
     """Name of the section in a run's configuration, for errors."""
+    several: ClassVar[tuple[str, ...]] = ()
+    """Fields of several strings, of which a Python caller may give one by itself."""
 
     def __init__(self, **settings: Any) -> None:
         try:
-            super().__init__(**settings)
+            super().__init__(**{name: self._plain(name, value) for name, value in settings.items()})
         except ValidationError as error:
             raise InputError(explain(type(self), error, self.key)) from None
 
+    @classmethod
+    def _plain(cls, name: str, value: Any) -> Any:
+        """What a Python caller may write, as a file has it: a list, one string of several, a torch dtype."""
+        if isinstance(value, str) and name in cls.several:
+            return (value,)
+        if isinstance(value, list):
+            return tuple(value)
+        return str(value).removeprefix("torch.") if type(value).__name__ == "dtype" else value
+
     # For calls from Python alone: within a larger section pydantic validates by itself, and knows where.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-
-def dtype_name(value: Any) -> Any:
-    """The name of a dtype that was given as `torch.float32` is; anything else as it is."""
-    return str(value).removeprefix("torch.")
 
 
 class ModelConfig(Section):
@@ -68,8 +74,6 @@ class ModelConfig(Section):
     double_quantization: bool = True
     """Quantize the scales to 8 bits as well (QLoRA, arXiv:2305.14314 §3)."""
 
-    _dtype_name = field_validator("dtype", mode="before")(dtype_name)
-
 
 class AdapterConfig(Section):
     """What is trained beside a frozen weight: a low-rank update and a magnitude (DoRA, arXiv:2402.09353).
@@ -79,6 +83,8 @@ class AdapterConfig(Section):
     Raises: InputError: a value that is not allowed, or an unknown setting; the field is named.
     """
 
+    key = "adapter"
+    several = ("targets", "magnitude_targets")
     type: UpdateType = "lora"
     """Low-rank update of the weight; `none` trains the magnitude alone."""
     dora: bool = True
@@ -112,15 +118,6 @@ class AdapterConfig(Section):
     def scale(self) -> float:
         """The factor before BA."""
         return self.alpha / (self.r**0.5 if self.rslora else self.r)
-
-    key = "adapter"
-
-    @field_validator("targets", "magnitude_targets", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-    _dtype_name = field_validator("dtype", mode="before")(dtype_name)
 
     @model_validator(mode="after")
     def _consistent(self) -> AdapterConfig:
@@ -297,18 +294,14 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     output: OutputConfig
 
-    @model_validator(mode="before")
-    @classmethod
-    def _full_has_no_adapter(cls, tree: Any) -> Any:
-        """Full fine-tuning needs no adapter section: the resolved configuration says that there is none."""
-        training = tree.get("training") if isinstance(tree, dict) else None
-        if isinstance(training, dict) and training.get("mode") == "full" and "adapter" not in tree:
-            return {**tree, "adapter": {"type": "none", "dora": False}}
-        return tree
-
     @model_validator(mode="after")
     def _something_is_trained(self) -> RunConfig:
         has_adapter = self.adapter.type != "none" or self.adapter.dora
+        if self.training.mode == "full" and "adapter" not in self.model_fields_set:
+            # The resolved configuration says that there is none.
+            return self.model_copy(
+                update={"adapter": AdapterConfig(type="none", dora=False)}
+            )._something_is_trained()
         if self.training.mode == "full":
             if has_adapter:
                 raise ValueError(

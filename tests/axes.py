@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from qdora.adapters.full import train_everything
+from qdora.adapters.inject import InjectionReport, inject
 from qdora.config import AdapterConfig
 
 
@@ -48,3 +52,10 @@ def axes_keys(method: str) -> dict[str, Any]:
 def adapter_config(method: str = "qdora", **settings: Any) -> AdapterConfig:
     """An adapter of the point, with other settings."""
     return AdapterConfig(**axes_keys(method), **settings)
+
+
+def adapt(model: nn.Module, method: str, *, seed: int = 0, **settings: Any) -> InjectionReport:
+    """Give a model what the point trains."""
+    if METHODS[method].full:
+        return train_everything(model)
+    return inject(model, adapter_config(method, **settings), seed=seed)

@@ -38,7 +38,13 @@ def train_everything(model: nn.Module) -> InjectionReport:
         parameter.data = parameter.data.to(compute)
         parameter.requires_grad_(True)
         parameter.grad_dtype = torch.promote_types(compute, torch.float32)
-    return InjectionReport((), (), count_parameters(model), count_parameters(model))
+    return full_report(model)
+
+
+def full_report(model: nn.Module) -> InjectionReport:
+    """The report of a model of which every parameter is trained."""
+    total = count_parameters(model)
+    return InjectionReport((), (), total, total)
 
 
 def compute_dtype_of(model: nn.Module) -> torch.dtype:
@@ -57,8 +63,8 @@ def full_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: full_tensor(p, storage).cpu().contiguous() for name, p in _named_parameters(model)}
 
 
-def load_full(model: nn.Module, tensors: Mapping[str, torch.Tensor], origin: str) -> InjectionReport:
-    """Put trained parameters in place of a model's own.
+def load_full(model: nn.Module, tensors: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Replace a model's parameters by trained ones.
 
     Args:
         model: of the same architecture, its linear layers not quantized.
@@ -81,8 +87,6 @@ def load_full(model: nn.Module, tensors: Mapping[str, torch.Tensor], origin: str
     compute = compute_dtype_of(model)
     for name, tensor in tensors.items():
         own[name].data = tensor.to(own[name].device, compute)  # not rounded to the base's 16 bits
-    total = count_parameters(model)
-    return InjectionReport((), (), total, total)
 
 
 def quantize_layers(model: nn.Module, quantization: Quantization) -> None:

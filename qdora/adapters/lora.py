@@ -105,6 +105,7 @@ class LoraUpdate(LowRankUpdate):
             return None
         a_RI, b_OR = (tensors[key].to(weight.device) for key in self.extra_keys)
         self.subtracted = a_RI, b_OR
+        self.init = next(name for name, init in INITS.items() if init.from_weight)
         return self._without_subtracted(weight.dense(torch.float32))
 
     def _without_subtracted(self, w_OI: torch.Tensor) -> torch.Tensor:
@@ -148,7 +149,7 @@ class LoraUpdate(LowRankUpdate):
             "rank_pattern": {name: value for name, value in ranks.items() if value != r},
             "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
             "dropout": float(settings.get("lora_dropout", 0.0)),
-            "init": init_from_peft(settings.get("init_lora_weights", True)),
+            "init": _recorded_init(settings),
         }
 
     @classmethod
@@ -158,6 +159,13 @@ class LoraUpdate(LowRankUpdate):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}, {self.init}, {self.a_RI.dtype}"
+
+
+def _recorded_init(settings: Mapping[str, Any]) -> InitName:
+    value = settings.get("init_lora_weights", True)
+    if "adapter_type" in settings and value in INITS and INITS[value].from_weight:
+        return "kaiming"  # `load_extra` repeats such a start, from the factors that the file has
+    return init_from_peft(value)
 
 
 def _integer(value: float) -> float | int:

@@ -20,7 +20,7 @@ from torch import nn
 from qdora.adapters import UPDATES
 from qdora.adapters.base import LowRankUpdate, assign_full, full_tensor
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.full import full_tensors, is_fully_trained, load_full
+from qdora.adapters.full import full_report, full_tensors, is_fully_trained, load_full
 from qdora.adapters.inject import InjectionReport, adapted_layers, inject, layer_config, linear_layers
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.lora import LoraUpdate
@@ -78,6 +78,12 @@ class SavedAdapter:
         """Whether it is a fully trained model."""
         return self.settings.get("adapter_type") == FULL
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base weights have to be changed when it is loaded."""
+        extra = {key for kind in _KINDS for key in kind.extra_keys}
+        return any(extra & tensors.keys() for tensors in self.layers.values())
+
 
 def check_savable(model: nn.Module) -> None:
     """Find out before training, not after it, that there is nothing to save.
@@ -132,9 +138,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> InjectionReport:
     """
     saved = read_saved(Path(directory))
     check_base(model, saved)
-    if saved.is_full:
-        return load_saved_full(model, saved)
-    report = inject_saved(model, saved)
+    report = full_report(model) if saved.is_full else inject_saved(model, saved)
     assign_saved(model, saved)
     return report
 
@@ -171,25 +175,11 @@ def check_base(model: nn.Module, saved: SavedAdapter) -> None:
         )
 
 
-def load_saved_full(model: nn.Module, saved: SavedAdapter) -> InjectionReport:
-    """Put a fully trained model's parameters in place of a model's own.
-
-    Raises: InputError: as `load_full`.
-    """
-    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in saved.others.items()}
-    return load_full(model, tensors, str(saved.directory))
-
-
 def inject_saved(model: nn.Module, saved: SavedAdapter) -> InjectionReport:
     """Give a model the layers of a saved adapter, at their initial values; `assign_saved` writes its own.
 
-    Raises: InputError: settings that are not supported, an adapter made for other layers or shapes, a
-            fully trained model, which has no layers to add.
+    Raises: InputError: settings that are not supported, an adapter made for other layers or shapes.
     """
-    if saved.is_full:
-        raise InputError(
-            f"{saved.directory}: a fully trained model does not go onto a sharded base; use it without FSDP"
-        )
     config = _adapter_config(model, saved)
     _check_shapes(model, saved, config)
     kind = UPDATES[config.type]
@@ -200,8 +190,15 @@ def inject_saved(model: nn.Module, saved: SavedAdapter) -> InjectionReport:
 def assign_saved(model: nn.Module, saved: SavedAdapter) -> None:
     """Write a saved adapter's values into a model that `inject_saved` prepared, sharded or not.
 
+    A fully trained model's values replace the model's own.
+
     Raises: CheckpointError: tensors that all layers share are missing or of another shape.
+        InputError: as `load_full`.
     """
+    if saved.is_full:
+        tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in saved.others.items()}
+        load_full(model, tensors, str(saved.directory))
+        return
     layers = adapted_layers(model)
     updates = {name: layer.update for name, layer in layers.items() if layer.update is not None}
     if updates and saved.others:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.adapters.fingerprint import combine, sample_digest, sample_rows, set_base_fingerprint
 from qdora.adapters.full import quantize_layers
 from qdora.adapters.layer import AdaptedLinear
-from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, load_saved_full, read_saved
+from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, read_saved
 from qdora.config import DtypeName, ModelConfig, QuantizationName
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
@@ -123,17 +123,19 @@ def load_with_adapter(
     """
     with context.raise_on_all_ranks():
         saved = None if adapter is None else read_saved(adapter)
-    injected = saved is not None and not (saved.is_full and context.fsdp is None)
+        if saved is not None and context.fsdp is not None and (saved.is_full or saved.changes_base):
+            what = "a fully trained model" if saved.is_full else "an adapter that started from full weights"
+            raise InputError(f"{adapter}: {what} does not go onto a sharded base; use it without FSDP")
     model, _ = load_model(
-        checkpoint, settings, context, lambda m: inject_saved(m, saved) if saved and injected else None
+        checkpoint,
+        settings,
+        context,
+        lambda m: inject_saved(m, saved) if saved and not saved.is_full else None,
     )
     with context.raise_on_all_ranks():
         if saved is not None:
             check_base(model, saved)
-            if injected:
-                assign_saved(model, saved)
-            else:
-                load_saved_full(model, saved)
+            assign_saved(model, saved)
         if quantize is not None:
             quantize_layers(model, quantize)
     return model

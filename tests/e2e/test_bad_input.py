@@ -27,7 +27,7 @@ def failing(capsys, command: str, *words: str) -> str:
     [
         ("training.max_step=3", "did you mean 'max_steps'?"),
         ("adapter.r=0", "adapter.r: Input should be greater than or equal to 1, got 0"),
-        ("adapter.method=lora", "does not go with model.base 'nf4'"),
+        ("adapter.method=lora", "key 'adapter.method' is now adapter.type"),
         ("adapter.targets=[q_prj]", "'q_prj' matches no linear layer; did you mean 'q_proj'?"),
         ("adapter.r=40", "larger than the smaller side of model.layers.0.self_attn.k_proj (32x64)"),
         ("model.path=/nowhere/at-all", "/nowhere/at-all"),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.cli import run_command
-from qdora.config_file import load_config
-from tests.axes import METHODS
+from qdora.config_file import load_config, set_key
+from tests.axes import METHODS, axes_keys
 
 from .runs import finish, start, tiny_tree, write_config
 
@@ -27,7 +27,7 @@ def run_folder(tmp_path_factory, tiny_model_folder) -> Path:
     tree["evaluation"]["every"] = 5
     tree["training"]["trackers"] = ["tensorboard"]
     output = finish(start("launch/train.py", "--config", write_config(folder, tree), launcher=True))
-    assert "14 layers with a direction, 14 with a magnitude" in output
+    assert "14 layers with a low-rank update, 14 with a magnitude" in output
     assert "step 5:" in output
     return folder / "run"
 
@@ -74,7 +74,7 @@ def test_evaluate_without_a_run(run_folder, tiny_model_folder, tmp_path, capsys)
     assert run_command("evaluate", words) == 0
     assert json.loads((tmp_path / "test.json").read_text())["total"] == 8
     dense = ["--model", str(tiny_model_folder), "--data", str(run_folder.parent / "test.jsonl")]
-    dense += ["--set", "model.base=dense", "--set", "evaluation.max_new_tokens=8", "--limit", "2"]
+    dense += ["--set", "model.quantization=none", "--set", "evaluation.max_new_tokens=8", "--limit", "2"]
     assert run_command("evaluate", [*dense, "--set", "data.max_length=128"]) == 0
 
 
@@ -103,13 +103,36 @@ def test_export_reloads_in_plain_transformers(run_folder, tmp_path, capsys, dtyp
     assert "already exists" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["full", "full-nf4", "qdvora", "vera", "qmagnitude"])
-def test_every_kind_of_method_goes_the_whole_way(tiny_model_folder, tmp_path, capsys, method):
-    """Catches: a method that trains and then cannot be saved, resumed, scored or exported."""
+AXES = {
+    "full": ("full", {}),
+    "full then nf4": ("full", {"evaluation.quantization": "nf4"}),
+    "nf4 vera dora": ("qdvora", {}),
+    "vera": ("vera", {}),
+    "nf4 magnitude": ("qmagnitude", {}),
+    "fp4": ("qdora", {"model.quantization": "fp4"}),
+    "int8": ("qdora", {"model.quantization": "int8"}),
+    "int8 lora": ("qlora", {"model.quantization": "int8", "model.double_quantization": False}),
+    "gaussian": ("qdora", {"adapter.init": "gaussian"}),
+    "orthogonal": ("dora", {"adapter.init": "orthogonal"}),
+    "pissa": ("qdora", {"adapter.init": "pissa"}),
+    "pissa dense": ("lora", {"adapter.init": "pissa"}),
+}
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_every_choice_on_the_axes_goes_the_whole_way(tiny_model_folder, tmp_path, capsys, name):
+    """Catches: a choice that trains and then cannot be saved, resumed, scored or exported."""
+    method, keys = AXES[name]
     tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=4, save_every=2)
-    tree["adapter"] = {"method": method, "r": 4, "dropout": 0.1}
-    tree["model"]["base"] = METHODS[method].quantization
-    tree["training"]["learning_rate"] = 1e-3 if METHODS[method].full else 3e-2
+    if METHODS[method].full:
+        del tree["adapter"]
+        tree["training"]["mode"] = "full"
+    else:
+        tree["adapter"] = {**axes_keys(method), "r": 4, "dropout": 0.1}
+    tree["model"]["quantization"] = METHODS[method].quantization
+    tree["training"]["learning_rate"] = 1e-3 if METHODS[method].full or "pissa" in name else 3e-2
+    for key, value in keys.items():
+        set_key(tree, key, value)
     config, run = write_config(tmp_path, tree), tmp_path / "run"
     assert run_command("train", ["--config", config]) == 0
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -123,7 +146,7 @@ def test_every_kind_of_method_goes_the_whole_way(tiny_model_folder, tmp_path, ca
     assert run_command("export", ["--run", str(run), "--output", str(tmp_path / "out")]) == 0
     assert "verified: plain transformers loads it" in capsys.readouterr().out
     onto = ["--run", str(run), "--output", str(tmp_path / "original"), "--onto", "original"]
-    assert run_command("export", onto) == (2 if method.startswith("full") else 0)
+    assert run_command("export", onto) == (2 if METHODS[method].full else 0)
 
 
 def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_folder, tmp_path, capsys):
@@ -133,7 +156,7 @@ def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_fo
     write_config(tmp_path, tree, "base.yaml")
     comparison = {
         "base": "base.yaml",
-        "arms": [{"name": "qlora", "method": "qlora"}, {"name": "qdora", "method": "qdora"}],
+        "arms": [{"name": "qlora", "set": {"adapter.dora": False}}, {"name": "qdora"}],
         "seeds": [0, 1],
         "set": {"evaluation.limit": 6},
         "output": {"dir": str(tmp_path / "comparison")},

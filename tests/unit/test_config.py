@@ -97,8 +97,17 @@ def test_a_value_out_of_range_is_refused(tmp_path, override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["adapter.method=lora"], "'lora' does not go with model.base 'nf4'; allowed there: qdora, qlora"),
-        (["model.base=dense"], "'qdora' does not go with model.base 'dense'; allowed there: dora, lora"),
+        (["training.mode=full"], "'full' does not go with model.quantization 'nf4'; allowed there: none"),
+        (["training.mode=full", "adapter.r=4"], "trains every weight and no adapter: leave out the adapter"),
+        (["adapter.type=none", "adapter.dora=false"], "trains nothing; choose adapter.type lora"),
+        (
+            ["adapter.type=vera", "adapter.init=gaussian"],
+            "'gaussian' is a start of lora; adapter.type is 'vera'",
+        ),
+        (["adapter.init=orthogonal", "adapter.r=3"], "'orthogonal' halves the rank: adapter.r must be even"),
+        (["evaluation.quantization=nf4"], "evaluation.quantization goes with training.mode 'full' only"),
+        (["adapter.method=lora"], r"'adapter.method' is now adapter.type \(lora, vera, none\), adapter.dora"),
+        (["model.base=dense"], "'model.base' is now model.quantization; allowed: nf4, fp4, int8, or none"),
         (
             [
                 "data.train={source: file, path: x.json, held_out: 9}",
@@ -127,7 +136,7 @@ def test_an_impossible_combination_is_refused(tmp_path, overrides, message):
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [
-        ("adapter.method=qdra", "qdora"),
+        ("adapter.type=lor", "lora"),
         ("training.schedule=linaer", "linear"),
         ("data.train.source=orca-math", "orca_math"),
         ("data.train.tasks=[ARC]", "ARC-Easy"),
@@ -148,8 +157,8 @@ def test_choices_that_are_numbers_are_listed(tmp_path):
 
 def test_all_mistakes_are_named_at_once(tmp_path):
     """Catches: one mistake shown for each attempt."""
-    message = refusal(tmp_path, "adapter.r=0", "training.lr=1", "adapter.method=qdra")
-    assert all(part in message for part in ("adapter.r", "training.lr", "adapter.method"))
+    message = refusal(tmp_path, "adapter.r=0", "training.lr=1", "adapter.type=lor")
+    assert all(part in message for part in ("adapter.r", "training.lr", "adapter.type"))
 
 
 @pytest.mark.parametrize(

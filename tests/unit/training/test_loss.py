@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdora.adapters.inject import adapted_layers, inject
+from qdora.adapters.inject import adapted_layers
 from qdora.data.batches import collate
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import InputError
 from qdora.models.load import load_base
 from qdora.training import loss as loss_module
 from qdora.training.loss import check_output_layer, completion_loss
-from tests.axes import adapter_config
+from tests.axes import adapt
 from tests.tiny import write_tiny_model
 from tests.unit.adapters.oracle import move_off_the_identity, relative
 
@@ -95,7 +95,7 @@ def test_a_trained_output_layer_gets_its_gradient(tmp_path, monkeypatch, method,
         pytest.skip("an adapter on a tied output layer is refused")
     folder = write_tiny_model(tmp_path / "m", tie_word_embeddings=tied)
     model, _ = load_base(str(folder), quantization="none", dtype="float32")
-    inject(model, adapter_config(r=4, method=method, targets=("q_proj", "lm_head"), dtype="float32"))
+    adapt(model, method, r=4, targets=("q_proj", "lm_head"), dtype="float32")
     for seed, layer in enumerate(adapted_layers(model).values()):
         move_off_the_identity(layer, seed)
     check_output_layer(model)

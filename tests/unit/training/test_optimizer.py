@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qdora.adapters.XX import adapter_parameter
 from torch import nn
 
+from qdora.adapters.base import adapter_parameter
 from qdora.config import TrainingConfig
 from qdora.training.optimizer import AdapterOptimizer
 
