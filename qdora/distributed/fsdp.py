@@ -52,14 +52,14 @@ def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
     """
     if context.fsdp is None:
         return
-    mesh, settings = context.mesh, context.fsdp
-    assert mesh is not None
     for name, layer in adapted_layers(model).items():
         if layer.update is not None and layer.update.sees_weight:
             raise InputError(
                 f"adapter.init: the update of {name} starts from the singular vectors of the full weight, "
                 f"which no rank has under FSDP; allowed there: kaiming, gaussian, orthogonal"
             )
+    mesh, settings = context.mesh, context.fsdp
+    assert mesh is not None
     storage = _widen_trained(model)
     frozen_vectors = set(_frozen_vectors(model))
     policy = MixedPrecisionPolicy(param_dtype=storage, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -126,11 +126,9 @@ def load_with_adapter(
         if saved is not None and context.fsdp is not None and (saved.is_full or saved.changes_base):
             what = "a fully trained model" if saved.is_full else "an adapter that started from full weights"
             raise InputError(f"{adapter}: {what} does not go onto a sharded base; use it without FSDP")
+    injected = None if saved is None or saved.is_full else saved
     model, _ = load_model(
-        checkpoint,
-        settings,
-        context,
-        lambda m: inject_saved(m, saved) if saved and not saved.is_full else None,
+        checkpoint, settings, context, lambda m: None if injected is None else inject_saved(m, injected)
     )
     with context.raise_on_all_ranks():
         if saved is not None:

@@ -110,12 +110,12 @@ def test_orthogonal_start_is_that_of_peft():
 @pytest.mark.parametrize(("quantization", "bound"), [("none", 3e-3), ("int8", 1.5e-2), ("nf4", 0.12)])
 @pytest.mark.parametrize("dora", [False, True])
 def test_pissa_starts_from_the_top_singular_vectors(tiny_model_folder, quantization, bound, dora):
-    """Catches: a residual that does not lose what the update took over, a rank-R part that is not the best one, a
-    magnitude that starts from the residual's norms."""
+    """Catches: a residual that keeps what the update took over, a rank-R part that is not the best one,
+    a magnitude that starts from the residual's norms."""
     model = model_of(tiny_model_folder, quantization)
     before, name = logits(model), "model.layers.1.mlp.up_proj"
     w_OI = model.get_submodule(name).base.dense()
-    inject(model, adapter_config(r=8, alpha=24.0, dora=dora, init="pissa", dtype="float32"))
+    inject(model, adapter_config("dora" if dora else "lora", r=8, alpha=24.0, init="pissa", dtype="float32"))
     assert relative(logits(model), before) < bound
     layer = adapted_layers(model)[name]
     factors = layer.update.factors()
@@ -148,8 +148,8 @@ def test_a_pissa_adapter_goes_onto_the_base_again(tiny_model_folder, tmp_path, q
 
 
 def test_a_pissa_adapter_of_peft_is_refused(tiny_model_folder, tmp_path):
-    """Catches: factors whose base PEFT derives anew when it loads them, put onto the original base: the logits
-    were wrong by 28 to 42%."""
+    """Catches: factors whose base PEFT derives anew when it loads them, put onto the original base: logits that
+    are wrong by 28 to 42%."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
     peft.get_peft_model(base, config).save_pretrained(tmp_path)
