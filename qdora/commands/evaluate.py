@@ -10,7 +10,7 @@ from tabulate import tabulate
 from qdora.commands.score import score_adapter
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.evaluation.evaluate import Scores
+from qdora.evaluation.scores import Scores
 from qdora.run import Target, add_target_arguments, resolve_target
 
 

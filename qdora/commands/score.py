@@ -3,53 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.commands.base import load_with_adapter
 from qdora.config import RunConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token
 from qdora.distributed.context import DistributedContext
-from qdora.distributed.generation import for_generation
 from qdora.errors import InputError, suggest
-from qdora.evaluation.evaluate import Scores, evaluate
-from qdora.evaluation.scores import write_scores
+from qdora.evaluation.evaluate import evaluate_configured
+from qdora.evaluation.scores import Scores, write_scores
+from qdora.tasks import check_data
 from qdora.tasks.prepare import load_test
-
-
-def score_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    config: RunConfig,
-    context: DistributedContext,
-    *,
-    show_progress: bool = True,
-) -> list[Scores]:
-    """Exact match on test examples, split over the processes; one entry a task.
-
-    Raises: InputError: prompt and answer do not fit into the model's context.
-    """
-    settings = config.evaluation
-    tokens = settings.batch_size * (config.data.max_length + settings.max_new_tokens)
-    with for_generation(model, context, tokens) as in_step:
-        return evaluate(
-            model,
-            tokenizer,
-            examples[: settings.limit],
-            prompt=config.data.prompt,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            kind=config.data.test.answer_kind,
-            rank=context.rank,
-            world_size=context.world_size,
-            gather=context.gather,
-            in_step=in_step,
-            show_progress=show_progress and context.is_main,
-        )
 
 
 def score_adapter(
@@ -68,6 +33,7 @@ def score_adapter(
         task: only this task of the test set.
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
+    check_data(config.data)
     model, tokenizer = load_with_adapter(config.model, adapter, context)
     choose_pad_token(tokenizer)
     with context.raise_on_all_ranks():
@@ -79,7 +45,7 @@ def score_adapter(
             file=sys.stderr,
         )
     examples = _of_task(test.examples, task)
-    scores = score_model(model, tokenizer, examples, config, context)
+    scores = evaluate_configured(model, tokenizer, examples, config, context)
     if context.is_main and folder is not None:
         for score in scores:
             write_scores(score, folder)

@@ -52,10 +52,10 @@ def generate(
         prompts: token ids, any lengths.
         pad_id: fills prompts up on the left, under an attention mask of 0.
         max_new_tokens: most tokens generated after a prompt.
-        batch_size: prompts generated together.
+        batch_size: prompts generated at once.
         progress: called after each batch with its generations by index into `prompts`.
-        synced: the processes share one sharded model, and each goes on calling it until all are
-            done.  All must then have equally many prompts.
+        synced: the model is sharded over ranks, and each goes on calling it until all are done.  All
+            must then have equally many prompts.
     Returns: one generation per prompt, in the order of `prompts`.
     Raises: InputError: as `check_prompts`.
     """
@@ -70,7 +70,7 @@ def generate(
         eos_token_id=eos_ids or None,
     )
     done: dict[int, Generation] = {}
-    with _only(model, config), torch.no_grad():
+    with _generation_mode(model, config), torch.no_grad():
         for indices in _batches(prompts, batch_size):
             batch = [prompts[index] for index in indices]
             outputs = _generate_batch(model, batch, pad_id, synced)
@@ -84,7 +84,7 @@ def generate(
 def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse, before any work, what would fail or go wrong silently in the middle of it.
 
-    Raises: InputError: a prompt has no tokens, or prompt and answer together exceed the model's context.
+    Raises: InputError: a prompt has no tokens, or prompt and answer exceed the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
@@ -106,8 +106,8 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @contextmanager
-def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Eval mode and this generation config, then everything as it was, module by module."""
+def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Eval mode and this generation config in the block; then the modes and the config of before."""
     modes = [(module, module.training) for module in model.modules()]
     own_config = model.generation_config
     # Passing a config to generate() is not enough: it fills what is None there from the model's own.

@@ -1,0 +1,74 @@
+"""Sources and their keys, refused before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from qdora.config import DataConfig, DatasetConfig
+from qdora.config_file import load_config
+from qdora.errors import InputError
+from qdora.tasks import check_data, load_dataset
+from tests.unit.test_config import write
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train.source=file"], "data.train: source 'file' needs a path"),
+        (["data.train.source=hub"], "data.train: source 'hub' needs a path"),
+        (["data.test.count=null"], "data.test: source 'synthetic' needs a count"),
+        (["data.train.tasks=[boolq]"], "tasks belong to source 'commonsense', not to 'synthetic'"),
+        (["data.test.split=dev"], "split 'dev' of source 'synthetic'; allowed: train, test"),
+        (["data.test.held_out=3"], "held_out belongs to source 'orca_math' or 'file' or 'hub', not to 'syn"),
+        (["data.train={source: SVAMP}"], "data.train: source 'SVAMP' needs a path"),
+        (["data.train={source: gsm8k, count: 3}"], "count belongs to source 'synthetic', not to 'gsm8k'"),
+        (["data.train={source: gsm8k, columns: {question: q}}"], "columns belong to source 'file' or 'hub'"),
+    ],
+)
+def test_an_impossible_combination_is_refused(tmp_path, overrides, message):
+    """Catches: two keys that contradict each other, of which one is silently ignored."""
+    config = load_config(write(tmp_path), overrides)
+    with pytest.raises(InputError, match=message):
+        check_data(config.data)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("data.train.source=orca-math", "orca_math"),
+        ("data.train.source=SWAMP", "SVAMP"),
+        ("data.train={source: commonsense, path: x, tasks: [ARC]}", "ARC-Easy"),
+    ],
+)
+def test_a_wrong_choice_is_answered_with_the_nearest(tmp_path, override, nearest):
+    """Catches: a list of choices without the one that was meant."""
+    config = load_config(write(tmp_path), [override])
+    with pytest.raises(InputError) as caught:
+        check_data(config.data)
+    assert f"did you mean {nearest!r}? allowed: " in str(caught.value)
+    assert override.rpartition("=")[2].strip("}[]").rpartition("[")[2] in str(caught.value)
+
+
+def test_loading_checks_too():
+    """Catches: a caller from Python whose mistyped source ends in a KeyError, or whose key does nothing."""
+    with pytest.raises(InputError, match=r"unknown source 'gsm8'; did you mean 'gsm8k'\?"):
+        load_dataset(DatasetConfig(source="gsm8"), "stop")
+    with pytest.raises(InputError, match="count belongs to source 'synthetic'"):
+        load_dataset(DatasetConfig(source="orca_math", count=3), "stop")
+
+
+def test_keys_that_fit_pass():
+    """Catches: a default value taken for a key that was given."""
+    columns = {"question": "instruction", "completion": "output"}
+    sets = [
+        DatasetConfig(source="synthetic", count=3, split="test", seed=1, limit=2),
+        DatasetConfig(source="orca_math", path="x", held_out=3),
+        DatasetConfig(source="commonsense", path="x", tasks=("boolq", "piqa")),
+        DatasetConfig(source="boolq", path="x"),
+        DatasetConfig(source="AddSub", path="x", split="test"),
+        DatasetConfig(source="file", path="x", name="y", columns=columns, answer_kind="text", held_out=1),
+        DatasetConfig(source="hub", path="x", name="y", split="validation"),
+        DatasetConfig(source="gsm8k"),
+    ]
+    for one in sets:
+        check_data(DataConfig(train=one, test=sets[0]))
