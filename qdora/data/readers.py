@@ -109,8 +109,8 @@ def read_json(path: Path) -> list[Row]:
 
     Raises:
         InputError: the file cannot be read.
-        DataError: an array that is not valid JSON; names the line.  (Behind a syntax error in
-            an array nothing can be told apart, so it stops whatever the configuration says.)
+        DataError: an array that is not valid JSON; names the line.  (Behind a syntax error in an array
+            rows cannot be recognized, so it stops whatever the configuration says.)
     """
     text = read_text(path)
     start = _skip_space(text, 0)

@@ -39,7 +39,7 @@ def tokenize_examples(
 
     Args:
         prompt: name of the template.
-        max_length: of prompt, completion and EOS together; nothing is ever cut.
+        max_length: of prompt, completion and EOS in all; nothing is ever cut.
         bad_rows: what to do with an example that is longer, or has no tokens.
     Raises:
         InputError: no EOS token, unknown or unusable template.

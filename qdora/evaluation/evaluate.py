@@ -103,9 +103,13 @@ def evaluate(
         show_progress: a bar per task on stderr, on the main rank.
         decoding: prompt template, `max_new_tokens`, `batch_size`.
     Returns: one `Scores` per task, in the order of their first example.
-    Raises: InputError: no examples, unknown template, a prompt longer than the model's context
-        allows, or a choice task whose answer words are unknown.
+    Raises:
+        InputError: no examples, unknown template, a prompt longer than the model's context allows, or a
+            choice task whose answer words are unknown.
+        TypeError: an option of decoding is missing or unknown.
     """
+    if wrong := Decoding.__required_keys__ ^ decoding.keys():
+        raise TypeError(f"evaluate(): missing or unknown: {', '.join(sorted(wrong))}")
     if not examples:
         raise InputError("evaluation: there are no examples to score")
     context = context or DistributedContext()
@@ -207,7 +211,7 @@ def _generate_all(setup: _Setup, group: _Group) -> list[Generation]:
     by_index = dict(context.gather(list(zip(chosen, generations, strict=True))))
     if len(by_index) != len(group.examples):
         raise RuntimeError(
-            f"{len(by_index)} of {len(group.examples)} examples came back from {context.world_size} ranks"
+            f"{len(by_index)} of {len(group.examples)} examples were generated on {context.world_size} ranks"
         )
     return [by_index[index] for index in range(len(group.examples))]
 
@@ -236,9 +240,7 @@ def _prediction(
         origin=example.origin,
         prompt=str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)),
         output=generation.text,
-        extracted=headline.extracted,
-        gold=headline.gold,
-        correct=headline.correct,
+        **vars(headline),
         tokens=generation.tokens,
         stopped=generation.stopped,
         scorers=verdicts,

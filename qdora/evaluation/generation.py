@@ -50,7 +50,7 @@ def generate(
 
     Args:
         prompts: token ids, any lengths.
-        pad_id: fills prompts up on the left, under an attention mask of 0.
+        pad_id: pads prompts on the left, under an attention mask of 0.
         max_new_tokens: most tokens generated after a prompt.
         batch_size: prompts generated at once.
         progress: called after each batch with its generations by index into `prompts`.
@@ -110,7 +110,7 @@ def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterat
     """Eval mode and this generation config in the block; then the modes and the config of before."""
     modes = [(module, module.training) for module in model.modules()]
     own_config = model.generation_config
-    # Passing a config to generate() is not enough: it fills what is None there from the model's own.
+    # Passing a config to generate() is not enough: it takes what is None there from the model's own.
     model.generation_config = config
     model.eval()
     try:
@@ -130,7 +130,7 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list
 def _generate_batch(
     model: PreTrainedModel, batch: Sequence[Sequence[int]], pad_id: int, synced: bool
 ) -> list[list[int]]:
-    """The generated ids of each row, EOS and what fills the row after it included."""
+    """The generated ids of each row, EOS and the padding after it included."""
     longest = max(len(prompt) for prompt in batch)
     padding = [longest - len(prompt) for prompt in batch]
     ids_BP = [[pad_id] * pad + list(prompt) for pad, prompt in zip(padding, batch, strict=True)]

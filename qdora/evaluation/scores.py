@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
+from pydantic import TypeAdapter, ValidationError
+
 from qdora.data.readers import read_text
 from qdora.errors import InputError
 from qdora.evaluation.statistics import binomial_stderr, wilson_interval
@@ -183,15 +185,20 @@ def read_scores(path: str | Path) -> Scores:
     Raises: InputError: a file is missing, is not what `write_scores` writes, or the two disagree.
     """
     path = Path(path)
-    tree = _parse(str(path), read_text(path))
     predictions_path = path.with_name(f"{path.stem}.predictions.jsonl")
+    tree = _parse(str(path), read_text(path))
     lines = read_text(predictions_path).split("\n")[:-1]
+    predictions = [_parse(f"{predictions_path}:{n}", line) for n, line in enumerate(lines, 1)]
     try:
-        predictions = [_read_prediction(f"{predictions_path}:{n}", line) for n, line in enumerate(lines, 1)]
-        scores = _read_scores(tree, predictions)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a score file of this program: {error!r}") from None
-    if scores.total != len(scores.predictions):
+        scores = TypeAdapter(Scores).validate_python({**tree, "predictions": predictions})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        at, *key = problem["loc"]
+        where = f"{path}: not a score file of this program: {at}"
+        if at == "predictions":
+            where = f"{predictions_path}:{int(key.pop(0)) + 1}: not a prediction of this program"
+        raise InputError(": ".join([where, *map(str, key), problem["msg"]])) from None
+    if scores.total != len(lines):
         raise InputError(f"{path}: {scores.total} questions, but {predictions_path} has {len(lines)} lines")
     return scores
 
@@ -204,22 +211,3 @@ def _parse(where: str, text: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(tree).__name__}")
     return tree
-
-
-def _read_scores(tree: dict[str, Any], predictions: Sequence[Prediction]) -> Scores:
-    fields = {key: value for key, value in tree.items() if key != "tokens_per_second"}
-    fields["interval"] = tuple(tree["interval"])
-    fields["per_scorer"] = {
-        name: ScorerResult(**{**result, "interval": tuple(result["interval"])})
-        for name, result in tree["per_scorer"].items()
-    }
-    return Scores(**fields, predictions=tuple(predictions))
-
-
-def _read_prediction(where: str, line: str) -> Prediction:
-    tree = _parse(where, line)
-    try:
-        scorers = {name: Verdict(**verdict) for name, verdict in tree["scorers"].items()}
-        return Prediction(**{**tree, "scorers": scorers})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: not a prediction of this program: {error!r}") from None

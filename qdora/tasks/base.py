@@ -115,7 +115,7 @@ class Task:
         return Dataset([converted[i] for i in order if i in converted][: config.limit], skipped)
 
     def score(self, output: str, example: Example) -> dict[str, Verdict]:
-        """What each scorer makes of an output, the headline scorer first.
+        """The verdict of each scorer on an output, the headline scorer first.
 
         Args:
             output: what the model generated, without the prompt.

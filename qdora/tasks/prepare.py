@@ -1,4 +1,4 @@
-"""From a data configuration to what training and evaluation take."""
+"""From a data configuration to tokenized training data and test examples; a tokenizer is enough, no model."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ _PUNCTUATION = re.compile(r"(?!(?<=\d)\.\d)(?!-\s*\d)[^\w+*/=<>^%]|_")
 def remove_leaked(train: Iterable[Example], test: Iterable[Example]) -> tuple[list[Example], int]:
     """The training examples whose question is not a test question, and how many were removed.
 
-    Questions are compared as a whole (for the commonsense tasks: the instruction with its answer
-    choices) after `normalize`.  That catches copies which differ in case, spacing, punctuation or
+    The full questions are compared (for the commonsense tasks: the instruction with its answer choices)
+    after `normalize`.  That catches copies which differ in case, spacing, punctuation or
     Unicode form.  It does not catch a paraphrase, other numbers or names in the same story, the
     same question with other or reordered choices, or a test question inside a longer text.  A
     training question that stands there several times is removed, and counted, each time.

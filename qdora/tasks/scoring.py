@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a scorer made of one output.
+    """The verdict of one scorer on one output.
 
     Attributes:
         extracted: the answer found in the output, as written there; None where there is none.

@@ -172,7 +172,7 @@ def generate(split: str, count: int, seed: int) -> list[Example]:
     The kinds take turns, so that each is there equally often until a small one is used up.
 
     Args:
-        split: `train` or `test`; they share no problem, whatever the seeds.
+        split: `train` or `test`; no problem is in both, whatever the seeds.
         count: how many.
         seed: decides the choice, the order, the names and the things.
     Raises: InputError: an unknown split, or more problems than there are.

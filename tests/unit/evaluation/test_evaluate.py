@@ -208,3 +208,11 @@ def test_progress_goes_to_stderr(
     assert captured.out == ""
     assert "synthetic" in captured.err
     assert "exact match" in captured.err
+
+
+def test_a_mistyped_option_is_a_type_error(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Catches: a KeyError from inside, or an option that does nothing."""
+    with pytest.raises(TypeError, match="missing or unknown: promt$"):
+        evaluate(model, tokenizer, EXAMPLES, promt="alpaca", **SETTINGS)

@@ -1,4 +1,4 @@
-"""Sources and their keys, refused before anything is loaded."""
+"""The registry: what a new task is, and sources and keys that are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,52 @@ import pytest
 
 from qdora.config import DataConfig, DatasetConfig
 from qdora.config_file import load_config
+from qdora.data.rows import Example, Row
 from qdora.errors import InputError
-from qdora.tasks import check_data, load_dataset
+from qdora.tasks import TASKS, check_data, load_dataset, task_for
+from qdora.tasks.base import Task
+from qdora.tasks.prepare import prepare
 from tests.unit.test_config import write
+
+
+class Doubling(Task):
+    """What a contributor writes: rows and examples."""
+
+    optional = ("count",)
+
+    def rows(self, config):
+        return [Row(f"doubling[{i}]", {"i": i}) for i in range(config.count or 20)]
+
+    def example(self, config, row):
+        i = row.values["i"]
+        question = f"What is twice {i if config.split == 'train' else i + 100}?"
+        return Example(question, f"It is {2 * i}.", str(2 * i), self.name, row.origin)
+
+
+def test_a_new_task_is_an_object_and_a_row(tokenizer, monkeypatch):
+    """Catches: a list of names, a table or a check elsewhere that a new task has to enter."""
+    task = Doubling("doubling", provenance="this test", licence="Apache-2.0", gold="solution")
+    monkeypatch.setitem(TASKS, "doubling", task)
+    config = DataConfig(
+        train=DatasetConfig(source="doubling"), test=DatasetConfig(source="doubling", split="test", count=3)
+    )
+    data = prepare(config, tokenizer, None)
+    assert (len(data.train), [example.answer for example in data.test]) == (20, ["0", "2", "4"])
+    verdicts = task_for("doubling").score("The answer is 4.0", data.test[2])
+    assert list(verdicts) == list(task.scorers) == ["normalized", "published"]
+    assert verdicts["normalized"].correct
+    with pytest.raises(InputError, match=r"held_out belongs to .*, not to 'doubling'"):
+        load_dataset(DatasetConfig(source="doubling", held_out=3), "stop")
+    with pytest.raises(InputError, match=r"unknown source 'doublin'; did you mean 'doubling'"):
+        load_dataset(DatasetConfig(source="doublin"), "stop")
+
+
+def test_every_task_states_where_it_comes_from():
+    """Catches: a task without provenance or licence, or one under another name than its own."""
+    for name, task in TASKS.items():
+        assert name == task.name
+        assert task.provenance
+        assert task.licence
 
 
 @pytest.mark.parametrize(
