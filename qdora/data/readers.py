@@ -211,8 +211,11 @@ def read_csv(path: Path) -> list[Row]:
         except csv.Error as error:
             rows.append(Row(origin, {}, f"not valid CSV: {error}"))
             continue
-        if record:  # a blank line is an empty record
-            rows.append(_csv_row(record, header, origin))
+        if len(record) == len(header):
+            rows.append(Row(origin, dict(zip(header, record, strict=True))))
+        elif record:  # a blank line is an empty record
+            problem = f"{len(record)} fields, but the header names {len(header)} columns"
+            rows.append(Row(origin, {}, problem))
 
 
 def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
@@ -226,12 +229,6 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
     if repeated:
         raise DataError(f"{path}:1: column names repeat: {', '.join(map(repr, repeated))}")
     return header
-
-
-def _csv_row(record: Sequence[str], header: Sequence[str], origin: str) -> Row:
-    if len(record) != len(header):
-        return Row(origin, {}, f"{len(record)} fields, but the header names {len(header)} columns")
-    return Row(origin, dict(zip(header, record, strict=True)))
 
 
 def read_parquet(path: Path) -> list[Row]:

@@ -115,7 +115,8 @@ def evaluate(
     context = context or DistributedContext()
     groups = _by_task(tokenizer, decoding["prompt"], examples, kind)
     for group in groups:
-        _check(model, group, decoding["max_new_tokens"])
+        origins = [example.origin for example in group.examples]
+        check_prompts(model, group.prompts, decoding["max_new_tokens"], origins)
     longest = max(len(ids) for group in groups for ids in group.prompts)
     tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"])
     with for_generation(model, context, tokens) as sharded:
@@ -152,14 +153,6 @@ def _with_answer_words(task: Task, examples: Sequence[Example]) -> Task:
         )
     # Longest first: "answer1" must not be found in "answer10".
     return replace(task, words=tuple(sorted(words, key=lambda word: (-len(word), word))))
-
-
-def _check(model: PreTrainedModel, group: _Group, max_new_tokens: int) -> None:
-    for example, ids in zip(group.examples, group.prompts, strict=True):
-        try:
-            check_prompts(model, [ids], max_new_tokens)
-        except InputError as error:
-            raise InputError(f"{example.origin}: {error}") from None
 
 
 def _evaluate_task(setup: _Setup, group: _Group) -> Scores:

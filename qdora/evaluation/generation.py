@@ -81,19 +81,27 @@ def generate(
     return [done[index] for index in range(len(prompts))]
 
 
-def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    origins: Sequence[str] = (),
+) -> None:
     """Refuse, before any work, what would fail or go wrong silently in the middle of it.
 
+    Args:
+        origins: names each prompt in errors; its index where there are none.
     Raises: InputError: a prompt has no tokens, or prompt and answer exceed the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
+        name = f"{origins[index]}: the prompt" if origins else f"prompt {index}"
         if not prompt:
-            raise InputError(f"prompt {index} has no tokens; nothing can be generated from it")
+            raise InputError(f"{name} has no tokens; nothing can be generated from it")
         needed = len(prompt) + max_new_tokens
         if context is not None and needed > context:
             raise InputError(
-                f"prompt {index} has {len(prompt)} tokens and up to {max_new_tokens} are generated "
+                f"{name} has {len(prompt)} tokens and up to {max_new_tokens} are generated "
                 f"(evaluation.max_new_tokens): {needed} tokens, but the model's context is {context}"
             )
 

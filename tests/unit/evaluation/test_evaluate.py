@@ -214,5 +214,5 @@ def test_a_mistyped_option_is_a_type_error(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Catches: a KeyError from inside, or an option that does nothing."""
-    with pytest.raises(TypeError, match="missing or unknown: promt$"):
+    with pytest.raises(TypeError, match=r"missing or unknown: promt$"):
         evaluate(model, tokenizer, EXAMPLES, promt="alpaca", **SETTINGS)
