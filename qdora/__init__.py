@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qdora.evaluation.scores import Scores
     from qdora.export.write import merge_and_export
     from qdora.models.load import load_base
+    from qdora.tasks.scoring import score_answer
 
 __all__ = [
     "AdaptedLinear",
@@ -36,6 +37,7 @@ __all__ = [
     "merge_adapters",
     "merge_and_export",
     "save_adapter",
+    "score_answer",
     "unmerge_adapters",
 ]
 
@@ -53,6 +55,7 @@ _HOMES = {
     "merge_adapters": "qdora.adapters.inject",
     "merge_and_export": "qdora.export.write",
     "save_adapter": "qdora.adapters.peft_io",
+    "score_answer": "qdora.tasks.scoring",
     "unmerge_adapters": "qdora.adapters.inject",
 }
 

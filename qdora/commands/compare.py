@@ -8,12 +8,12 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from qdora.commands.score import score_adapter
 from qdora.commands.train import train
 from qdora.config import ArmConfig, CompareConfig, RunConfig
 from qdora.config_file import check_config, dump_config, load_config, read_yaml, set_key
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
+from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores, read_scores
 from qdora.experiments.report import ArmRun, markdown, write_report
 from qdora.files import write_text
@@ -75,7 +75,7 @@ def _train_and_score(
     if context.is_main:
         print(f"\n== {arm.name}, seed {seed}: {directory.path}", file=sys.stderr)
     train(config, resume="auto" if resume else None, context=context)
-    scores = score_adapter(config, directory.finished_adapter(), context, folder=directory.evaluation)
+    scores = evaluate_adapter(config, directory.finished_adapter(), context, folder=directory.evaluation)
     return ArmRun(
         arm=arm.name,
         method=arm.method,
@@ -93,4 +93,4 @@ def _base_scores(
     reports = sorted(folder.glob("*.json"))
     if resume and reports:
         return [read_scores(path) for path in reports]
-    return score_adapter(config, None, context, folder=folder)
+    return evaluate_adapter(config, None, context, folder=folder)

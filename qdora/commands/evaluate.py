@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from qdora.commands.score import score_adapter
 from qdora.config_file import config_digest
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.evaluation.evaluate import Scores
+from qdora.evaluation.evaluate import evaluate_adapter
+from qdora.evaluation.scores import Scores
 from qdora.run import Target, add_target_arguments, resolve_target
 
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     context = DistributedContext.from_launch()
     context.refuse_disagreement({"the configuration": config_digest(target.config)})
     folder = _report_folder(arguments, target)
-    scores = score_adapter(target.config, target.adapter, context, folder=folder, task=arguments.task)
+    scores = evaluate_adapter(target.config, target.adapter, context, folder=folder, task=arguments.task)
     if context.is_main:
         print(_table(scores))
         if folder is not None:

@@ -17,16 +17,17 @@ from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import train_everything
 from qdora.adapters.inject import InjectionReport, initial_update_fingerprint, inject
 from qdora.adapters.peft_io import check_savable, save_adapter
-from qdora.commands.score import score_model
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
+from qdora.evaluation.evaluate import evaluate_configured
 from qdora.evaluation.scores import write_scores
 from qdora.experiments.plots import plot_loss
 from qdora.models.hub import open_checkpoint
 from qdora.models.load import compute_dtype, load_model, required_tokenizer
 from qdora.run import RunDirectory, make_manifest, package_versions
+from qdora.tasks import check_data
 from qdora.tasks.prepare import PreparedData, prepare
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
 from qdora.training.loop import Callbacks, Trainer
@@ -82,6 +83,7 @@ def train(
     Raises: InputError: anything that the configuration or its files get wrong.
         InterruptedRunError: stopped on request, after a checkpoint.
     """
+    check_data(config.data)
     context = context or DistributedContext.from_launch(config.training.trackers, config.output.dir)
     directory = RunDirectory(config.output.dir)
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
@@ -155,7 +157,9 @@ def _train(
             )
 
         def evaluate(step: int) -> None:
-            scores = score_model(trainer.model, tokenizer, data.test, config, context, show_progress=False)
+            scores = evaluate_configured(
+                trainer.model, tokenizer, data.test, config, context, show_progress=False
+            )
             if context.is_main:
                 for score in scores:
                     write_scores(score, directory.evaluation / f"step-{step}")

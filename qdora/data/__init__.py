@@ -1,6 +1,2 @@
-"""Data: from sources to tokens.
-
-`sources` give `Example`s, `leakage` removes test questions from the training
-set, `prompts` and `tokenize` turn examples into ids, `batches` into tensors;
-`prepare` composes them.
-"""
+"""From files to batches: `readers` give rows, tasks make examples of them, `templates` and `tokenize` turn
+those into token ids, `batches` into tensors."""

@@ -16,8 +16,9 @@ import torch
 
 from qdora.data.tokenize import TokenizedExample
 
-_BATCHES_SORTED_TOGETHER = 50
-"""Enough that a batch's sequences are about equally long, few enough that batches stay random."""
+_BATCHES_IN_A_RUN = 50
+"""Batches that are sorted by length as one: enough that a batch's sequences are about equally long, few
+enough that batches stay random."""
 
 IGNORED_LABEL = -100
 """What torch's cross entropy leaves out."""
@@ -73,7 +74,7 @@ class BatchPlan:
         generator = np.random.default_rng((self._seed, epoch))
         order = generator.permutation(len(self._lengths))
         full = len(order) - len(order) % self._batch_size
-        run = _BATCHES_SORTED_TOGETHER * self._batch_size
+        run = _BATCHES_IN_A_RUN * self._batch_size
         batches: list[list[int]] = []
         for start in range(0, full, run):
             members = order[start : min(start + run, full)]
@@ -94,8 +95,6 @@ class Batch:
     """(B, T) int64."""
     labels_BT: torch.Tensor
     """(B, T) int64, aligned with the ids, not shifted; -100 on the prompt and on padding."""
-    lengths: torch.Tensor
-    """(B,) int64: tokens of each sequence without padding."""
 
 
 def collate(examples: Sequence[TokenizedExample], pad_id: int) -> Batch:
@@ -105,8 +104,7 @@ def collate(examples: Sequence[TokenizedExample], pad_id: int) -> Batch:
     """
     if not examples:
         raise ValueError("cannot collate a batch of no examples")
-    lengths = torch.tensor([len(example.input_ids) for example in examples])
-    shape = (len(examples), int(lengths.max()))
+    shape = (len(examples), max(len(example.input_ids) for example in examples))
     input_ids_BT = torch.full(shape, pad_id, dtype=torch.int64)
     labels_BT = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
     for b, example in enumerate(examples):
@@ -114,7 +112,7 @@ def collate(examples: Sequence[TokenizedExample], pad_id: int) -> Batch:
         ids_T = torch.tensor(example.input_ids, dtype=torch.int64)
         input_ids_BT[b, :end] = ids_T
         labels_BT[b, start:end] = ids_T[start:]
-    return Batch(input_ids_BT, labels_BT, lengths)
+    return Batch(input_ids_BT, labels_BT)
 
 
 def without_labels(batch: Batch) -> Batch:

@@ -1,4 +1,4 @@
-"""The reader for a path: by its suffix; a folder is read file by file."""
+"""Readers of json, jsonl, csv and parquet files and of hub datasets: rows that know where they stood."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
-    """The whole file as UTF-8, a byte order mark removed.
+    """A file's text as UTF-8, a byte order mark removed.
 
     Raises:
         InputError: the file cannot be read.
@@ -82,7 +82,7 @@ def read_text(path: Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file.
+    """A file's bytes.
 
     Raises: InputError: the file cannot be read.
     """
@@ -109,8 +109,8 @@ def read_json(path: Path) -> list[Row]:
 
     Raises:
         InputError: the file cannot be read.
-        DataError: an array that is not valid JSON; names the line.  (Behind a syntax error in
-            an array nothing can be told apart, so it stops whatever the configuration says.)
+        DataError: an array that is not valid JSON; names the line.  (Behind a syntax error in an array
+            rows cannot be recognized, so it stops whatever the configuration says.)
     """
     text = read_text(path)
     start = _skip_space(text, 0)
@@ -136,12 +136,15 @@ def read_json_lines(path: Path) -> list[Row]:
 def _parse_line(line: bytes, origin: str) -> Row:
     try:
         return _json_row(_DECODER.decode(line.decode()), origin)
-    except json.JSONDecodeError as error:
-        return Row(origin, {}, f"not valid JSON: {error.msg} at column {error.colno}")
     except UnicodeDecodeError as error:
         return Row(origin, {}, f"not UTF-8 text: byte 0x{line[error.start]:02x}")
     except (ValueError, RecursionError) as error:
-        return Row(origin, {}, f"not valid JSON: {error}")
+        return Row(origin, {}, _syntax_error(error))
+
+
+def _syntax_error(error: ValueError | RecursionError) -> str:
+    column = isinstance(error, json.JSONDecodeError) and f"{error.msg} at column {error.colno}"
+    return f"not valid JSON: {column or error}"
 
 
 def _elements(text: str, start: int, path: Path) -> Iterator[Row]:
@@ -153,12 +156,9 @@ def _elements(text: str, start: int, path: Path) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = _DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
-            ) from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}:{line}: not valid JSON: {error}") from None
+            at = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            raise DataError(f"{path}:{at}: {_syntax_error(error)}") from None
         yield _json_row(value, f"{path}:{line}")
         position = _skip_space(text, position)
         separator = text[position : position + 1]
@@ -211,8 +211,11 @@ def read_csv(path: Path) -> list[Row]:
         except csv.Error as error:
             rows.append(Row(origin, {}, f"not valid CSV: {error}"))
             continue
-        if record:  # a blank line is an empty record
-            rows.append(_csv_row(record, header, origin))
+        if len(record) == len(header):
+            rows.append(Row(origin, dict(zip(header, record, strict=True))))
+        elif record:  # a blank line is an empty record
+            problem = f"{len(record)} fields, but the header names {len(header)} columns"
+            rows.append(Row(origin, {}, problem))
 
 
 def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
@@ -226,12 +229,6 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
     if repeated:
         raise DataError(f"{path}:1: column names repeat: {', '.join(map(repr, repeated))}")
     return header
-
-
-def _csv_row(record: Sequence[str], header: Sequence[str], origin: str) -> Row:
-    if len(record) != len(header):
-        return Row(origin, {}, f"{len(record)} fields, but the header names {len(header)} columns")
-    return Row(origin, dict(zip(header, record, strict=True)))
 
 
 def read_parquet(path: Path) -> list[Row]:

@@ -1,4 +1,4 @@
-"""What every source gives: examples, the rows it could not use, and a fingerprint."""
+"""Rows as they are read, the examples that tasks make of them, and the rows that are bad."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """What a source gives."""
+    """The examples of one split, and the rows that could not be used."""
 
     examples: list[Example]
     skipped: list[Skipped]
-    fingerprint: str
-    """sha256 over the examples' contents, see `fingerprint`."""
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -82,6 +80,8 @@ class Row:
     origin: str
     values: Mapping[str, object]
     problem: str | None = None
+    task: str = ""
+    """Whose row it is, where a source mixes tasks."""
 
 
 def text_of(row: Row, column: str) -> str:

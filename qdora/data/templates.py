@@ -1,4 +1,4 @@
-"""Prompt templates, and the one way from a question to prompt ids, in training and in evaluation."""
+"""Prompt templates, and the one function from questions to prompt ids, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -47,20 +47,12 @@ PROMPTS: Mapping[str, PromptTemplate] = {
 }
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, template_name: str, question: str) -> list[int]:
-    """The ids after which the model writes its answer.
-
-    Raises: InputError: unknown template, or `chat` with a tokenizer that has no usable one.
-    """
-    return prompt_ids_of_all(tokenizer, template_name, [question])[0]
-
-
-def prompt_ids_of_all(
+def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, template_name: str, questions: Sequence[str]
 ) -> list[list[int]]:
-    """`prompt_ids` of many questions, in one call of the tokenizer.
+    """For each question the ids after which the model writes its answer.
 
-    Raises: InputError: as `prompt_ids`.
+    Raises: InputError: unknown template, or `chat` with a tokenizer that has no usable one.
     """
     template = PROMPTS.get(template_name)
     if template is None:

@@ -1,4 +1,4 @@
-"""From examples to ids: the prompt, the completion, EOS."""
+"""From examples to token ids: the prompt, the completion, EOS."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qdora.data.rows import BadRows, Example, Skipped, settle
-from qdora.data.templates import prompt_ids_of_all
+from qdora.data.templates import prompt_ids
 from qdora.errors import InputError
-
-__all__ = ["TokenizedExample", "choose_pad_token", "fitting_prompts", "tokenize_examples"]
 
 _CHUNK = 1_000
 """Examples handed to the tokenizer at once: enough for its threads, little memory."""
@@ -41,7 +39,7 @@ def tokenize_examples(
 
     Args:
         prompt: name of the template.
-        max_length: of prompt, completion and EOS together; nothing is ever cut.
+        max_length: of prompt, completion and EOS in all; nothing is ever cut.
         bad_rows: what to do with an example that is longer, or has no tokens.
     Raises:
         InputError: no EOS token, unknown or unusable template.
@@ -51,7 +49,7 @@ def tokenize_examples(
     kept: list[TokenizedExample] = []
     skipped: list[Skipped] = []
     for chunk in _chunks(examples):
-        prompts = prompt_ids_of_all(tokenizer, prompt, [example.question for example in chunk])
+        prompts = prompt_ids(tokenizer, prompt, [example.question for example in chunk])
         completions = _completion_ids(tokenizer, chunk)
         for example, before, after in zip(chunk, prompts, completions, strict=True):
             reason = _problem(len(before), len(after), max_length)
@@ -79,7 +77,7 @@ def fitting_prompts(
     kept: list[Example] = []
     skipped: list[Skipped] = []
     for chunk in _chunks(examples):
-        prompts = prompt_ids_of_all(tokenizer, prompt, [example.question for example in chunk])
+        prompts = prompt_ids(tokenizer, prompt, [example.question for example in chunk])
         for example, ids in zip(chunk, prompts, strict=True):
             if len(ids) < max_length:
                 kept.append(example)
@@ -96,9 +94,8 @@ def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
 
 def _completion_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
     texts = [example.completion for example in examples]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)[
-        "input_ids"
-    ]
+    encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
+    ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
@@ -133,8 +130,8 @@ _RESERVED_PATTERN = re.compile(r"[<\[]\|?[\w-]*(pad|reserved|unused)[\w-]*\|?[>\
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """Set `tokenizer.pad_token` and return its id; the vocabulary never grows.
 
-    Where padding is EOS, whoever masks labels by the pad id stops training EOS, and the model
-    never learns to end.  In order: the tokenizer's own pad token, its unknown token, a token
+    Where padding is EOS, masking labels by the pad id would leave EOS untrained, and the model would
+    never learn to end.  In order: the tokenizer's own pad token, its unknown token, a token
     reserved for padding or for nothing, each only if it is not EOS; else EOS.
 
     Raises: InputError: the tokenizer has no EOS token.

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TypedDict, Unpack
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.config import AnswerKind
+from qdora.config import AnswerKind, RunConfig
 from qdora.data.rows import Example
-from qdora.data.templates import prompt_ids_of_all
+from qdora.data.templates import prompt_ids
 from qdora.data.tokenize import choose_pad_token
-from qdora.errors import InputError
+from qdora.distributed.context import DistributedContext
+from qdora.distributed.generation import for_generation
+from qdora.errors import InputError, suggest
 from qdora.evaluation.generation import Generation, check_prompts, eos_token_ids, generate
-from qdora.evaluation.scores import Prediction, Scores, summarize
-from qdora.tasks.declared import Task, task_for
-from qdora.tasks.scoring import SCORERS, Verdict, score_output
+from qdora.evaluation.scores import Prediction, Scores, summarize, write_scores
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import load_with_adapter, required_tokenizer
+from qdora.quant import Quantization
+from qdora.tasks import check_data, task_for
+from qdora.tasks.base import Task
+from qdora.tasks.prepare import load_test
 
-__all__ = ["Gather", "Scores", "evaluate"]
 
-Gather = Callable[[list[Any]], list[Any]]
-"""Takes each process's list, gives every process all of them joined: `accelerate.utils.gather_object`."""
+class Decoding(TypedDict):
+    """How answers are generated, greedily."""
+
+    prompt: str
+    """Name of the prompt template."""
+    max_new_tokens: int
+    """Longest answer in tokens."""
+    batch_size: int
+    """Prompts generated at once, per rank."""
 
 
 @dataclass(frozen=True)
@@ -32,25 +46,86 @@ class _Setup:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    prompt: str
-    max_new_tokens: int
-    batch_size: int
-    rank: int
-    world_size: int
-    gather: Gather
-    in_step: bool
+    decoding: Decoding
+    context: DistributedContext
+    synced: bool
     show_progress: bool
 
-    def decoding(self) -> dict[str, object]:
-        """How answers are generated, for the report."""
-        return {
-            "method": "greedy",
-            "prompt": self.prompt,
-            "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,
-            "processes": self.world_size,
-            "eos_token_ids": eos_token_ids(self.model, self.tokenizer),
-        }
+
+@dataclass(frozen=True)
+class _Group:
+    """The examples of one task, and the token ids of their prompts."""
+
+    task: Task
+    examples: Sequence[Example]
+    prompts: Sequence[Sequence[int]]
+
+
+def evaluate_configured(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    config: RunConfig,
+    context: DistributedContext,
+    *,
+    show_progress: bool = True,
+) -> list[Scores]:
+    """`evaluate` with the prompt, the answer kind and the `evaluation` section of a run.
+
+    Raises: InputError: as `evaluate`.
+    """
+    settings = config.evaluation
+    return evaluate(
+        model,
+        tokenizer,
+        examples[: settings.limit],
+        prompt=config.data.prompt,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        kind=config.data.test.answer_kind,
+        context=context,
+        show_progress=show_progress,
+    )
+
+
+def evaluate_adapter(
+    config: RunConfig,
+    adapter: Path | None,
+    context: DistributedContext,
+    *,
+    folder: Path | None = None,
+    task: str | None = None,
+) -> list[Scores]:
+    """Load a run's base and test set, load the adapter onto it, score, write the reports; a collective.
+
+    Args:
+        adapter: folder in PEFT's format; None scores the base alone.
+        folder: where reports go; None writes none.
+        task: only this task of the test set.
+    Raises: InputError: anything that cannot be loaded, or no example of the task.
+    """
+    with context.raise_on_all_ranks():
+        check_data(config.data)
+        checkpoint = open_checkpoint(config.model.path, config.model.revision)
+        tokenizer = required_tokenizer(checkpoint)
+        choose_pad_token(tokenizer)
+        test = load_test(config.data, tokenizer)
+        examples = _of_task(test.examples, task)
+    if test.skipped and context.is_main:
+        first = test.skipped[0]
+        print(
+            f"{len(test.skipped)} test rows left out, the first: {first.origin}: {first.reason}",
+            file=sys.stderr,
+        )
+    wanted = config.evaluation.quantization
+    quantize = None if wanted is None or adapter is None else Quantization(wanted)
+    model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
+    scores = evaluate_configured(model, tokenizer, examples, config, context)
+    if context.is_main and folder is not None:
+        for score in scores:
+            write_scores(score, folder)
+    context.barrier()
+    return scores
 
 
 def evaluate(
@@ -58,67 +133,73 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
-    prompt: str,
-    max_new_tokens: int,
-    batch_size: int,
     kind: AnswerKind = "numeric",
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Gather = list,
-    in_step: bool = False,
+    context: DistributedContext | None = None,
     show_progress: bool = True,
+    **decoding: Unpack[Decoding],
 ) -> list[Scores]:
     """Generate an answer to every example and score it by exact match.
 
-    Several processes call this together, each with all the examples; each generates its share and
-    all return the same scores.
+    A collective: every rank calls it with all examples, generates the answers to some of them, and
+    returns the same scores.
 
     Args:
-        prompt: name of the prompt template.
-        max_new_tokens: longest answer in tokens.
-        batch_size: prompts generated together, per process.
-        kind: how answers of a user's own data are compared; known tasks have theirs.
-        rank, world_size: this process and the number of them.
-        gather: joins the lists of all processes; needed from two processes on.
-        in_step: the processes share one sharded model, and call it equally often.
-        show_progress: a bar per task on stderr, on the first process.
+        kind: how answers of the user's own data are compared; registered tasks have theirs.
+        context: rank and world size; a process alone where not given.
+        show_progress: a bar per task on stderr, on the main rank.
+        decoding: prompt template, `max_new_tokens`, `batch_size`.
     Returns: one `Scores` per task, in the order of their first example.
-    Raises: InputError: no examples, unknown template, a prompt longer than the model's context
-        allows, or a choice task whose answer words cannot be told.
+    Raises:
+        InputError: no examples, unknown template, a prompt longer than the model's context allows, or a
+            choice task whose answer words are unknown.
+        TypeError: an option of decoding is missing or unknown.
     """
+    if wrong := Decoding.__required_keys__ ^ decoding.keys():
+        raise TypeError(f"evaluate(): missing or unknown: {', '.join(sorted(wrong))}")
     if not examples:
         raise InputError("evaluation: there are no examples to score")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} processes")
-    setup = _Setup(
-        model,
-        tokenizer,
-        prompt,
-        max_new_tokens,
-        batch_size,
-        rank,
-        world_size,
-        gather,
-        in_step,
-        show_progress and rank == 0,
-    )
-    groups = _by_task(examples, kind)
-    prompts = [prompt_ids_of_all(tokenizer, prompt, [e.question for e in group]) for _, group in groups]
-    for (_, group), ids in zip(groups, prompts, strict=True):
-        _check(setup, group, ids)
-    return [_evaluate_task(setup, *group, ids) for group, ids in zip(groups, prompts, strict=True)]
+    context = context or DistributedContext()
+    groups = _by_task(tokenizer, decoding["prompt"], examples, kind)
+    for group in groups:
+        origins = [example.origin for example in group.examples]
+        check_prompts(model, group.prompts, decoding["max_new_tokens"], origins)
+    longest = max(len(ids) for group in groups for ids in group.prompts)
+    tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"])
+    with for_generation(model, context, tokens) as sharded:
+        synced = sharded and context.world_size > 1
+        setup = _Setup(model, tokenizer, decoding, context, synced, show_progress and context.is_main)
+        return [_evaluate_task(setup, group) for group in groups]
 
 
-def _by_task(examples: Sequence[Example], kind: AnswerKind) -> list[tuple[Task, list[Example]]]:
-    groups: dict[str, list[Example]] = {}
+def _of_task(examples: list[Example], task: str | None) -> list[Example]:
+    if task is None:
+        return examples
+    chosen = [example for example in examples if example.task == task]
+    if not chosen:
+        names = {example.task for example in examples}
+        raise InputError(f"--task {task!r}: the test set has none; {suggest(task, names)}")
+    return chosen
+
+
+def _by_task(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, examples: Sequence[Example], kind: AnswerKind
+) -> list[_Group]:
+    by_name: dict[str, list[Example]] = {}
     for example in examples:
-        groups.setdefault(example.task, []).append(example)
-    return [(_with_answer_words(task_for(name, kind), group), group) for name, group in groups.items()]
+        by_name.setdefault(example.task, []).append(example)
+    return [
+        _Group(
+            _with_answer_words(task_for(name, kind), of_task),
+            of_task,
+            prompt_ids(tokenizer, prompt, [example.question for example in of_task]),
+        )
+        for name, of_task in by_name.items()
+    ]
 
 
 def _with_answer_words(task: Task, examples: Sequence[Example]) -> Task:
     """A choice task of the user's own data has the answer words that its gold answers show."""
-    if task.kind != "choice" or task.answer_words:
+    if task.kind != "choice" or task.words:
         return task
     words = {example.answer for example in examples if example.answer}
     if len(words) < 2:
@@ -127,94 +208,88 @@ def _with_answer_words(task: Task, examples: Sequence[Example]) -> Task:
             f"its {len(examples)} examples have {sorted(words)}; give more examples or another answer_kind"
         )
     # Longest first: "answer1" must not be found in "answer10".
-    return replace(task, answer_words=tuple(sorted(words, key=lambda word: (-len(word), word))))
+    return replace(task, words=tuple(sorted(words, key=lambda word: (-len(word), word))))
 
 
-def _check(setup: _Setup, examples: Sequence[Example], prompts: Sequence[Sequence[int]]) -> None:
-    for example, ids in zip(examples, prompts, strict=True):
-        try:
-            check_prompts(setup.model, [ids], setup.max_new_tokens)
-        except InputError as error:
-            raise InputError(f"{example.origin}: {error}") from None
-
-
-def _evaluate_task(
-    setup: _Setup, task: Task, examples: Sequence[Example], prompts: Sequence[Sequence[int]]
-) -> Scores:
+def _evaluate_task(setup: _Setup, group: _Group) -> Scores:
     started = time.perf_counter()
-    generations = _generate_all(setup, task, examples, prompts)
-    seconds = max(setup.gather([time.perf_counter() - started]))
+    generations = _generate_all(setup, group)
+    seconds = max(setup.context.gather([time.perf_counter() - started]))
     predictions = [
-        _prediction(setup, task, example, ids, generation)
-        for example, ids, generation in zip(examples, prompts, generations, strict=True)
+        _prediction(setup.tokenizer, group.task, example, ids, generation)
+        for example, ids, generation in zip(group.examples, group.prompts, generations, strict=True)
     ]
-    return summarize(task, predictions, setup.decoding(), seconds)
+    decoding = {
+        "method": "greedy",
+        **setup.decoding,
+        "processes": setup.context.world_size,
+        "eos_token_ids": eos_token_ids(setup.model, setup.tokenizer),
+    }
+    return summarize(group.task, predictions, decoding, seconds)
 
 
-def _generate_all(
-    setup: _Setup, task: Task, examples: Sequence[Example], prompts: Sequence[Sequence[int]]
-) -> list[Generation]:
-    """Every example's generation, on every process."""
-    share = _share([len(ids) for ids in prompts], setup.rank, setup.world_size)
-    with tqdm(total=len(share), desc=task.name, unit="question", disable=not setup.show_progress) as bar:
+def _generate_all(setup: _Setup, group: _Group) -> list[Generation]:
+    """Every example's generation, on every rank."""
+    context = setup.context
+    chosen = _rank_indices([len(ids) for ids in group.prompts], context.rank, context.world_size)
+    with tqdm(
+        total=len(chosen), desc=group.task.name, unit="question", disable=not setup.show_progress
+    ) as bar:
         correct = done = 0
 
         def progress(batch: Mapping[int, Generation]) -> None:
             nonlocal correct, done
             for position, generation in batch.items():
-                correct += _judge(task, examples[share[position]], generation)[SCORERS[task.kind][0]].correct
+                verdicts = group.task.score(generation.text, group.examples[chosen[position]])
+                correct += verdicts[group.task.scorers[0]].correct
             done += len(batch)
             bar.set_postfix_str(f"exact match {correct / done:.1%}", refresh=False)
             bar.update(len(batch))
 
-        own = generate(
+        generations = generate(
             setup.model,
             setup.tokenizer,
-            [prompts[index] for index in share],
+            [group.prompts[index] for index in chosen],
             pad_id=choose_pad_token(setup.tokenizer),
-            max_new_tokens=setup.max_new_tokens,
-            batch_size=setup.batch_size,
+            max_new_tokens=setup.decoding["max_new_tokens"],
+            batch_size=setup.decoding["batch_size"],
             progress=progress,
-            synced=setup.in_step and setup.world_size > 1,
+            synced=setup.synced,
         )
-    gathered: list[tuple[int, Generation]] = setup.gather(list(zip(share, own, strict=True)))
-    # A share may repeat the first example to fill it up; greedy answers to it are the same.
-    by_index = dict(gathered)
-    if sorted(by_index) != list(range(len(examples))):
+    # An example that stands in several ranks' lists has the same greedy answer in all.
+    by_index = dict(context.gather(list(zip(chosen, generations, strict=True))))
+    if len(by_index) != len(group.examples):
         raise RuntimeError(
-            f"{len(by_index)} of {len(examples)} examples came back from {setup.world_size} processes"
+            f"{len(by_index)} of {len(group.examples)} examples were generated on {context.world_size} ranks"
         )
-    return [by_index[index] for index in range(len(examples))]
+    return [by_index[index] for index in range(len(group.examples))]
 
 
-def _share(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """This process's examples: dealt out by length, so that all processes have like work.
+def _rank_indices(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """The examples that a rank generates: dealt out by length, so that all ranks have similar work.
 
-    Shares are of one size, the last ones filled up with the longest example again: processes with
-    a sharded model must call it equally often.
+    All ranks get equally many, the last ones the longest example again: ranks of a sharded model must
+    call it equally often.
     """
     order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
-    size = -(-len(order) // world_size)
-    share = order[rank::world_size]
-    return share + order[:1] * (size - len(share))
-
-
-def _judge(task: Task, example: Example, generation: Generation) -> dict[str, Verdict]:
-    return score_output(task, generation.text, answer=example.answer, completion=example.completion)
+    chosen = order[rank::world_size]
+    return chosen + order[:1] * (-(-len(order) // world_size) - len(chosen))
 
 
 def _prediction(
-    setup: _Setup, task: Task, example: Example, ids: Sequence[int], generation: Generation
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    example: Example,
+    ids: Sequence[int],
+    generation: Generation,
 ) -> Prediction:
-    verdicts = _judge(task, example, generation)
-    headline = verdicts[SCORERS[task.kind][0]]
+    verdicts = task.score(generation.text, example)
+    headline = verdicts[task.scorers[0]]
     return Prediction(
         origin=example.origin,
-        prompt=str(setup.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)),
+        prompt=str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)),
         output=generation.text,
-        extracted=headline.extracted,
-        gold=headline.gold,
-        correct=headline.correct,
+        **vars(headline),
         tokens=generation.tokens,
         stopped=generation.stopped,
         scorers=verdicts,

@@ -50,12 +50,12 @@ def generate(
 
     Args:
         prompts: token ids, any lengths.
-        pad_id: fills prompts up on the left, under an attention mask of 0.
+        pad_id: pads prompts on the left, under an attention mask of 0.
         max_new_tokens: most tokens generated after a prompt.
-        batch_size: prompts generated together.
+        batch_size: prompts generated at once.
         progress: called after each batch with its generations by index into `prompts`.
-        synced: the processes share one sharded model, and each goes on calling it until all are
-            done.  All must then have equally many prompts.
+        synced: the model is sharded over ranks, and each goes on calling it until all are done.  All
+            must then have equally many prompts.
     Returns: one generation per prompt, in the order of `prompts`.
     Raises: InputError: as `check_prompts`.
     """
@@ -70,7 +70,7 @@ def generate(
         eos_token_id=eos_ids or None,
     )
     done: dict[int, Generation] = {}
-    with _only(model, config), torch.no_grad():
+    with _generation_mode(model, config), torch.no_grad():
         for indices in _batches(prompts, batch_size):
             batch = [prompts[index] for index in indices]
             outputs = _generate_batch(model, batch, pad_id, synced)
@@ -81,19 +81,27 @@ def generate(
     return [done[index] for index in range(len(prompts))]
 
 
-def check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    origins: Sequence[str] = (),
+) -> None:
     """Refuse, before any work, what would fail or go wrong silently in the middle of it.
 
-    Raises: InputError: a prompt has no tokens, or prompt and answer together exceed the model's context.
+    Args:
+        origins: names each prompt in errors; its index where there are none.
+    Raises: InputError: a prompt has no tokens, or prompt and answer exceed the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
+        name = f"{origins[index]}: the prompt" if origins else f"prompt {index}"
         if not prompt:
-            raise InputError(f"prompt {index} has no tokens; nothing can be generated from it")
+            raise InputError(f"{name} has no tokens; nothing can be generated from it")
         needed = len(prompt) + max_new_tokens
         if context is not None and needed > context:
             raise InputError(
-                f"prompt {index} has {len(prompt)} tokens and up to {max_new_tokens} are generated "
+                f"{name} has {len(prompt)} tokens and up to {max_new_tokens} are generated "
                 f"(evaluation.max_new_tokens): {needed} tokens, but the model's context is {context}"
             )
 
@@ -106,11 +114,11 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @contextmanager
-def _only(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Eval mode and this generation config, then everything as it was, module by module."""
+def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Eval mode and this generation config in the block; then the modes and the config of before."""
     modes = [(module, module.training) for module in model.modules()]
     own_config = model.generation_config
-    # Passing a config to generate() is not enough: it fills what is None there from the model's own.
+    # Passing a config to generate() is not enough: it takes what is None there from the model's own.
     model.generation_config = config
     model.eval()
     try:
@@ -130,7 +138,7 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list
 def _generate_batch(
     model: PreTrainedModel, batch: Sequence[Sequence[int]], pad_id: int, synced: bool
 ) -> list[list[int]]:
-    """The generated ids of each row, EOS and what fills the row after it included."""
+    """The generated ids of each row, EOS and the padding after it included."""
     longest = max(len(prompt) for prompt in batch)
     padding = [longest - len(prompt) for prompt in batch]
     ids_BP = [[pad_id] * pad + list(prompt) for pad, prompt in zip(padding, batch, strict=True)]

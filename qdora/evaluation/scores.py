@@ -1,20 +1,23 @@
-"""What an evaluation of one task comes to."""
+"""The scores of one task: results of every scorer, predictions, and their two files."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
+from pydantic import TypeAdapter, ValidationError
+
+from qdora.data.readers import read_text
 from qdora.errors import InputError
 from qdora.evaluation.statistics import binomial_stderr, wilson_interval
-from qdora.tasks.declared import Task
-from qdora.tasks.scoring import SCORERS, Verdict
+from qdora.files import write_json, write_text
+from qdora.tasks.base import Task
+from qdora.tasks.scoring import Verdict
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class ScorerResult:
     """One scorer's exact match.
 
     Attributes:
-        score: share of correct answers, between 0 and 1.
+        score: fraction of correct answers, between 0 and 1.
         correct: number of correct answers.
         stderr: binomial standard error of `score`.
         interval: 95% Wilson interval of `score`.
@@ -113,9 +116,8 @@ def summarize(
 
     Raises: ValueError: there are none.
     """
-    per_scorer = {name: _result([p.scorers[name] for p in predictions]) for name in SCORERS[task.kind]}
-    headline = SCORERS[task.kind][0]
-    result = per_scorer[headline]
+    per_scorer = {name: _result([p.scorers[name] for p in predictions]) for name in task.scorers}
+    result = per_scorer[task.scorers[0]]
     return Scores(
         task=task.name,
         metric="exact_match",
@@ -124,7 +126,7 @@ def summarize(
         total=len(predictions),
         stderr=result.stderr,
         interval=result.interval,
-        scorer=headline,
+        scorer=task.scorers[0],
         per_scorer=per_scorer,
         decoding=dict(decoding),
         generated_tokens=sum(p.tokens for p in predictions),
@@ -148,22 +150,29 @@ def _result(verdicts: Sequence[Verdict]) -> ScorerResult:
 def write_scores(scores: Scores, directory: str | Path) -> Path:
     """Write one task's two files, over those of an earlier evaluation.
 
+    A `TASK.json` that exists always has its own predictions beside it.
+
     Args:
         directory: made where it is missing.
     Returns: the path of `TASK.json`; what a file name cannot hold is percent-encoded (`org%2Fname.json`).
-    Raises: InputError: the disk refuses; what was there before is then still whole.
+    Raises: InputError: they cannot be written; on a full disk those of an earlier evaluation stay.
     """
     directory = Path(directory)
-    # Encoded, not replaced: no two tasks may share a file.
+    # Encoded, not replaced: two tasks never have the same file.
     stem = quote(scores.task, safe="")
     path, predictions_path = directory / f"{stem}.json", directory / f"{stem}.predictions.jsonl"
     tree = asdict(scores) | {"tokens_per_second": scores.tokens_per_second}
-    lines = [json.dumps(prediction, allow_nan=False) + "\n" for prediction in tree.pop("predictions")]
-    contents = {predictions_path: "".join(lines), path: json.dumps(tree, indent=2, allow_nan=False) + "\n"}
+    lines = [json.dumps(prediction) + "\n" for prediction in tree.pop("predictions")]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace_all(contents)
-    except OSError as error:
+        # Both are on the disk before one is replaced, so that a full disk changes nothing.
+        with TemporaryDirectory(prefix=f".{stem}.", dir=directory) as staging:
+            write_text(Path(staging, predictions_path.name), "".join(lines))
+            write_json(Path(staging, path.name), tree)
+            path.unlink(missing_ok=True)
+            for target in (predictions_path, path):
+                Path(staging, target.name).replace(target)
+    except (OSError, InputError) as error:
         raise InputError(f"{path}: scores cannot be written: {error}") from error
     return path
 
@@ -176,49 +185,25 @@ def read_scores(path: str | Path) -> Scores:
     Raises: InputError: a file is missing, is not what `write_scores` writes, or the two disagree.
     """
     path = Path(path)
-    tree = _parse(path, _read_text(path))
     predictions_path = path.with_name(f"{path.stem}.predictions.jsonl")
-    lines = _read_text(predictions_path).split("\n")[:-1]
+    tree = _parse(str(path), read_text(path))
+    lines = read_text(predictions_path).split("\n")[:-1]
+    predictions = [_parse(f"{predictions_path}:{n}", line) for n, line in enumerate(lines, 1)]
     try:
-        predictions = [_read_prediction(predictions_path, n, line) for n, line in enumerate(lines, 1)]
-        scores = _read_scores(tree, predictions)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a score file of this program: {error!r}") from None
-    if scores.total != len(scores.predictions):
+        scores = TypeAdapter(Scores).validate_python({**tree, "predictions": predictions})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        at, *key = problem["loc"]
+        where = f"{path}: not a score file of this program: {at}"
+        if at == "predictions":
+            where = f"{predictions_path}:{int(key.pop(0)) + 1}: not a prediction of this program"
+        raise InputError(": ".join([where, *map(str, key), problem["msg"]])) from None
+    if scores.total != len(lines):
         raise InputError(f"{path}: {scores.total} questions, but {predictions_path} has {len(lines)} lines")
     return scores
 
 
-def _replace_all(contents: Mapping[Path, str]) -> None:
-    """All texts to the disk first, then all into place, so that a full disk changes nothing."""
-    temporary = {target: target.with_name(f".{target.name}.{os.getpid()}.tmp") for target in contents}
-    try:
-        for target, text in contents.items():
-            _write_synced(temporary[target], text)
-        for target in contents:
-            temporary[target].replace(target)
-    finally:
-        for path in temporary.values():
-            with contextlib.suppress(OSError):  # the write's own error is the one to report
-                path.unlink(missing_ok=True)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: scores cannot be read: {error}") from None
-
-
-def _parse(path: Path, text: str, line: int | None = None) -> dict[str, Any]:
-    where = path if line is None else f"{path}:{line}"
+def _parse(where: str, text: str) -> dict[str, Any]:
     try:
         tree = json.loads(text)
     except json.JSONDecodeError as error:
@@ -226,23 +211,3 @@ def _parse(path: Path, text: str, line: int | None = None) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{where}: expected a JSON object, got {type(tree).__name__}")
     return tree
-
-
-def _read_scores(tree: dict[str, Any], predictions: Sequence[Prediction]) -> Scores:
-    fields = {key: value for key, value in tree.items() if key != "tokens_per_second"}
-    fields["interval"] = tuple(tree["interval"])
-    fields["per_scorer"] = {name: _read_result(result) for name, result in tree["per_scorer"].items()}
-    return Scores(**fields, predictions=tuple(predictions))
-
-
-def _read_result(tree: dict[str, Any]) -> ScorerResult:
-    return ScorerResult(**{**tree, "interval": tuple(tree["interval"])})
-
-
-def _read_prediction(path: Path, number: int, line: str) -> Prediction:
-    tree = _parse(path, line, number)
-    try:
-        scorers = {name: Verdict(**verdict) for name, verdict in tree["scorers"].items()}
-        return Prediction(**{**tree, "scorers": scorers})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}:{number}: not a prediction of this program: {error!r}") from None

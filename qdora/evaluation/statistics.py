@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-_Z_95 = 1.959963984540054
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -14,43 +15,37 @@ class PairedDifference:
     """Two sets of answers to the same questions.
 
     Attributes:
-        difference: share correct of a minus share correct of b, between -1 and 1.
+        difference: fraction correct of a minus fraction correct of b, between -1 and 1.
         stderr: standard error of the difference; pairs are compared, so question difficulty cancels.
         p_value: two-sided exact McNemar test of "a and b are equally good".
-        only_a: questions that only a answers correctly.
-        only_b: questions that only b answers correctly.
         total: questions.
     """
 
     difference: float
     stderr: float
     p_value: float
-    only_a: int
-    only_b: int
     total: int
 
 
 def binomial_stderr(correct: int, total: int) -> float:
-    """Standard error of a share of correct answers, sqrt(p (1 - p) / n); 0 at p = 0 and 1.
+    """Standard error of a fraction of correct answers, sqrt(p (1 - p) / n); 0 at p = 0 and 1.
 
     Raises: ValueError: not 0 <= correct <= total, or total is 0.
     """
-    p = _share(correct, total)
+    if not 0 <= correct <= total or total == 0:
+        raise ValueError(f"{correct} correct of {total}")
+    p = correct / total
     return math.sqrt(p * (1 - p) / total)
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95% interval of a share; unlike p ± 2 stderr it stays honest near 0 and 1.
+    """95% interval of a fraction of correct answers; unlike p ± 2 stderr it stays honest near 0 and 1.
 
-    Raises: ValueError: as `binomial_stderr`.
+    Raises: ValueError: not 0 <= correct <= total, or total is 0.
     Source: Wilson, JASA 22 (1927) 209.
     """
-    p = _share(correct, total)
-    spread = _Z_95**2 / total
-    centre = (p + spread / 2) / (1 + spread)
-    half = math.sqrt(p * (1 - p) * spread + spread**2 / 4) / (1 + spread)
-    # At the ends the formula gives 0 and 1 exactly; rounding would leave 1e-17 on the wrong side.
-    return (0.0 if correct == 0 else centre - half, 1.0 if correct == total else centre + half)
+    interval = _binomial_test(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def paired_difference(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> PairedDifference:
@@ -59,37 +54,23 @@ def paired_difference(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> P
     Raises: ValueError: lengths differ, or there are no questions.
     Source: McNemar, Psychometrika 12 (1947) 153, in its exact (binomial) form.
     """
-    if len(correct_a) != len(correct_b):
-        raise ValueError(f"paired comparison of {len(correct_a)} with {len(correct_b)} answers")
     total = len(correct_a)
+    if total != len(correct_b):
+        raise ValueError(f"paired comparison of {total} with {len(correct_b)} answers")
     if total == 0:
         raise ValueError("paired comparison of no answers")
-    only_a = sum(a and not b for a, b in zip(correct_a, correct_b, strict=True))
-    only_b = sum(b and not a for a, b in zip(correct_a, correct_b, strict=True))
-    difference = (only_a - only_b) / total
-    variance = (only_a + only_b) / total - difference**2
+    differences = np.asarray(correct_a, dtype=int) - np.asarray(correct_b, dtype=int)
+    discordant = int(np.count_nonzero(differences))
+    only_a = int(np.count_nonzero(differences > 0))
     return PairedDifference(
-        difference=difference,
-        stderr=math.sqrt(max(0.0, variance) / total),
-        p_value=_mcnemar(only_a, only_b),
-        only_a=only_a,
-        only_b=only_b,
+        difference=float(differences.mean()),
+        stderr=float(differences.std() / math.sqrt(total)),
+        p_value=float(_binomial_test(only_a, discordant).pvalue) if discordant else 1.0,
         total=total,
     )
 
 
-def _mcnemar(only_a: int, only_b: int) -> float:
-    """Two-sided tail of Binomial(only_a + only_b, 1/2), in exact integers."""
-    n = only_a + only_b
-    term = tail = 1
-    for k in range(min(only_a, only_b)):
-        term = term * (n - k) // (k + 1)
-        tail += term
-    # Integers divide exactly rounded, however large; floats would overflow from n = 1024.
-    return min(1.0, float(2 * tail / (1 << n)))
+def _binomial_test(successes: int, total: int) -> Any:
+    from scipy.stats import binomtest  # half a second to import
 
-
-def _share(correct: int, total: int) -> float:
-    if not 0 <= correct <= total or total == 0:
-        raise ValueError(f"{correct} correct of {total}")
-    return correct / total
+    return binomtest(successes, total)

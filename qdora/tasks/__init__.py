@@ -1,28 +1,72 @@
-"""Sources: where examples come from, as a table."""
+"""The registry of tasks, and loading by configuration.
+
+A new task is a file with a `Task` in this folder and a row in `TASKS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 
-from qdora.config import DatasetConfig, SourceName
+from qdora.config import AnswerKind, DataConfig, DatasetConfig
 from qdora.data.rows import BadRows, Dataset
-from qdora.errors import InputError
-from qdora.tasks.base import Selection, assemble
-from qdora.tasks.columns import select_file, select_hub
-from qdora.tasks.commonsense import select_commonsense
-from qdora.tasks.gsm8k import select_gsm8k
-from qdora.tasks.orca_math import select_orca_math
-from qdora.tasks.synthetic import load_synthetic
+from qdora.errors import InputError, suggest
+from qdora.tasks.arithmetic import ARITHMETIC
+from qdora.tasks.base import Task
+from qdora.tasks.columns import FILE, HUB
+from qdora.tasks.commonsense import COMMONSENSE, MIXTURE
+from qdora.tasks.gsm8k import GSM8K
+from qdora.tasks.orca_math import ORCA_MATH
+from qdora.tasks.synthetic import SYNTHETIC
 
-Select = Callable[[DatasetConfig], Selection]
-
-ROW_SOURCES: Mapping[SourceName, Select] = {
-    "orca_math": select_orca_math,
-    "commonsense": select_commonsense,
-    "gsm8k": select_gsm8k,
-    "file": select_file,
-    "hub": select_hub,
+TASKS: Mapping[str, Task] = {
+    task.name: task for task in (SYNTHETIC, ORCA_MATH, GSM8K, MIXTURE, *COMMONSENSE, *ARITHMETIC, FILE, HUB)
 }
+"""Every source that a configuration can name."""
+
+
+def task_for(name: str, kind: AnswerKind = "numeric") -> Task:
+    """The task by which examples are scored.
+
+    Args:
+        name: `Example.task`; a name outside the registry is the user's own data.
+        kind: how the answers of such data are compared; a registered task keeps its own.
+    """
+    task = TASKS.get(name)
+    return task if task is not None and task.names_examples else replace(FILE, name=name, kind=kind)
+
+
+def find_task(config: DatasetConfig) -> Task:
+    """The task that a configuration names, after a check of its keys.
+
+    Raises: InputError: an unknown source; a key is missing, has a value that is not allowed, or belongs
+        to other sources.
+    """
+    task = TASKS.get(config.source)
+    if task is None:
+        raise InputError(f"unknown source {config.source!r}; {suggest(config.source, TASKS)}")
+    task.check(config)
+    owners: dict[str, list[str]] = {}
+    for owner in TASKS.values():
+        for key in (*owner.required, *owner.optional):
+            owners.setdefault(key, []).append(owner.name)
+    for key, names in owners.items():
+        if task.name not in names and getattr(config, key) != DatasetConfig.model_fields[key].default:
+            belongs = f"{key} belong{'' if key.endswith('s') else 's'}"
+            raise InputError(f"{belongs} to source {' or '.join(map(repr, names))}, not to {task.name!r}")
+    return task
+
+
+def check_data(config: DataConfig) -> None:
+    """Refuse, before anything is loaded, a source that there is not and keys that do not fit.
+
+    Raises: InputError: as `find_task`; names the section.
+    """
+    for section, dataset in (("data.train", config.train), ("data.test", config.test)):
+        try:
+            find_task(dataset)
+        except InputError as error:
+            raise InputError(f"{section}: {error}") from None
 
 
 def load_dataset(config: DatasetConfig, bad_rows: BadRows) -> Dataset:
@@ -32,13 +76,11 @@ def load_dataset(config: DatasetConfig, bad_rows: BadRows) -> Dataset:
         config: source, split, seed, limit.
         bad_rows: `stop` raises at a row that cannot be used, `skip` leaves it out and lists it.
     Raises:
-        InputError: a file, folder or hub dataset is missing or unreadable; the held-out part is as
-            large as the data; no usable row is left.
+        InputError: as `find_task`; a file, folder or hub dataset is missing or unreadable; the held-out
+            part is as large as the data; no usable row is left.
         DataError: a row cannot be used, and `bad_rows` is `stop`; names file and line.
     """
-    if config.source == "synthetic":
-        return load_synthetic(config)
-    dataset = assemble(ROW_SOURCES[config.source](config), config.limit, bad_rows)
+    dataset = find_task(config).load(config, bad_rows)
     if not dataset.examples:
         where = f"source {config.source!r}" + (f" at {config.path}" if config.path else "")
         reason = f"{len(dataset.skipped)} bad rows, the first: " if dataset.skipped else "it has no rows"

@@ -1,59 +1,173 @@
-"""From a source's rows to its examples: convert, settle bad rows, order, limit."""
+"""A task: its rows, prompts, gold answers, scorers, provenance and licence in one object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from qdora.data.rows import BadRowError, BadRows, Dataset, Example, Row, Skipped, fingerprint, settle
+from qdora.config import AnswerKind, DatasetConfig
+from qdora.data.readers import read_rows, require
+from qdora.data.rows import (
+    BadRowError,
+    BadRows,
+    Dataset,
+    Example,
+    Row,
+    Skipped,
+    optional_text_of,
+    settle,
+    text_of,
+)
 from qdora.errors import InputError
-
-Recipe = Callable[[Row], Example]
-"""Makes an example of a row; raises `BadRowError` where it cannot."""
+from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_answer, score_published
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A row, and how it becomes an example."""
+@dataclass(frozen=True)
+class Task:
+    """One task: a subclass in a file of its own reads its rows, an instance stands in the registry.
 
-    row: Row
-    recipe: Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The rows of a source as they stand in its files, and which of them are used, in which order."""
-
-    candidates: Sequence[Candidate]
-    order: Sequence[int]
-
-
-def candidates(rows: Sequence[Row], recipe: Recipe) -> list[Candidate]:
-    """Rows that all become examples in the same way."""
-    return [Candidate(row, recipe) for row in rows]
-
-
-def assemble(selection: Selection, limit: int | None, bad_rows: BadRows) -> Dataset:
-    """Convert the selected rows; the first `limit` usable ones in the selection's order.
-
-    All selected rows are checked, also those behind the limit, in the order of the file: a bad
-    row shows before the first long run, and the first one named is the first in the file.
-
-    Raises: DataError: a row is bad, and `bad_rows` is `stop`.
+    Attributes:
+        name: `source` in a configuration, and `Example.task`.
+        provenance: paper and repository of the questions and of the answer rule.
+        licence: of the questions.
+        kind: how answers are compared; decides the scorers.
+        words: `choice`: the words looked for in an output, in the published order.
+        gold: where the gold answer stands: in a column of its own, or in the worked `solution`, out of
+            which `Example.answer` is read.
     """
-    converted: dict[int, Example] = {}
-    skipped: list[Skipped] = []
-    for i in sorted(selection.order):
-        candidate = selection.candidates[i]
-        try:
-            converted[i] = candidate.recipe(candidate.row)
-        except BadRowError as error:
-            skipped.append(Skipped(candidate.row.origin, str(error)))
-    settle(skipped, bad_rows)
-    examples = [converted[i] for i in selection.order if i in converted][:limit]
-    return Dataset(examples, skipped, fingerprint(examples))
+
+    name: str
+    provenance: str
+    licence: str
+    kind: AnswerKind = "numeric"
+    words: tuple[str, ...] = ()
+    gold: Literal["column", "solution"] = "column"
+
+    required: ClassVar[tuple[str, ...]] = ()
+    """Keys of `DatasetConfig` that must be given."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Further keys that may be given, besides `split`, `seed` and `limit`."""
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    """The splits; empty where the data decides."""
+    names_examples: ClassVar[bool] = True
+    """Whether its examples carry its name; those of a mixture or of the user's own data do not."""
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Names of the scorers, the one of the headline score first."""
+        return tuple(SCORERS[self.kind])
+
+    def check(self, config: DatasetConfig) -> None:
+        """Check the keys that only this task understands, before anything is read.
+
+        Raises: InputError: a key is missing or has a value that is not allowed.
+        """
+        for key in self.required:
+            if not getattr(config, key):
+                raise InputError(f"source {self.name!r} needs a {key}")
+        if self.splits and config.split not in self.splits:
+            raise InputError(
+                f"split {config.split!r} of source {self.name!r}; allowed: {', '.join(self.splits)}"
+            )
+
+    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+        """All rows of the split's files, in their order.
+
+        Raises: InputError: the data is missing or cannot be read.
+        """
+        raise NotImplementedError
+
+    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+        """Which rows are used, in which order: here all, `train` shuffled, `test` as in the file."""
+        return shuffled(len(rows), config.seed) if config.split == "train" else range(len(rows))
+
+    def example(self, config: DatasetConfig, row: Row) -> Example:
+        """Question, text to train on and gold answer of a row.
+
+        Raises: BadRowError: the row cannot be used.
+        """
+        raise NotImplementedError
+
+    def load(self, config: DatasetConfig, bad_rows: BadRows) -> Dataset:
+        """The examples of a split: the first `limit` usable rows in the task's order.
+
+        All rows of the split are checked, also those behind the limit, in the order of the file: a bad
+        row shows before the first long run, and the one that is named is the first in the file.
+
+        Raises:
+            InputError: as `rows` and `order`.
+            DataError: a row is bad, and `bad_rows` is `stop`.
+        """
+        rows = self.rows(config)
+        order = self.order(config, rows)
+        converted: dict[int, Example] = {}
+        skipped: list[Skipped] = []
+        for i in sorted(order):
+            try:
+                converted[i] = self.example(config, rows[i])
+            except BadRowError as error:
+                skipped.append(Skipped(rows[i].origin, str(error)))
+        settle(skipped, bad_rows)
+        return Dataset([converted[i] for i in order if i in converted][: config.limit], skipped)
+
+    def score(self, output: str, example: Example) -> dict[str, Verdict]:
+        """The verdict of each scorer on an output, the headline scorer first.
+
+        Args:
+            output: what the model generated, without the prompt.
+            example: the question's gold answer and reference solution.
+        """
+        if self.gold == "solution":
+            return score_answer(output, example.completion, kind=self.kind, words=self.words)
+        verdicts = score_answer(output, example.answer, kind=self.kind, words=self.words)
+        if "published" in verdicts:
+            gold = published_gold(example.answer, example.completion)
+            verdicts["published"] = score_published(output, gold)
+        return verdicts
+
+
+class LlmAdaptersTask(Task):
+    """A task in LLM-Adapters' format: JSON arrays of instruction, input, output and answer.
+
+    Source: arXiv:2304.01933, `dataset/TASK/{train,test}.json`.
+    """
+
+    required = ("path",)
+
+    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+        """The rows of FOLDER/TASK/SPLIT.json, or of a file, which is then the split."""
+        path = Path(str(config.path))
+        return read_rows(path) if path.is_file() else read_llm_adapters(path, self.name, config.split)
+
+    def example(self, config: DatasetConfig, row: Row) -> Example:
+        """The instruction with its input, the output, the answer."""
+        question = question_of(row, "instruction")
+        return Example(question, text_of(row, "output"), text_of(row, "answer"), self.name, row.origin)
+
+
+def read_llm_adapters(folder: Path, task: str, split: str) -> list[Row]:
+    """The rows of FOLDER/TASK/SPLIT.json.
+
+    Raises: InputError: a folder or the file is missing.
+    """
+    require(folder / task, f"the folder of task {task!r}")
+    file = folder / task / f"{split}.json"
+    require(file, f"the {split} set of task {task!r}")
+    return read_rows(file)
+
+
+def question_of(row: Row, column: str) -> str:
+    """The question; an instruction's input follows it on a new line.
+
+    Raises: BadRowError: the question is missing or empty, or the input is not text.
+    """
+    question = text_of(row, column)
+    extra = optional_text_of(row, "input") if column == "instruction" else ""
+    return f"{question}\n{extra}" if extra else question
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -61,12 +175,7 @@ def shuffled(count: int, seed: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(seed).permutation(count)]
 
 
-def file_order_for_test(count: int, split: str, seed: int) -> list[int]:
-    """Published train and test files: train is shuffled, test keeps its order."""
-    return shuffled(count, seed) if split == "train" else list(range(count))
-
-
-def held_out_split(count: int, split: str, held_out: int, seed: int, where: str) -> list[int]:
+def held_out_split(count: int, config: DatasetConfig, held_out: int, where: str) -> list[int]:
     """The shuffled rows; with `held_out`, `test` is the last so many of them and `train` the others.
 
     Args:
@@ -74,11 +183,11 @@ def held_out_split(count: int, split: str, held_out: int, seed: int, where: str)
     Raises: InputError: `held_out` is not smaller than the number of rows, or the split is neither
         `train` nor `test`.
     """
-    order = shuffled(count, seed)
+    order = shuffled(count, config.seed)
     if held_out == 0:
         return order
     if held_out >= count:
         raise InputError(f"{where}: held_out {held_out} leaves nothing to train on; there are {count} rows")
-    if split not in ("train", "test"):
-        raise InputError(f"{where}: split {split!r} with held_out {held_out}; allowed: train, test")
-    return order[-held_out:] if split == "test" else order[:-held_out]
+    if config.split not in ("train", "test"):
+        raise InputError(f"{where}: split {config.split!r} with held_out {held_out}; allowed: train, test")
+    return order[-held_out:] if config.split == "test" else order[:-held_out]

@@ -1,4 +1,4 @@
-"""Numbers as people and models write them, read into exact values.
+r"""The one grammar of numbers, as people and models write them: gold answers and outputs are read alike.
 
 Understood: thousands commas, currency signs, plus and (unicode) minus, decimals,
 `3/4`, `1 1/2`, `½`, `\frac{3}{4}`, `1.5e3`, `3 x 10^8`, ratios and clock times
@@ -41,6 +41,7 @@ _NUMBER = re.compile(
     re.VERBOSE | re.ASCII,
 )
 
+_ORNAMENT = re.compile(r"[$€£]\s?|^\+|,")
 _MACROS = (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("\\!", ""), ("\\,", ""))
 _FRACTION_MACRO = re.compile(r"\\[dt]?frac\s*\{\s*([0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}")
 _SPACED_THOUSANDS = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
@@ -80,6 +81,11 @@ class Number:
     text: str
     value: tuple[Fraction, ...]
     places: int | None
+
+    @property
+    def bare(self) -> str:
+        """The text without currency sign, plus sign and thousands commas."""
+        return _ORNAMENT.sub("", self.text)
 
     @property
     def unending(self) -> bool:

@@ -8,34 +8,43 @@ Source: Orca-Math, arXiv:2402.14830; fsdp_qlora, experiments/orca_math/evaluate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from qdora.config import DatasetConfig
 from qdora.data.readers import read_hub, read_rows
 from qdora.data.rows import Example, Row, text_of
-from qdora.tasks.base import Selection, candidates, held_out_split
-from qdora.tasks.gold import last_number_or_ratio
+from qdora.tasks.base import Task, held_out_split
+from qdora.tasks.scoring import gold_number, published_gold
 
 DATASET = "microsoft/orca-math-word-problems-200k"
 HELD_OUT = 5_000
 
 
-def select_orca_math(config: DatasetConfig) -> Selection:
-    """The hub's rows, or those of a local copy; `held_out` replaces the published 5,000 where given.
+class OrcaMath(Task):
+    """Orca-Math from the hub or a local copy; `held_out` replaces the published 5,000 where given."""
 
-    Raises: InputError: the data cannot be read, or has no more rows than are held out.
-    """
-    if config.path is None:
-        rows = read_hub(DATASET, None, "train", ["question", "answer"])
-    else:
-        rows = read_rows(Path(config.path))
-    where = config.path or DATASET
-    order = held_out_split(len(rows), config.split, config.held_out or HELD_OUT, config.seed, where)
-    return Selection(candidates(rows, _example), order)
+    optional = ("path", "held_out")
+
+    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+        """The hub's rows, or those of a local copy."""
+        if config.path is None:
+            return read_hub(DATASET, None, "train", ["question", "answer"])
+        return read_rows(Path(config.path))
+
+    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+        """The published split."""
+        return held_out_split(len(rows), config, config.held_out or HELD_OUT, config.path or DATASET)
+
+    def example(self, config: DatasetConfig, row: Row) -> Example:
+        """The solution and the number that it states, spelled as the published rule cuts it out if it can.
+
+        Some solutions end in a word.  They stay, with an empty gold answer: leaving them out would shift
+        the published 500.
+        """
+        question, solution = text_of(row, "question"), text_of(row, "answer")
+        answer = published_gold(gold_number(solution) or "", solution)
+        return Example(question, solution, answer, self.name, row.origin)
 
 
-def _example(row: Row) -> Example:
-    question, completion = text_of(row, "question"), text_of(row, "answer")
-    # Some solutions end in a word.  They stay, with an empty gold answer: leaving them out would
-    # shift the published 500.
-    return Example(question, completion, last_number_or_ratio(completion) or "", "orca_math", row.origin)
+ORCA_MATH = OrcaMath("orca_math", provenance=f"{DATASET}, arXiv:2402.14830", licence="MIT", gold="solution")

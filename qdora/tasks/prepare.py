@@ -1,4 +1,4 @@
-"""From a data configuration to what training and evaluation take."""
+"""From a data configuration to tokenized training data and test examples; a tokenizer is enough, no model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qdora.config import DataConfig
 from qdora.data.rows import Dataset, Example, Skipped, fingerprint
 from qdora.data.tokenize import TokenizedExample, choose_pad_token, fitting_prompts, tokenize_examples
 from qdora.errors import InputError
-from qdora.tasks import load_dataset
+from qdora.tasks import check_data, load_dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,11 @@ def prepare(
         tokenizer: gets a pad token if it has none of its own.
         context_length: the model's, in tokens; None where it is not known.
     Raises:
-        InputError: `max_length` exceeds the context; data missing or unreadable; no training or
-            test examples are left; the tokenizer has no EOS token or no chat template.
+        InputError: as `check_data`; `max_length` exceeds the context; data missing or unreadable; no
+            training or test examples are left; the tokenizer has no EOS token or no chat template.
         DataError: a bad row, and `bad_rows` is `stop`; names file and line.
     """
+    check_data(config)
     if context_length is not None and config.max_length > context_length:
         raise InputError(
             f"data.max_length {config.max_length} is longer than the model's context "
@@ -67,7 +68,7 @@ def prepare(
         pad_id=pad_id,
         leaked=leaked,
         skipped=[*loaded.skipped, *too_long, *test.skipped],
-        fingerprints={"train": fingerprint(used), "test": test.fingerprint},
+        fingerprints={"train": fingerprint(used), "test": fingerprint(test.examples)},
     )
 
 
@@ -84,7 +85,7 @@ def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
     )
     if not kept:
         raise InputError(f"the test set is empty: no prompt fits into data.max_length {config.max_length}")
-    return Dataset(kept, [*loaded.skipped, *too_long], fingerprint(kept))
+    return Dataset(kept, [*loaded.skipped, *too_long])
 
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -96,8 +97,8 @@ _PUNCTUATION = re.compile(r"(?!(?<=\d)\.\d)(?!-\s*\d)[^\w+*/=<>^%]|_")
 def remove_leaked(train: Iterable[Example], test: Iterable[Example]) -> tuple[list[Example], int]:
     """The training examples whose question is not a test question, and how many were removed.
 
-    Questions are compared as a whole (for the commonsense tasks: the instruction with its answer
-    choices) after `normalize`.  That catches copies which differ in case, spacing, punctuation or
+    The full questions are compared (for the commonsense tasks: the instruction with its answer choices)
+    after `normalize`.  That catches copies which differ in case, spacing, punctuation or
     Unicode form.  It does not catch a paraphrase, other numbers or names in the same story, the
     same question with other or reordered choices, or a test question inside a longer text.  A
     training question that stands there several times is removed, and counted, each time.

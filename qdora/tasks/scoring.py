@@ -1,4 +1,4 @@
-"""Answer extraction and comparison: pure functions on text.
+r"""Answer extraction and comparison: pure functions on text.
 
 Numeric tasks have two scorers, both always reported:
 
@@ -10,10 +10,11 @@ reference *solution*, are equal as strings.  Signs are not seen (-3 is 3), comma
 a number are equal, here no answer is wrong; and where a data set has a column for the gold
 answer, a solution that reaches another value does not overrule it.
 
-`normalized` compares values.  An output's answer is, in this order: the first line
-`#### N`; the last `answer is N`, `answer: N` or `\boxed{N}`; the last number.  What
-follows a new question header, which the model invented, is not read.  A gold answer that
-is a letter A-E is matched by the letter chosen.  The value rules are those of `numbers`.
+`normalized` compares values.  Outputs and worked solutions are read alike: the answer is, in
+this order, the first line `#### N`; the last `answer is N`, `answer: N` or `\boxed{N}`; the
+last number.  What follows a new question header, which the model invented, is not read.  A
+gold answer that is a letter A-E is matched by the letter chosen.  The value rules are those
+of `numbers`.
 
 Choice tasks follow LLM-Adapters (commonsense_evaluate.py): the first occurrence, case
 sensitive and also within words, of any of the task's answer words.
@@ -22,31 +23,24 @@ sensitive and also within words, of any of the task's answer words.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from qdora.config import AnswerKind
-from qdora.tasks.declared import Task
+from qdora.errors import InputError, suggest
 from qdora.tasks.numbers import Number, find_numbers, plain, same_value
 
 T = TypeVar("T")
 
-SCORERS: dict[AnswerKind, tuple[str, ...]] = {
-    "numeric": ("normalized", "published"),
-    "choice": ("first_answer_word",),
-    "text": ("first_line",),
-}
-"""Scorers by kind of answer; the first gives the headline score."""
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a scorer made of one output.
+    """The verdict of one scorer on one output.
 
     Attributes:
         extracted: the answer found in the output, as written there; None where there is none.
-        gold: the gold answer that it was compared with; None where the example has no usable one.
+        gold: the gold answer that it was compared with; None where there is no usable one.
         correct: False whenever either is None.
     """
 
@@ -55,23 +49,26 @@ class Verdict:
     correct: bool
 
 
-def score_output(task: Task, output: str, *, answer: str, completion: str) -> dict[str, Verdict]:
-    """All scorers of the task's kind applied to one output, the headline scorer first.
+def score_answer(
+    output: str, gold: str, *, kind: AnswerKind = "numeric", words: Sequence[str] = ()
+) -> dict[str, Verdict]:
+    """Compare a model's output with a gold answer, by every scorer of its kind.
 
     Args:
         output: what the model generated, without the prompt.
-        answer: the gold answer.
-        completion: the reference solution.
+        gold: the gold answer; `numeric`: or a worked solution that states it.
+        kind: `numeric`, `choice` or `text`.
+        words: `choice`: the words looked for in the output.
+    Returns: verdicts by the scorer's name, the scorer of the headline score first.
+    Raises: InputError: another kind, or output or gold answer are not text.
     """
-    if task.kind == "numeric":
-        reference = completion if task.gold == "solution" else _reference(answer, completion)
-        return {
-            "normalized": score_normalized(output, completion if task.gold == "solution" else answer),
-            "published": score_published(output, reference),
-        }
-    if task.kind == "choice":
-        return {"first_answer_word": score_choice(output, answer, task.answer_words)}
-    return {"first_line": score_text(output, answer)}
+    if kind not in SCORERS:
+        raise InputError(f"kind {kind!r} of answers; {suggest(str(kind), SCORERS)}")
+    for name, text in (("output", output), ("gold", gold)):
+        if not isinstance(text, str):
+            raise InputError(f"{name} {text!r} is a {type(text).__name__}; allowed: text")
+    arguments = (output, gold, words) if kind == "choice" else (output, gold)
+    return {name: scorer(*arguments) for name, scorer in SCORERS[kind].items()}
 
 
 def score_published(output: str, reference: str) -> Verdict:
@@ -104,7 +101,7 @@ def score_normalized(output: str, answer: str) -> Verdict:
     )
 
 
-def score_choice(output: str, answer: str, words: tuple[str, ...]) -> Verdict:
+def score_choice(output: str, answer: str, words: Sequence[str]) -> Verdict:
     """First of the answer words in the output, equal to the gold answer.
 
     Source: AGI-Edgerunners/LLM-Adapters, commonsense_evaluate.py `extract_answer`.
@@ -121,14 +118,29 @@ def score_text(output: str, answer: str) -> Verdict:
     return Verdict(extracted, gold, same)
 
 
+SCORERS: Mapping[AnswerKind, Mapping[str, Callable[..., Verdict]]] = {
+    "numeric": {"normalized": score_normalized, "published": score_published},
+    "choice": {"first_answer_word": score_choice},
+    "text": {"first_line": score_text},
+}
+"""Scorers by kind of answer; the first gives the headline score."""
+
 _PUBLISHED_DIGITS = r"\d+(?:\.\d+)?"
 _PUBLISHED_NUMBER = re.compile(rf"[$€£]?{_PUBLISHED_DIGITS}(?::{_PUBLISHED_DIGITS})?")
 
 
 def last_number_string(text: str) -> str | None:
     """The last number or ratio as the Orca-Math runs cut it out, or None."""
-    matches = _PUBLISHED_NUMBER.findall(text)
-    return matches[-1] if matches else None
+    return _last(_PUBLISHED_NUMBER.findall(text))
+
+
+def published_gold(answer: str, solution: str) -> str:
+    """The gold answer as `published` compares it: spelled as in the solution, where that comes to its value.
+
+    A letter has no number string, so that equal last numbers of two solutions never count as the choice.
+    """
+    in_solution = last_number_string(solution)
+    return in_solution if in_solution and score_normalized(in_solution, answer).correct else answer
 
 
 # A model that does not stop goes on with the next question of its prompt format.
@@ -159,13 +171,19 @@ _BRACKETED_LETTER = re.compile(r"\(([A-E])\)")
 
 def stated_number(text: str) -> Number | None:
     """The number that a text gives as its answer, or None; see the module's docstring for the order."""
-    text = _own_words(plain(text))
+    text = _before_next_question(plain(text))
     return _hash_number(text) or _marked_number(text) or _last(find_numbers(text))
+
+
+def gold_number(solution: str) -> str | None:
+    """The number that a worked solution gives as its answer, read as in an output; None without one."""
+    number = stated_number(solution)
+    return None if number is None else number.bare
 
 
 def chosen_letter(text: str) -> str | None:
     """The letter A-E that a text chooses: after the last marker, alone, or the last one in brackets."""
-    text = _own_words(text)
+    text = _before_next_question(text)
     for said in _said_after_markers(text):
         letter = _LETTER.match(said)
         if letter:
@@ -174,16 +192,7 @@ def chosen_letter(text: str) -> str | None:
     return alone[1] if alone else _last(_BRACKETED_LETTER.findall(text))
 
 
-def _reference(answer: str, completion: str) -> str:
-    """The text whose last number string spells the gold value: the solution, where it comes to that value.
-
-    A letter has no number string, so that equal last numbers of two solutions never count as the choice.
-    """
-    in_solution = last_number_string(completion)
-    return in_solution if in_solution and score_normalized(in_solution, answer).correct else answer
-
-
-def _own_words(text: str) -> str:
+def _before_next_question(text: str) -> str:
     """The text up to the point where the model asks itself the next question."""
     header = _NEXT_QUESTION.search(text)
     return text[: header.start()] if header and text[: header.start()].strip() else text

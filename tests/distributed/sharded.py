@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -26,10 +27,9 @@ from qdora.data.rows import Example
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed import generation
 from qdora.distributed.context import DistributedContext, end
-from qdora.distributed.generation import for_generation
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import CheckpointError, InputError
-from qdora.evaluation.evaluate import evaluate
+from qdora.evaluation import evaluate as evaluation
 from qdora.models.formats import safetensors as safetensors_file
 from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_base, load_model
@@ -251,21 +251,18 @@ def save_from_one_process(
 def generate(model: Any, context: DistributedContext) -> list[str]:
     """Answers to questions that do not divide over the processes, every process's list."""
     questions = [Example("?" * (1 + 3 * i % 11), "x", str(i), "sums", f"q:{i}") for i in range(7)]
-    with for_generation(model, context, tokens=100) as in_step:
-        (scores,) = evaluate(
+    with mock.patch.object(evaluation, "generate", wraps=evaluation.generate) as generate_batches:
+        (scores,) = evaluation.evaluate(
             model,
             tiny_tokenizer(),
             questions,
             prompt="question_answer",
             max_new_tokens=6,
             batch_size=2,
-            rank=context.rank,
-            world_size=context.world_size,
-            gather=context.gather,
-            in_step=in_step,
+            context=context,
             show_progress=False,
         )
-    return [str(in_step and context.world_size > 1), *(p.output for p in scores.predictions)]
+    return [str(generate_batches.call_args.kwargs["synced"]), *(p.output for p in scores.predictions)]
 
 
 class NoRoom:

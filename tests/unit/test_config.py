@@ -120,11 +120,6 @@ def test_a_value_out_of_range_is_refused(tmp_path, override, message):
         (["training.epochs=1"], "exactly one of training.max_steps and training.epochs"),
         (["training.max_steps=null"], "exactly one of training.max_steps and training.epochs"),
         (["training.gradient_accumulation=3"], "batch_size 16 does not divide into .* 3 micro-batches"),
-        (["data.train.source=file"], "data.train: source 'file' needs a path"),
-        (["data.train.source=hub"], "data.train: source 'hub' needs a path"),
-        (["data.test.count=null"], "data.test: source 'synthetic' needs a count"),
-        (["data.train.tasks=[boolq]"], "tasks belong to source 'commonsense', not to 'synthetic'"),
-        (["data.test.split=dev"], "split 'dev' of source 'synthetic'; allowed: train, test"),
     ],
 )
 def test_an_impossible_combination_is_refused(tmp_path, overrides, message):
@@ -138,8 +133,6 @@ def test_an_impossible_combination_is_refused(tmp_path, overrides, message):
     [
         ("adapter.type=lor", "lora"),
         ("training.schedule=linaer", "linear"),
-        ("data.train.source=orca-math", "orca_math"),
-        ("data.train.tasks=[ARC]", "ARC-Easy"),
         ("model.dtype=bf16", "bfloat16"),
     ],
 )

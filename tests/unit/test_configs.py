@@ -15,7 +15,7 @@ from qdora.commands.compare import arm_config
 from qdora.config import CompareConfig, RunConfig, Section
 from qdora.config_file import load_config, read_yaml
 from qdora.errors import InputError
-from qdora.tasks.declared import TASKS
+from qdora.tasks import TASKS, check_data
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -54,6 +54,7 @@ def test_no_file_escapes():
 def test_runs_parse(path):
     """Catches: a shipped run with a renamed key, a refused combination, or test data in training."""
     config = load_config(path)
+    check_data(config.data)
     assert config.data.test.split == "test"
     assert config.data.train.split == "train"
     assert (config.data.train.seed, config.data.train.path, config.data.train.held_out) == (

@@ -148,8 +148,8 @@ def test_a_pissa_adapter_goes_onto_the_base_again(tiny_model_folder, tmp_path, q
 
 
 def test_a_pissa_adapter_of_peft_is_refused(tiny_model_folder, tmp_path):
-    """Catches: factors whose base PEFT derives anew when it loads them, put onto the original base: logits that
-    are wrong by 28 to 42%."""
+    """Catches: factors whose base PEFT derives anew when it loads them, put onto the original base:
+    logits that are wrong by 28 to 42%."""
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
     peft.get_peft_model(base, config).save_pretrained(tmp_path)

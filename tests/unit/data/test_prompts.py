@@ -9,8 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qdora.config import PromptName
-from qdora.data.templates import PROMPTS, prompt_ids, prompt_ids_of_all
+from qdora.data import templates
+from qdora.data.templates import PROMPTS
 from qdora.errors import InputError
+
+
+def prompt_ids(tokenizer, template_name, question):
+    """The ids of one question."""
+    return templates.prompt_ids(tokenizer, template_name, [question])[0]
 
 
 def test_table_is_the_configuration():
@@ -41,7 +47,7 @@ def test_wording(tokenizer, name, text):
 @given(questions=st.lists(st.text(max_size=20), max_size=4), name=st.sampled_from(sorted(PROMPTS)))
 def test_batch_equals_single(tokenizer, questions, name):
     """Catches: training (many at once) and evaluation (one) that see different prompt ids."""
-    many = prompt_ids_of_all(tokenizer, name, questions)
+    many = templates.prompt_ids(tokenizer, name, questions)
     assert many == [prompt_ids(tokenizer, name, question) for question in questions]
     assert all(ids.count(tokenizer.bos_token_id) == 1 for ids in many)
 

@@ -16,7 +16,7 @@ def test_ids(tokenizer, example):
     assert not skipped
     for tokens, source in zip(found, examples, strict=True):
         ids, split = tokens.input_ids, tokens.prompt_length
-        assert ids[:split] == prompt_ids(tokenizer, "question_answer", source.question)
+        assert [ids[:split]] == prompt_ids(tokenizer, "question_answer", [source.question])
         assert tokenizer.decode(ids[split:]) == source.completion + "</s>"
         assert tokens.origin == source.origin
 

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qdora.evaluation.evaluate as evaluation
 from qdora.data.rows import Example
+from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate
 from qdora.evaluation.generation import Generation
@@ -57,7 +58,7 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
 def in_processes(
     count: int, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]
 ) -> list[list[Scores]]:
-    """`evaluate` in threads that stand for processes, with a gather that waits for all."""
+    """`evaluate` in threads that stand for ranks, with a gather that waits for all."""
     barrier = threading.Barrier(count, timeout=300)
     slots: list[list[Any]] = [[] for _ in range(count)]
     results: list[list[Scores]] = [[] for _ in range(count)]
@@ -71,9 +72,9 @@ def in_processes(
             return joined
 
         own_model, own_tokenizer = copy.deepcopy(model), copy.deepcopy(tokenizer)
-        results[rank] = evaluate(
-            own_model, own_tokenizer, examples, rank=rank, world_size=count, gather=gather, **SETTINGS
-        )
+        context = DistributedContext(rank, count)
+        context.gather = gather  # type: ignore[method-assign]
+        results[rank] = evaluate(own_model, own_tokenizer, examples, context=context, **SETTINGS)
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in range(count)]
     for thread in threads:
@@ -171,7 +172,7 @@ def test_processes_agree_with_one(
 def test_shares_are_of_one_size() -> None:
     """Catches: a deadlock of a sharded model that one process calls less often than another."""
     for total in range(1, 9):
-        shares = [evaluation._share(list(range(total)), rank, 4) for rank in range(4)]
+        shares = [evaluation._rank_indices(list(range(total)), rank, 4) for rank in range(4)]
         assert len({len(share) for share in shares}) == 1
         assert {index for share in shares for index in share} == set(range(total))
 
@@ -179,7 +180,7 @@ def test_shares_are_of_one_size() -> None:
 def test_shares_are_like_work() -> None:
     """Catches: one process with all the long prompts, while the others wait for it."""
     lengths = [10 * n for n in range(12)]
-    sums = [sum(lengths[index] for index in evaluation._share(lengths, rank, 3)) for rank in range(3)]
+    sums = [sum(lengths[index] for index in evaluation._rank_indices(lengths, rank, 3)) for rank in range(3)]
     assert max(sums) - min(sums) <= 4 * 20
 
 
@@ -207,3 +208,11 @@ def test_progress_goes_to_stderr(
     assert captured.out == ""
     assert "synthetic" in captured.err
     assert "exact match" in captured.err
+
+
+def test_a_mistyped_option_is_a_type_error(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Catches: a KeyError from inside, or an option that does nothing."""
+    with pytest.raises(TypeError, match=r"missing or unknown: promt$"):
+        evaluate(model, tokenizer, EXAMPLES, promt="alpaca", **SETTINGS)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from qdora.data.rows import Example
 from qdora.errors import InputError
 from qdora.evaluation.scores import Prediction, Scores, read_scores, summarize, write_scores
-from qdora.tasks.declared import task_for
-from qdora.tasks.scoring import score_output
+from qdora.tasks import task_for
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def scores() -> Scores:
     outputs = ["It is 4.", "no idea\u2028\ud800 \n", "1/3"]
     predictions = []
     for index, (output, gold) in enumerate(zip(outputs, ["4.0", "", "0.33"], strict=True)):
-        verdicts = score_output(task, output, answer=gold, completion="")
+        verdicts = task.score(output, Example("", "", gold, "math", ""))
         head = verdicts["normalized"]
         prompt, origin = f"Q{index}", f"f.json:{index}"
         shown = (head.extracted, head.gold, head.correct)

@@ -15,7 +15,7 @@ from qdora.experiments.report import (
     check_identical_conditions,
     write_report,
 )
-from qdora.tasks.declared import task_for
+from qdora.tasks import task_for
 from qdora.tasks.scoring import Verdict
 from qdora.training.metrics import StepMetrics
 

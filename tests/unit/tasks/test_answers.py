@@ -8,18 +8,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdora.tasks.declared import TASKS, task_for
+from qdora.data.rows import Example
+from qdora.errors import InputError
+from qdora.tasks import TASKS, task_for
+from qdora.tasks.base import Task
 from qdora.tasks.scoring import (
     SCORERS,
+    Verdict,
     chosen_letter,
+    gold_number,
     last_number_string,
+    score_answer,
     score_choice,
     score_normalized,
-    score_output,
     score_published,
     score_text,
     stated_number,
 )
+
+
+def score_output(task: Task, output: str, *, answer: str, completion: str) -> dict[str, Verdict]:
+    return task.score(output, Example("q", completion, answer, task.name, "t:1"))
+
 
 STATED = [
     ("The answer is 4.", "4"),
@@ -201,7 +211,7 @@ def test_text_compares_first_lines() -> None:
 def test_every_kind_reports_its_scorers(kind: str, output: str, answer: str) -> None:
     """Catches: a scorer missing from the report, and a verdict of correct without two answers."""
     verdicts = score_output(task_for("mine", kind), output, answer=answer, completion="")  # type: ignore[arg-type]
-    assert tuple(verdicts) == SCORERS[kind]  # type: ignore[index]
+    assert tuple(verdicts) == tuple(SCORERS[kind])  # type: ignore[index]
     for verdict in verdicts.values():
         assert not verdict.correct or (verdict.extracted is not None and verdict.gold is not None)
 
@@ -230,7 +240,57 @@ def test_a_looping_model_costs_no_time(loop: str) -> None:
     assert time.process_time() - started < 3
 
 
+@pytest.mark.parametrize(
+    ("output", "gold", "correct"),
+    [
+        ("The answer is 4.", "4.0", True),
+        ("so 3/4", "The answer is 3/4", True),
+        ("so 4", "The answer is 3/4", False),
+        ("it is -3", "The answer is \u22123.", True),
+        ("it is 3", "The answer is \u22123.", False),
+        ("7.5 hours", "7 1/2", True),
+        ("3:2", "ratio 3:2", True),
+        ("The answer is (B).", "B", True),
+    ],
+)
+def test_gold_and_output_are_read_alike(output: str, gold: str, correct: bool) -> None:
+    """Catches: a second grammar for gold answers."""
+    assert score_answer(output, gold)["normalized"].correct is correct
+
+
+@given(st.text(alphabet="0123456789.,:/-+ $%e^x½\nthe answer is#", max_size=40))
+def test_the_gold_number_of_a_text_is_its_answer(text: str) -> None:
+    """Catches: a gold answer whose value changes where it is cut out of its solution."""
+    gold = gold_number(text)
+    stated = stated_number(text)
+    assert (gold is None) is (stated is None)
+    if gold is not None:
+        assert score_normalized(text, gold).correct, (text, gold)
+        assert not set(gold) & set("$,")
+
+
+def test_score_answer_by_kind() -> None:
+    """Catches: the headline scorer behind another one, answer words ignored, verdicts on case."""
+    assert list(score_answer("It is 8", "8")) == ["normalized", "published"]
+    both = score_answer("It is $8", "8")
+    assert [verdict.correct for verdict in both.values()] == [True, False]
+    assert score_answer("it is true", "true", kind="choice", words=["true", "false"]) == {
+        "first_answer_word": Verdict("true", "true", True)
+    }
+    assert score_answer(" paris\nin France", "Paris", kind="text")["first_line"].correct
+
+
+def test_score_answer_refuses_what_it_cannot_compare() -> None:
+    """Catches: a KeyError or AttributeError from inside a scorer."""
+    with pytest.raises(InputError, match=r"kind 'number' of answers; did you mean 'numeric'\?"):
+        score_answer("1", "1", kind="number")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="gold 4 is a int; allowed: text"):
+        score_answer("4", 4)  # type: ignore[arg-type]
+
+
 def test_known_tasks_keep_their_kind() -> None:
     """Catches: boolq scored as numbers because the configuration's default kind is numeric."""
     assert task_for("boolq", "numeric").kind == "choice"
     assert task_for("my_file", "text").kind == "text"
+    for source in ("file", "hub", "commonsense"):  # a file of that name
+        assert task_for(source, "text").kind == "text"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qdora.tasks.declared import TASKS
+from qdora.tasks import TASKS
 from qdora.tasks.scoring import chosen_letter, score_choice, score_normalized
 
 DATA = Path(__file__).parents[3] / ".." / "shared" / "data"
@@ -76,4 +76,4 @@ def test_gsm8k_solutions() -> None:
 def test_commonsense_solutions(task: str) -> None:
     """Catches: answer words that the data's own answers do not use."""
     both = rows(f"commonsense/{task}/train.json") + rows(f"commonsense/{task}/test.json")
-    assert all(score_choice(row["output"], row["answer"], TASKS[task].answer_words).correct for row in both)
+    assert all(score_choice(row["output"], row["answer"], TASKS[task].words).correct for row in both)

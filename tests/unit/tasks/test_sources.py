@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datasets
 import pytest
-from qdora.tasks.quantization import shuffled
 
 from qdora.config import ColumnsConfig, DatasetConfig
 from qdora.data.rows import Example, fingerprint
 from qdora.errors import DataError, InputError
-from qdora.tasks import ROW_SOURCES, load_dataset
+from qdora.tasks import TASKS, load_dataset, task_for
+from qdora.tasks.base import Task, shuffled
 
 INSTRUCTION = ColumnsConfig(question="instruction", completion="output", answer="answer")
 
@@ -36,8 +36,8 @@ def test_shuffle_is_that_of_datasets(count):
 
 def test_every_source_has_a_loader():
     """Catches: a source that the configuration allows and nothing implements."""
-    allowed = DatasetConfig.model_fields["source"].annotation.__args__
-    assert {*ROW_SOURCES, "synthetic"} == set(allowed)
+    assert {"synthetic", "orca_math", "commonsense", "gsm8k", "file", "hub"} <= set(TASKS)
+    assert all(task.rows is not Task.rows or task.load is not Task.load for task in map(type, TASKS.values()))
 
 
 class TestFile:
@@ -119,16 +119,26 @@ class TestFile:
             ("numeric", "It is 1,234.5 dollars.", "1234.5"),
             ("numeric", "so 7-12 = -5.", "-5"),
             ("numeric", "16-12", "12"),
+            ("numeric", "The answer is 3/4", "3/4"),
+            ("numeric", "The answer is \u22123.", "-3"),
+            ("numeric", "It takes 7 1/2 hours.", "7 1/2"),
+            ("numeric", "The ratio is 3:2.", "3:2"),
+            ("numeric", "The answer is $5 for 2.", "5"),
+            ("numeric", "\\boxed{\\frac{1}{2}} of 8", "1/2"),
             ("choice", "the correct answer is answer3", "answer3"),
             ("choice", "True, because it is false that not", "true"),
             ("text", "Paris", "Paris"),
         ],
     )
     def test_gold_answer_from_the_completion(self, write_jsonl, kind, completion, answer):
-        """Catches: a minus read as a sign, a thousands separator or a full stop read as part of a number."""
+        """Catches: a minus read as a sign, a thousands separator or a full stop read as part of a number; a
+        gold answer of 4 for 3/4, because outputs are read by another grammar."""
         path = str(write_jsonl([{"question": "q", "answer": completion}]))
         config = DatasetConfig(source="file", path=path, answer_kind=kind)
-        assert load_dataset(config, "stop").examples[0].answer == answer
+        (example,) = load_dataset(config, "stop").examples
+        assert example.answer == answer
+        if kind == "numeric":
+            assert task_for("data").score(completion, example)["normalized"].correct
 
     @pytest.mark.parametrize(
         ("bad", "reason"),
@@ -203,14 +213,26 @@ class TestOrcaMath:
         assert len(load_dataset(config, "stop").examples) == 3
 
     @pytest.mark.parametrize(
-        ("solution", "answer"),
-        [("It costs $1,200.", "200"), ("In all $5.50.", "$5.50"), ("ratio 3:2 holds", "3:2"), ("Bill", "")],
+        ("solution", "published", "answer"),
+        [
+            ("It costs $1,200.", "200", "1200"),
+            ("In all $5.50.", "$5.50", "$5.50"),
+            ("ratio 3:2 holds", "3:2", "3:2"),
+            ("Bill", "", ""),
+            ("The answer is 3/4.", "4", "3/4"),
+            ("The answer is 7 apples, 2 for each.", "2", "7"),
+        ],
     )
-    def test_published_rule(self, write_jsonl, solution, answer):
-        """Catches: a gold answer other than that of the published scores."""
+    def test_published_rule(self, write_jsonl, solution, published, answer):
+        """Catches: a gold answer other than that of the published scores; one that `normalized` reads by
+        another grammar than outputs."""
         path = str(write_jsonl([{"question": f"q{i}", "answer": solution} for i in range(2)]))
         config = DatasetConfig(source="orca_math", path=path, held_out=1, split="test")
-        assert load_dataset(config, "stop").examples[0].answer == answer
+        example = load_dataset(config, "stop").examples[0]
+        verdicts = TASKS["orca_math"].score(solution, example)
+        assert (verdicts["published"].gold or "") == published
+        assert example.answer == answer
+        assert all(verdict.correct for verdict in verdicts.values()) is (answer != "")
 
     def test_hub(self, monkeypatch):
         """Catches: the hub's rows taken another way than those of a local copy; remote code trusted."""
@@ -305,7 +327,7 @@ class TestGsm8k:
         with pytest.raises(InputError, match=r"test\.jsonl: no such file.*GSM8K test set"):
             load("test")
 
-    @pytest.mark.parametrize("solution", ["72", "72\n####  "])
+    @pytest.mark.parametrize("solution", ["72", "72\n####  ", "72\n#### none"])
     def test_no_gold_answer(self, write_jsonl, solution):
         """Catches: a solution without `#### N` given an empty gold answer."""
         path = str(write_jsonl([{"question": "q", "answer": solution}]))

@@ -9,8 +9,7 @@ import pytest
 
 from qdora.errors import InputError
 from qdora.tasks.prepare import normalize
-from qdora.tasks.problem_kinds import KINDS, LARGEST
-from qdora.tasks.synthetic import capacity, generate, solve
+from qdora.tasks.synthetic import KINDS, LARGEST, capacity, generate, solve
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
 
