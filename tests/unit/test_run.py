@@ -178,11 +178,11 @@ def test_evaluate_scores_the_newest_run_and_a_named_model_instead_of_it(tmp_path
     (run.adapter / "adapter_model.safetensors").write_bytes(b"")
     scored = []
 
-    def score_adapter(config, adapter, context, *, folder, task):
+    def evaluate_adapter(config, adapter, context, *, folder, task):
         scored.append((config.model.path, adapter and str(adapter), folder and str(folder)))
         return []
 
-    monkeypatch.setattr(evaluate, "score_adapter", score_adapter)
+    monkeypatch.setattr(evaluate, "evaluate_adapter", evaluate_adapter)
     assert run_command("evaluate", []) == 0
     assert "runs/new is the newest run" in capsys.readouterr().err
     assert run_command("evaluate", ["--base-only"]) == 0
