@@ -22,6 +22,9 @@ def describe(quantization: str, adapter: AdapterConfig, mode: str = "adapter") -
     return " + ".join([quantization, *update, *(["dora"] if adapter.dora else [])])
 
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
 class Factors(NamedTuple):
     """The factors of c diag(outer) B diag(inner) A, differentiable in those that are trained.
 
@@ -108,11 +111,10 @@ class LowRankUpdate(AdapterModule):
     scale: float
     dropout: float
 
-    @classmethod
     @abstractmethod
-    def create(
-        cls, shape: tuple[int, int], config: AdapterConfig, *, device: torch.device, seed: int, shared: Any
-    ) -> Self:
+    def __init__(
+        self, shape: tuple[int, int], config: AdapterConfig, device: torch.device, seed: int, shared: Any
+    ) -> None:
         """The update of one layer, at its initial values.
 
         Args:
@@ -121,10 +123,12 @@ class LowRankUpdate(AdapterModule):
             seed: of this layer's random values.
             shared: what `create_shared` made for all layers; None for a layer by itself.
         """
+        super().__init__()
+        self.scale, self.dropout, self.storage = config.scale, config.dropout, DTYPES[config.dtype]
 
     @classmethod
     def create_shared(
-        cls, shapes: Sequence[tuple[int, int]], config: AdapterConfig, *, device: torch.device, seed: int
+        cls, shapes: Sequence[tuple[int, int]], config: AdapterConfig, device: torch.device, seed: int
     ) -> Any:
         """What all layers of a model have in common; None where they have nothing.
 

@@ -82,7 +82,7 @@ def inject(
     if kind is not None:
         shapes = [(chosen[name].out_features, chosen[name].in_features) for name in update_names]
         device = next(chosen[update_names[0]].parameters()).device
-        shared = kind.create_shared(shapes, config, device=device, seed=seed)
+        shared = kind.create_shared(shapes, config, device, seed)
     for name, layer in chosen.items():
         if isinstance(layer, nn.Linear):
             base = bases[name] or _from_dense(layer, name, quantization)

@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qdora.adapters import UPDATES
-from qdora.adapters.base import Factors, LowRankUpdate
-from qdora.adapters.lora import DTYPES
+from qdora.adapters.base import DTYPES, Factors, LowRankUpdate
 from qdora.adapters.magnitude import Magnitude
 from qdora.adapters.norm import NormCache
 from qdora.adapters.product import Scaling, adapted_product
@@ -124,7 +123,7 @@ class AdaptedLinear(nn.Module):
         self.exact_norm_gradient = config.norm_gradient == "exact"
         self.published_dropout = config.dropout_placement == "published"
         if update and kind is not None:
-            self.update = kind.create(self.shape, config, device=device, seed=seed, shared=shared)
+            self.update = kind(self.shape, config, device, seed, shared)
         if config.dora if magnitude is None else magnitude:
             initial_O = torch.empty(self.out_features, dtype=self.base.norm_dtype, device=device)
             self.magnitude = Magnitude(initial_O, DTYPES[config.dtype])

@@ -14,8 +14,6 @@ from qdora.adapters.init import INITS, init_from_peft, principal
 from qdora.config import AdapterConfig, InitName
 from qdora.quant.base import FrozenWeight
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 class LoraUpdate(LowRankUpdate):
     """c B A, both trained.
@@ -37,52 +35,37 @@ class LoraUpdate(LowRankUpdate):
     def __init__(
         self,
         shape: tuple[int, int],
-        r: int,
-        *,
-        scale: float,
-        dropout: float = 0.0,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | None = None,
-        init: InitName = "kaiming",
-        seed: int = 0,
+        config: AdapterConfig,
+        device: torch.device,
+        seed: int,
+        shared: Any = None,
     ) -> None:
-        super().__init__()
-        out_features, in_features = shape
-        self.scale, self.dropout, self.storage, self.init, self._seed = scale, dropout, dtype, init, seed
+        super().__init__(shape, config, device, seed, shared)
+        self.init, self._seed = config.init, seed
         self.subtracted: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.a_RI = adapter_parameter(torch.empty(r, in_features, dtype=dtype, device=device))
-        self.b_OR = adapter_parameter(torch.empty(out_features, r, dtype=dtype, device=device))
+        a_RI = torch.empty(config.r, shape[1], dtype=self.storage, device=device)
+        self.a_RI = adapter_parameter(a_RI)
+        self.b_OR = adapter_parameter(a_RI.new_empty(shape[0], config.r))
         self.reset_parameters()
 
     @classmethod
-    def create(
-        cls, shape: tuple[int, int], config: AdapterConfig, *, device: torch.device, seed: int, shared: Any
-    ) -> Self:
-        return cls(
-            shape,
-            config.r,
-            scale=config.scale,
-            dropout=config.dropout,
-            dtype=DTYPES[config.dtype],
-            device=device,
-            init=config.init,
-            seed=seed,
-        )
-
-    @classmethod
     def largest_rank(cls, shape: tuple[int, int]) -> int | None:
+        """The smaller side: above it B A gains nothing over a full matrix."""
         return min(shape)
 
     @property
     def r(self) -> int:
+        """Rank."""
         return self.a_RI.shape[0]
 
     def initial(self, name: str) -> torch.Tensor:
+        """What the start draws."""
         a_RI, b_OR = INITS[self.init].draw(self.b_OR.shape[0], self.a_RI.shape[1], self.r, self._seed)
         return a_RI if name == "a_RI" else b_OR
 
     @property
     def sees_weight(self) -> bool:
+        """Whether the start takes the weight's singular vectors."""
         return INITS[self.init].from_weight
 
     @torch.no_grad()
@@ -97,10 +80,12 @@ class LoraUpdate(LowRankUpdate):
         return self._without_subtracted(w_OI)
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
+        """The factors that were taken out of the base weight, where any were."""
         return {} if self.subtracted is None else dict(zip(self.extra_keys, self.subtracted, strict=True))
 
     @torch.no_grad()
     def load_extra(self, tensors: Mapping[str, torch.Tensor], weight: FrozenWeight) -> torch.Tensor | None:
+        """Take the saved factors out of the base weight again."""
         if self.extra_keys[0] not in tensors:
             return None
         a_RI, b_OR = (tensors[key].to(weight.device) for key in self.extra_keys)
@@ -115,6 +100,7 @@ class LoraUpdate(LowRankUpdate):
         return torch.addmm(w_OI.float(), b_OR, a_RI, alpha=-self.scale)
 
     def factors(self) -> Factors:
+        """A, B and the scale."""
         return Factors(self.a_RI, self.b_OR, None, None, self.scale)
 
     @classmethod
@@ -154,10 +140,12 @@ class LoraUpdate(LowRankUpdate):
 
     @classmethod
     def saved_shapes(cls, shape: tuple[int, int], r: int) -> dict[str, tuple[int, ...]]:
+        """Those of A and B, now and at the start."""
         a_RI, b_OR = (r, shape[1]), (shape[0], r)
         return {"lora_A.weight": a_RI, "lora_B.weight": b_OR, "initial_A": a_RI, "initial_B": b_OR}
 
     def extra_repr(self) -> str:
+        """Rank, scale, dropout, start and dtype, for printing."""
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}, {self.init}, {self.a_RI.dtype}"
 
 

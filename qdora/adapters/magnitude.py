@@ -29,6 +29,7 @@ class Magnitude(AdapterModule):
         self.offset_O = adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))
 
     def initial(self, name: str) -> torch.Tensor:
+        """An offset of zero."""
         return torch.zeros(self.offset_O.shape)
 
     def value(self) -> torch.Tensor:
@@ -50,4 +51,5 @@ class Magnitude(AdapterModule):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
+        """Rows and dtype, for printing."""
         return f"{self.offset_O.shape[0]}, {self.offset_O.dtype}"

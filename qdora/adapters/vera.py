@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 import torch
 
 from qdora.adapters.base import Factors, LowRankUpdate, SharedBuffers, adapter_parameter
-from qdora.adapters.lora import DTYPES
 from qdora.config import AdapterConfig
 
 D_INITIAL = 0.1
@@ -49,6 +48,7 @@ class VeraMatrices(SharedBuffers):
             setattr(self, name, drawn.to(device))
 
     def extra_repr(self) -> str:
+        """Shapes and seed, for printing."""
         return f"A {tuple(self.a_RI.shape)}, B {tuple(self.b_OR.shape)}, seed {self.seed}"
 
 
@@ -66,54 +66,52 @@ class VeraUpdate(LowRankUpdate):
     peft_type = "VERA"
     peft_keys: ClassVar = {"d_R": "vera_lambda_d", "b_O": "vera_lambda_b"}
     shared_keys = ("base_model.vera_A", "base_model.vera_B")
-    scale = 1.0
 
     def __init__(
         self,
-        matrices: VeraMatrices,
         shape: tuple[int, int],
-        *,
-        dropout: float = 0.0,
-        dtype: torch.dtype = torch.bfloat16,
+        config: AdapterConfig,
+        device: torch.device,
+        seed: int,
+        shared: Any = None,
     ) -> None:
-        super().__init__()
-        self.matrices, self.dropout, self.storage = matrices, dropout, dtype
+        super().__init__(shape, config, device, seed, shared)
+        self.scale = 1.0
+        self.matrices: VeraMatrices = shared or self.create_shared([shape], config, device, seed)
         self.out_features, self.in_features = shape
-        device = matrices.a_RI.device
-        self.d_R = adapter_parameter(torch.empty(self.r, dtype=dtype, device=device))
-        self.b_O = adapter_parameter(torch.empty(self.out_features, dtype=dtype, device=device))
+        self.d_R = adapter_parameter(torch.empty(config.r, dtype=self.storage, device=device))
+        self.b_O = adapter_parameter(torch.empty(self.out_features, dtype=self.storage, device=device))
         self.reset_parameters()
 
     @classmethod
     def create_shared(
-        cls, shapes: Sequence[tuple[int, int]], config: AdapterConfig, *, device: torch.device, seed: int
+        cls, shapes: Sequence[tuple[int, int]], config: AdapterConfig, device: torch.device, seed: int
     ) -> VeraMatrices:
+        """One pair of matrices, as large as the largest layers need."""
         largest = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
         return VeraMatrices(largest, config.r, seed=seed, device=device)
 
-    @classmethod
-    def create(
-        cls, shape: tuple[int, int], config: AdapterConfig, *, device: torch.device, seed: int, shared: Any
-    ) -> Self:
-        matrices = shared or cls.create_shared([shape], config, device=device, seed=seed)
-        return cls(matrices, shape, dropout=config.dropout, dtype=DTYPES[config.dtype])
-
     @property
     def r(self) -> int:
+        """Rank."""
         return self.matrices.a_RI.shape[0]
 
     def initial(self, name: str) -> torch.Tensor:
+        """0.1 for d, zero for b."""
         return torch.full((self.r,), D_INITIAL) if name == "d_R" else torch.zeros(self.out_features)
 
     def initial_values(self) -> dict[str, torch.Tensor]:
+        """The vectors', and the seed of the matrices."""
         return {**super().initial_values(), "seed": torch.tensor(self.matrices.seed or 0)}
 
     def factors(self) -> Factors:
+        """This layer's part of the matrices, and the vectors."""
         a_RI, b_OR = self.matrices.a_RI[:, : self.in_features], self.matrices.b_OR[: self.out_features]
         return Factors(a_RI, b_OR, self.d_R, self.b_O, self.scale)
 
     @classmethod
     def peft_settings(cls, updates: Mapping[str, Self]) -> dict[str, Any]:
+        """Rank, dropout and the matrices' seed."""
         first = next(iter(updates.values()))
         seed = first.matrices.seed
         return {
@@ -126,14 +124,17 @@ class VeraUpdate(LowRankUpdate):
 
     @classmethod
     def config_from_peft(cls, settings: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
+        """As `LowRankUpdate.config_from_peft`."""
         return {"r": int(settings["r"]), "dropout": float(settings.get("vera_dropout", 0.0))}
 
     @classmethod
     def saved_shapes(cls, shape: tuple[int, int], r: int) -> dict[str, tuple[int, ...]]:
+        """Those of the vectors."""
         return {"vera_lambda_d": (r,), "vera_lambda_b": (shape[0],)}
 
     @classmethod
     def seed_from_peft(cls, settings: Mapping[str, Any]) -> int:
+        """PEFT's projection_prng_key."""
         return int(settings.get("projection_prng_key") or 0)
 
     @classmethod
@@ -159,4 +160,5 @@ class VeraUpdate(LowRankUpdate):
                 matrices.seed = None
 
     def extra_repr(self) -> str:
+        """Rank, dropout and dtype, for printing."""
         return f"r={self.r}, dropout={self.dropout:g}, {self.d_R.dtype}"

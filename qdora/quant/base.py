@@ -96,14 +96,14 @@ class FrozenWeight(nn.Module, ABC):
         return weight
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Where the stored bytes are."""
+        return next(self.parameters()).device
 
     @property
-    @abstractmethod
     def norm_dtype(self) -> torch.dtype:
         """Dtype in which row norms of this weight are kept: at least float32."""
+        return torch.float32
 
     @abstractmethod
     def tiles(

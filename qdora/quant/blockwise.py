@@ -81,15 +81,8 @@ class BlockwiseWeight(FrozenWeight):
         """Blocks of the weight, the last one possibly shorter."""
         return -(-self.out_features * self.in_features // self.block_size)
 
-    @property
-    def device(self) -> torch.device:
-        return self.packed.device
-
-    @property
-    def norm_dtype(self) -> torch.dtype:
-        return torch.float32
-
     def is_statistic(self, name: str) -> bool:
+        """All but the codes."""
         return name != "packed"
 
     @abstractmethod
@@ -204,6 +197,7 @@ class BlockwiseWeight(FrozenWeight):
         return packed, scales
 
     def extra_repr(self) -> str:
+        """Shape, format and block size, for printing."""
         double = "double" if self.nested_absmax is not None else "single"
         return (
             f"{self.out_features}x{self.in_features}, {self.quantization}, block {self.block_size}, "

@@ -33,15 +33,13 @@ class DenseWeight(FrozenWeight):
         return cls(torch.empty(shape, dtype=dtype, device="meta"))
 
     @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    @property
     def norm_dtype(self) -> torch.dtype:
+        """Float32, and float64 for a float64 weight."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     @property
     def trained(self) -> nn.Parameter | None:
+        """The weight, in full fine-tuning."""
         return self.weight if self.weight.requires_grad else None
 
     def tiles(
@@ -58,10 +56,13 @@ class DenseWeight(FrozenWeight):
             yield rows, w_OI[rows].to(dtype) if s_O is None else (w_OI[rows] * s_O[rows, None]).to(dtype)
 
     def rows_to_read(self, shard: Shard) -> slice:
+        """The shard's own rows."""
         return shard.rows(self.out_features)
 
     def from_rows(self, w_RI: torch.Tensor, shard: Shard, gather: GatherRows) -> dict[str, torch.Tensor]:
+        """The rows, in the dtype of the weight."""
         return {"weight": w_RI.to(self.weight.dtype)}
 
     def extra_repr(self) -> str:
+        """Shape and dtype, for printing."""
         return f"{self.out_features}x{self.in_features}, {self.weight.dtype}"

@@ -20,6 +20,7 @@ class Int8Weight(BlockwiseWeight):
     codes_per_byte = 1
 
     def quantize_block_values(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `BlockwiseWeight.quantize_block_values`, a code a byte."""
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise(
             values, _code_book(values.device), self.block_size
         )
@@ -28,6 +29,7 @@ class Int8Weight(BlockwiseWeight):
     def dequantize_block_values(
         self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> torch.Tensor:
+        """As `BlockwiseWeight.dequantize_block_values`."""
         values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
             codes, scales, _code_book(codes.device), self.block_size, dtype
         )

@@ -14,6 +14,7 @@ class NF4Weight(BlockwiseWeight):
     codes_per_byte = 2
 
     def quantize_block_values(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `BlockwiseWeight.quantize_block_values`, two codes a byte."""
         codes, scales = torch.ops.bitsandbytes.quantize_4bit(
             values, self.block_size, self.quantization, torch.uint8
         )
@@ -22,6 +23,7 @@ class NF4Weight(BlockwiseWeight):
     def dequantize_block_values(
         self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> torch.Tensor:
+        """As `BlockwiseWeight.dequantize_block_values`."""
         values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(
             codes, scales, self.block_size, self.quantization, shape, dtype
         )
