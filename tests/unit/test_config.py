@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 import yaml
 
-from qdora.config import CompareConfig
+from qdora.config import AdapterConfig, CompareConfig
 from qdora.config_file import apply_overrides, dump_config, load_config
 from qdora.errors import InputError
 
@@ -139,6 +140,30 @@ def test_an_impossible_combination_is_refused(tmp_path, overrides, message):
 def test_a_wrong_choice_is_answered_with_the_nearest(tmp_path, override, nearest):
     """Catches: a list of choices without the one that was meant."""
     assert f"did you mean {nearest!r}? allowed: " in refusal(tmp_path, override)
+
+
+def test_python_callers_write_what_a_person_would():
+    """Catches: a list, a single string or a torch dtype that ends in an error of pydantic."""
+    config = AdapterConfig(targets=["q_proj"], magnitude_targets="v_proj", dtype=torch.float32)
+    assert (config.targets, config.magnitude_targets, config.dtype) == (("q_proj",), ("v_proj",), "float32")
+    assert AdapterConfig(targets="q_proj").targets == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0}, "adapter.r: Input should be greater than or equal to 1, got 0"),
+        ({"targets": [1]}, "adapter.targets.0: Input should be a valid string, got 1"),
+        ({"dtype": torch.float16}, "adapter.dtype: got 'float16'; did you mean 'bfloat16'"),
+        ({"method": "qdora"}, "'adapter.method' is now adapter.type"),
+        ({"tpye": "lora"}, "unknown key 'adapter.tpye' .*did you mean 'type'"),
+        ({"targets": ()}, "^adapter.targets is empty"),
+    ],
+)
+def test_bad_values_from_python_are_named(settings, message):
+    """Catches: a raw error of pydantic in a user's notebook."""
+    with pytest.raises(InputError, match=message):
+        AdapterConfig(**settings)
 
 
 def test_choices_that_are_numbers_are_listed(tmp_path):

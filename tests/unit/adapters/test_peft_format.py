@@ -15,7 +15,7 @@ from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.peft_io import load_adapter, save_adapter
 from qdora.errors import CheckpointError, InputError
 from qdora.models.load import load_base
-from tests.axes import METHODS, adapter_config
+from tests.axes import METHODS, adapt, adapter_config
 from tests.tiny import write_tiny_model
 
 from .oracle import move_off_the_identity, relative
@@ -283,6 +283,25 @@ def test_methods_that_peft_lacks_are_marked(tiny_model_folder, tmp_path, method,
     assert settings["dora"]
     with pytest.raises((KeyError, ValueError), match="QDORA"):
         peft.PeftModel.from_pretrained(peft_base(tiny_model_folder, model), tmp_path)
+    again = fresh(tiny_model_folder, method)
+    load_adapter(again, tmp_path)
+    assert relative(logits(again), logits(model)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("method", "former"),
+    [("qdvora", "qdvora"), ("dvora", "dvora"), ("qmagnitude", "qmagnitude"), ("full", "full")],
+)
+def test_a_file_of_a_former_version_loads(tiny_model_folder, tmp_path, method, former):
+    """Catches: adapters that were saved before `adapter_type` had its name, lost or taken for others."""
+    model = fresh(tiny_model_folder, method)
+    adapt(model, method, r=4)
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    del settings["adapter_type"]
+    settings.pop("dora", None)
+    path.write_text(json.dumps(settings | {"qdora_method": former}))
     again = fresh(tiny_model_folder, method)
     load_adapter(again, tmp_path)
     assert relative(logits(again), logits(model)) < 1e-6

@@ -148,6 +148,28 @@ def test_compute_dtype(tiny_model_folder, dtype):
     assert model(input_ids=IDS).logits.dtype == getattr(torch, dtype)
 
 
+def test_python_callers_write_what_a_person_would(tiny_model_folder):
+    """Catches: a torch dtype, a device object or a Path that ends in a KeyError."""
+    model, _ = load_base(tiny_model_folder, dtype=torch.float32, device=torch.device("cpu"))
+    assert model(input_ids=IDS).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": torch.int8}, "model.dtype: got 'int8'; allowed: auto, bfloat16, float16, float32"),
+        ({"quantization": "nf5"}, "model.quantization: got 'nf5'; did you mean 'nf4'"),
+        ({"block_size": 100}, "model.block_size: got '100'"),
+        ({"device": "gpu"}, "device 'gpu': no such device; allowed: auto, cpu, cuda"),
+        ({"device": 1.5}, "device 1.5: no such device"),
+    ],
+)
+def test_bad_values_from_python_are_named(tiny_model_folder, settings, message):
+    """Catches: a raw error of pydantic or torch in a user's notebook."""
+    with pytest.raises(InputError, match=message):
+        load_base(tiny_model_folder, **settings)
+
+
 def test_untied_output_layer_is_its_own(tmp_path):
     """Catches: an output layer tied to the embedding although the model says it is not."""
     folder = write_tiny_model(tmp_path / "untied", tie_word_embeddings=False)
