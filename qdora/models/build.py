@@ -25,9 +25,6 @@ from qdora.quant import Quantization
 from qdora.quant.base import FrozenWeight
 from qdora.quant.stored import STORED_TYPES, StoredWeight, is_statistic, parse_state, state_name
 
-# Old exports carry the rotary frequencies, which the model derives from its configuration.
-_DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-
 
 @dataclass(frozen=True)
 class MetaModel:
@@ -36,7 +33,7 @@ class MetaModel:
     Attributes:
         model: its linear layers are `AdaptedLinear`, the output layer apart; nothing trainable.
         stored: layers that are stored quantized, by the name of their weight.
-        unused: tensors of the checkpoint that are not read: derived ones, a tied output layer's.
+        unused: tensors of the checkpoint that are not read: a tied output layer's.
     """
 
     model: PreTrainedModel
@@ -60,13 +57,13 @@ def build_model(checkpoint: Checkpoint, compute: torch.dtype, quantization: Quan
     model = _architecture(checkpoint.config, checkpoint.origin, compute)
     names = frozenset(checkpoint.names())
     tied = _tied_output(model)
-    unused = {name for name in names if _DERIVED.search(name) or (tied and name == f"{tied}.weight")}
+    unused = names & {f"{tied}.weight"}
     infos = {name: checkpoint.info(name) for name in names - unused if not is_statistic(name)}
     stored = _stored_layers(checkpoint, names, model)
     _check_places(checkpoint, model, infos, stored, skip=tied)
     dtypes = {name: info.dtype for name, info in infos.items()}
     _freeze_structure(model, compute, quantization, dtypes, stored)
-    return MetaModel(model, checkpoint, stored, frozenset(unused))
+    return MetaModel(model, checkpoint, stored, unused)
 
 
 def build_architecture(
