@@ -135,7 +135,7 @@ def _train(
         settings,
         context,
         keep=config.training.keep_checkpoints,
-        whole=context.fsdp is not None and context.fsdp.state_dict_type == "full",
+        full_tensors=context.fsdp is not None and context.fsdp.state_dict_type == "full",
         in_background=config.training.async_checkpoints,
     )
     with TrainingBar(trainer.total_steps, start, shown=context.is_main) as bar, checkpoints:

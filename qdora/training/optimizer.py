@@ -82,7 +82,7 @@ class AdapterOptimizer:
             master = self.masters[name]
             state = {"master": master, **_at_rest(master)}
             for key, place in state.items():
-                local_rows(place).copy_(_named(tensors, f"{key}/{name}", local_rows(place)))
+                local_shard(place).copy_(_named(tensors, f"{key}/{name}", local_shard(place)))
             # What is computed from a parameter is kept until its version changes; rows do not count theirs.
             torch.autograd.graph.increment_version(master)
             if master is not parameter:
@@ -90,7 +90,7 @@ class AdapterOptimizer:
             self._adamw.state[master] = {key: place for key, place in state.items() if key != "master"}
 
 
-def local_rows(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -107,7 +107,7 @@ def _at_rest(master: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _named(tensors: Mapping[str, torch.Tensor], key: str, like: torch.Tensor) -> torch.Tensor:
     tensor = tensors.get(key)
-    rows = None if tensor is None else local_rows(tensor)
+    rows = None if tensor is None else local_shard(tensor)
     if rows is None or rows.shape != like.shape:
         got = "missing" if rows is None else f"of shape {tuple(rows.shape)}"
         raise ValueError(f"tensor {key} is {got}, expected shape {tuple(like.shape)}")

@@ -24,7 +24,7 @@ from qdora.distributed.context import DistributedContext, end, leave, lost_proce
 from qdora.files import file_digest
 from qdora.training import checkpoint_storage
 from qdora.training.checkpoint import CheckpointWriter, load_checkpoint, newest_usable
-from qdora.training.optimizer import AdapterOptimizer, local_rows
+from qdora.training.optimizer import AdapterOptimizer, local_shard
 
 SETTINGS = {"rate": 1e-3, "targets": ("q_proj", "v_proj")}
 POSITION = {"seed": 3, "epoch": 0, "batch": 4}
@@ -86,13 +86,13 @@ def two(out: Path, context: DistributedContext) -> dict[str, Any]:
     """From the start: train, save in every way, fail in every way."""
     facts: dict[str, Any] = {}
     optimizer = make_optimizer(context)
-    facts["rows"] = {name: len(local_rows(p)) for name, p in optimizer.parameters.items()}
+    facts["rows"] = {name: len(local_shard(p)) for name, p in optimizer.parameters.items()}
     train(optimizer, range(3), context)
     keep_whole(optimizer, out / "two.safetensors", context)
     writer = CheckpointWriter(out / "run", SETTINGS, context, keep=2)
     with writer:
         writer.save(3, optimizer.state(), POSITION, no_adapter)
-    with CheckpointWriter(out / "whole", SETTINGS, context, keep=2, whole=True) as whole:
+    with CheckpointWriter(out / "whole", SETTINGS, context, keep=2, full_tensors=True) as whole:
         whole.save(3, optimizer.state(), POSITION, no_adapter)
     with CheckpointWriter(out / "background", SETTINGS, context, keep=2, in_background=True) as background:
         background.save(3, optimizer.state(), POSITION, no_adapter)
@@ -152,7 +152,7 @@ def going_on(out: Path, context: DistributedContext) -> dict[str, Any]:
         "step": found.step,
         "processes": found.world_size,
         "noticed": all(p._version > versions[name] for name, p in optimizer.parameters.items()),
-        "rows": {name: len(local_rows(p)) for name, p in optimizer.parameters.items()},
+        "rows": {name: len(local_shard(p)) for name, p in optimizer.parameters.items()},
     }
     keep_whole(optimizer, out / "four loaded.safetensors", context)
     train(optimizer, range(found.step, found.step + 2), context)

@@ -213,9 +213,9 @@ def test_corrupt_and_truncated_files_are_named(tmp_path, name):
         "{",
         "[]",
         "{}",
-        '{"format": 2, "step": 3, "settings": {}}',
-        '{"format": 2, "step": "x", "processes": 1, "sha256": {}, "settings": {}}',
-        '{"format": 2, "step": 3, "processes": 1, "sha256": 5, "settings": {}}',
+        '{"format": 3, "step": 3, "settings": {}}',
+        '{"format": 3, "step": "x", "processes": 1, "sha256": {}, "settings": {}}',
+        '{"format": 3, "step": 3, "processes": 1, "sha256": 5, "settings": {}}',
     ],
 )
 def test_damaged_facts_are_a_checkpoint_error(tmp_path, facts):
@@ -230,7 +230,7 @@ def test_another_format_is_said(tmp_path):
     """Catches: a KeyError for a checkpoint of another version."""
     folder = save(tmp_path, 3)
     (folder / "state.json").write_text('{"step": 3, "settings": {}, "sha256": {"state.safetensors": "0"}}')
-    with pytest.raises(CheckpointError, match="step-3: in format 1; this version of qdora reads format 2"):
+    with pytest.raises(CheckpointError, match="step-3: in format 1; this version of qdora reads format 3"):
         read(folder)
 
 
