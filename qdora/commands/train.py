@@ -16,6 +16,7 @@ from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.inject import InjectionReport, initial_a_fingerprint, inject
 from qdora.adapters.peft_format import check_savable, save_adapter
 from qdora.commands.base import load_adapted
+from qdora.commands.demo import QUICKSTART, find_quickstart
 from qdora.commands.score import score_model
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
@@ -52,7 +53,7 @@ _FREE_TO_CHANGE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--config", help=f"YAML file of the run (default: the shipped {QUICKSTART})")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
     parser.add_argument(
         "--resume",
@@ -65,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Entry of the command."""
-    train(load_config(arguments.config, arguments.set), resume=arguments.resume)
+    config = load_config(arguments.config or find_quickstart(), arguments.set)
+    train(config, resume=arguments.resume)
 
 
 def train(

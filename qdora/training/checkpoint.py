@@ -14,18 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 
 from qdora.distributed.context import DistributedContext
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.files import clear_leftovers, explained, file_digest, put_directory, read_json, temporary_directory
-from qdora.training.checkpoint_storage import LocalShards, ShardReader, local_shards, write_shards
+from qdora.training.checkpoint_storage import ShardReader, Shards, local_shards, write_shards
 
 METADATA = "state.json"
 FORMAT = 3
@@ -225,7 +223,9 @@ class CheckpointWriter:
         with self._removed_on_error(folder):
             with self.context.raise_on_all_ranks():
                 save_adapter(folder / "adapter" if self.context.is_main else None)
-            shards = local_shards(self._written_here(tensors), copy=self._thread is not None)
+            shards = local_shards(
+                tensors, main=self.context.is_main, full=self.full_tensors, copy=self._thread is not None
+            )
             if self._thread is None:
                 self._write(folder, step, position, shards)
             else:
@@ -243,9 +243,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Any other error may be this rank's alone: a wait for the others could be without end.
         if error is None or isinstance(error, InputError | InterruptedRunError):
             self.finish()
@@ -271,19 +269,7 @@ class CheckpointWriter:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def _written_here(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What this rank writes: DTensors, and on the main rank the tensors that every rank holds in full."""
-        main, written = self.context.is_main, {}
-        for name, tensor in tensors.items():
-            if self.full_tensors and isinstance(tensor, DTensor):
-                full = tensor.full_tensor()
-                if main:
-                    written[name] = full.cpu()
-            elif main or isinstance(tensor, DTensor):
-                written[name] = tensor
-        return written
-
-    def _write(self, folder: Path, step: int, position: Mapping[str, int], shards: LocalShards) -> None:
+    def _write(self, folder: Path, step: int, position: Mapping[str, int], shards: Shards) -> None:
         """Write the shards of all ranks, then the metadata, and give the folder its final name."""
         context, digests = self._writing, {}
         with self._removed_on_error(folder):
@@ -294,9 +280,7 @@ class CheckpointWriter:
                 if context.is_main:
                     self._publish(folder, step, position, {k: v for d in of_ranks for k, v in d.items()})
 
-    def _publish(
-        self, folder: Path, step: int, position: Mapping[str, int], digests: dict[str, str]
-    ) -> None:
+    def _publish(self, folder: Path, step: int, position: Mapping[str, int], digests: dict[str, str]) -> None:
         final = self.directory / f"step-{step}"
         with explained(final):
             for path in (folder / "adapter").rglob("*"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -18,55 +17,47 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_save_plan
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from qdora.errors import CheckpointError
 from qdora.files import explained, file_digest, flush, write_tensors
 from qdora.training.optimizer import local_shard
 
-
-@dataclass(frozen=True)
-class LocalShards:
-    """What one rank writes.
-
-    Attributes:
-        tensors: on the CPU, by name.
-        offsets: of each tensor in its full tensor, one number a dimension.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    offsets: dict[str, list[int]]
+Shards = dict[str, tuple[torch.Tensor, list[int]]]
+"""What one rank writes: tensors on the CPU by name, each with its offsets in the full tensor."""
 
 
-def local_shards(tensors: Mapping[str, torch.Tensor], *, copy: bool) -> LocalShards:
-    """This rank's shards of DTensors, and other tensors in full; shards without rows are left out.
+def local_shards(tensors: Mapping[str, torch.Tensor], *, main: bool, full: bool, copy: bool) -> Shards:
+    """The local shards of DTensors; on the main rank also the tensors that every rank holds in full.
 
     Args:
+        full: gather the DTensors first, a collective; the main rank then writes all.
         copy: into memory of their own, for a write while the tensors change.
     """
-    shards = LocalShards({}, {})
-    for item in create_default_local_save_plan(dict(tensors), is_coordinator=True).items:
-        name, data = item.index.fqn, item.tensor_data
-        local = local_shard(tensors[name])
-        assert data is not None
-        if local.numel():
-            shards.tensors[name] = local.to("cpu", copy=copy).contiguous()
-            shards.offsets[name] = list(data.chunk.offsets)
+    shards: Shards = {}
+    for name, tensor in tensors.items():
+        if full and isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        local = local_shard(tensor)
+        if (main or isinstance(tensor, DTensor)) and local.numel():
+            [item] = create_default_local_save_plan({name: tensor}, is_coordinator=main).items
+            assert item.tensor_data is not None
+            shards[name] = local.to("cpu", copy=copy).contiguous(), list(item.tensor_data.chunk.offsets)
     return shards
 
 
-def write_shards(path: Path, shards: LocalShards) -> dict[str, str]:
+def write_shards(path: Path, shards: Shards) -> dict[str, str]:
     """Write one rank's file and fsync it; no file where there are no shards.
 
     Returns: SHA-256 by the file's name.
     Raises: InputError: the device is full, or the folder cannot be written.
     """
-    if not shards.tensors:
+    if not shards:
         return {}
-    offsets = {name: {"saved_offsets": offset} for name, offset in shards.offsets.items()}
-    sharding = json.dumps(offsets, sort_keys=True)
+    sharding = {name: {"saved_offsets": offsets} for name, (_, offsets) in sorted(shards.items())}
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
     with explained(path):
-        metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": sharding}
-        write_tensors(path, shards.tensors, metadata)
+        write_tensors(path, {name: tensor for name, (tensor, _) in shards.items()}, metadata)
         flush(path)
         return {path.name: file_digest(path)}
 
@@ -104,7 +95,7 @@ class ShardReader:
         """Read this rank's shards, each file verified first.
 
         Args:
-            like: tensors of the stored names and shapes, left as they are; of a DTensor its local shard is read.
+            like: tensors of the stored names and shapes, left as they are; a DTensor's local shard is read.
         Returns: on the CPU, of a DTensor the local shard.
         Raises: CheckpointError: a file is not the one that was written.
         """
