@@ -38,7 +38,7 @@ def choose_threads(asked: int | None) -> None:
     """
     if asked is not None and asked < 1:
         raise InputError(f"--threads {asked}; allowed: 1 or more")
-    if asked is None and _set_by_user(os.environ):
+    if asked is None and set_by_user(os.environ):
         return
     cores = _usable_cores()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -105,8 +105,8 @@ class SlowdownWatch:
         )
 
 
-def _set_by_user(environment: Mapping[str, str]) -> bool:
-    """Whether the user has set OMP_NUM_THREADS; accelerate and torchrun set it where the user has not."""
+def set_by_user(environment: Mapping[str, str]) -> bool:
+    """Whether the user has set OMP_NUM_THREADS, which accelerate and torchrun set where the user has not."""
     if VARIABLE not in environment:
         return False
     if not _launched(environment):
