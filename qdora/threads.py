@@ -6,11 +6,11 @@ docs/performance.md has the figures.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
 
 import psutil
 import torch
@@ -38,10 +38,11 @@ def choose_threads(asked: int | None) -> None:
     """
     if asked is not None and asked < 1:
         raise InputError(f"--threads {asked}; allowed: 1 or more")
-    if asked is None and set_by_user(os.environ):
+    if asked is None and set_by_user():
         return
     cores = _usable_cores()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", "")
+    ranks = max(1, int(local_world_size) if local_world_size.isdecimal() else 1)
     threads = asked or max(1, len(cores) // ranks)
     if asked is None and threads > 1:
         most, threads = threads, max(1, round(idle_cores(cores)) // ranks)
@@ -105,23 +106,21 @@ class SlowdownWatch:
         )
 
 
-def set_by_user(environment: Mapping[str, str]) -> bool:
+def set_by_user() -> bool:
     """Whether the user has set OMP_NUM_THREADS, which accelerate and torchrun set where the user has not."""
-    if VARIABLE not in environment:
-        return False
-    if not _launched(environment):
-        return True
-    try:
-        launcher = psutil.Process().parent()
-        assert launcher is not None
-        words = " ".join(launcher.cmdline()).replace("-", "_")
-        return VARIABLE in launcher.environ() or "num_cpu_threads_per_process" in words
-    except psutil.Error:
-        return environment[VARIABLE] != "1"
+    launcher = _launcher()
+    if VARIABLE not in os.environ or launcher is None:
+        return VARIABLE in os.environ
+    with contextlib.suppress(psutil.Error):
+        options = " ".join(launcher.cmdline()).replace("-", "_")
+        return VARIABLE in launcher.environ() or "num_cpu_threads_per_process" in options
+    return os.environ[VARIABLE] != "1"
 
 
-def _launched(environment: Mapping[str, str]) -> bool:
-    return "ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment
+def _launcher() -> psutil.Process | None:
+    """The process of accelerate or torchrun that started this one; None where neither did."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    return psutil.Process().parent() if launched else None
 
 
 def _usable_cores() -> list[int]:
@@ -131,14 +130,9 @@ def _usable_cores() -> list[int]:
 
 def _cpu_seconds_of_launch() -> float:
     """CPU time so far of this process, and of all that its launcher started."""
-    root = psutil.Process()
-    if _launched(os.environ):
-        root = root.parent() or root
-    seconds = 0.0
+    root, seconds = _launcher() or psutil.Process(), 0.0
     for process in [root, *root.children(recursive=True)]:
-        try:
+        with contextlib.suppress(psutil.Error):  # ended, or another user's
             times = process.cpu_times()
             seconds += times.user + times.system
-        except psutil.Error:  # ended, or another user's
-            continue
     return seconds

@@ -110,10 +110,10 @@ def test_a_launchers_default_is_no_choice(taken, monkeypatch, environment, words
 def test_a_launcher_that_cannot_be_read(taken, monkeypatch):
     """Catches: a traceback where the launcher is another user's process, or has ended."""
 
-    def parent(process):
+    def refuse(process):
         raise psutil.AccessDenied
 
-    monkeypatch.setattr(psutil.Process, "parent", parent)
+    monkeypatch.setattr(psutil.Process, "environ", refuse)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     for value, number in (("1", [3]), ("2", [3])):
         monkeypatch.setenv(threads.VARIABLE, value)
