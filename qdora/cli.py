@@ -19,7 +19,7 @@ COMMANDS = {
     "compare": "train arms under identical conditions and report",
     "estimate": "what a run takes on each GPU, found without one",
     "benchmark": "what a layer or a training step costs next to PEFT's",
-    "demo": "the whole way on an embedded example",
+    "demo": "train, score and export the shipped quickstart",
 }
 
 _COMPUTING = ("train", "evaluate", "export", "compare", "benchmark", "demo")

@@ -1,6 +1,6 @@
 """CPU threads: as many as there are idle cores at the start, and a sentence if others use them later.
 
-All threads of a step wait for the slowest, so one that shares its core costs more than it brings:
+All threads of a step wait for the slowest, so one that waits for a core costs more than it brings:
 docs/performance.md has the figures.
 """
 
@@ -23,7 +23,7 @@ MEASURED_SECONDS = 0.5
 SLOWER = 2.0
 """Times the fastest step's seconds per token from which a step is slow."""
 STARVED = 0.6
-"""Share of the CPU time that its threads could use, below which a process competes for cores."""
+"""Fraction of the CPU time that its threads could use, below which a process competes for cores."""
 
 
 def choose_threads(asked: int | None) -> None:
