@@ -19,8 +19,10 @@ COMMANDS = {
     "compare": "train arms under identical conditions and report",
     "estimate": "what a run takes on each GPU, found without one",
     "benchmark": "what a layer or a training step costs next to PEFT's",
-    "demo": "the whole way on an embedded example",
+    "demo": "train, score and export the shipped quickstart",
 }
+
+_COMPUTING = ("train", "evaluate", "export", "compare", "benchmark", "demo")
 
 # Refusals of the operating system that the user can mend; any other OSError is shown in full.
 _USERS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG}
@@ -43,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run_and_exit(name: str, arguments: Sequence[str]) -> NoReturn:
-    """Run one command as all that this process does."""
+    """Run one command and exit with its code."""
     code = run_command(name, arguments)
-    from qdora.distributed.context import end  # with torch, which the command has loaded
+    from qdora.distributed.context import end  # with torch, which the command has imported
 
     end(code)
 
@@ -53,35 +55,50 @@ def run_and_exit(name: str, arguments: Sequence[str]) -> NoReturn:
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning at every fork
-    import transformers  # slow, and of no use to --help of the command table
-
     command = importlib.import_module(f"qdora.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"qdora {name}", description=COMMANDS[name])
     command.add_arguments(parser)
+    if name in _COMPUTING:
+        help_ = "CPU threads (default: OMP_NUM_THREADS, else as many as there are idle cores)"
+        parser.add_argument("--threads", type=int, metavar="N", help=help_)
     parsed = parser.parse_args(arguments)
-    transformers.utils.logging.disable_progress_bar()  # the commands show their own
     try:
+        if name in _COMPUTING:
+            _set_up(parsed)
         command.run(parsed)
     except InputError as error:
-        print(f"qdora {name}: error: {error}", file=sys.stderr)
-        return 2
+        return _ended(name, f"error: {error}", 2)
     except InterruptedRunError as stop:
-        print(f"qdora {name}: {stop}", file=sys.stderr)
-        return stop.exit_code
+        return _ended(name, str(stop), stop.exit_code)
     except KeyboardInterrupt:
-        print(f"qdora {name}: interrupted", file=sys.stderr)
-        return 130
+        return _ended(name, "interrupted", 130)
     except OSError as error:
         if error.errno not in _USERS_ERRORS:
             raise
-        print(f"qdora {name}: error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-        return 2
+        return _ended(name, f"error: {error.filename or 'a file'}: {error.strerror}", 2)
     except Exception as error:
         from qdora.distributed.context import leave, lost_process
 
         lost = lost_process(error)
         if lost is None:
             raise
-        print(f"qdora {name}: error: {lost}", file=sys.stderr)
-        leave(1)
+        leave(_ended(name, f"error: {lost}", 1))
     return 0
+
+
+def _set_up(parsed: argparse.Namespace) -> None:
+    import torch
+    import transformers
+
+    from qdora.distributed.launch import read_flag
+    from qdora.threads import choose_threads
+
+    transformers.utils.logging.disable_progress_bar()  # the commands show their own
+    cpu = getattr(parsed, "device", None) == "cpu" or read_flag(os.environ, "ACCELERATE_USE_CPU")
+    if cpu or parsed.threads is not None or not torch.cuda.is_available():
+        choose_threads(parsed.threads)
+
+
+def _ended(name: str, sentence: str, code: int) -> int:
+    print(f"qdora {name}: {sentence}", file=sys.stderr)
+    return code

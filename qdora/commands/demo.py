@@ -1,8 +1,9 @@
-"""`demo`: the real commands, one after the other, on an embedded example, and one table of results."""
+"""`demo`: the real commands, one after the other, on the shipped quickstart, and one table of results."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from qdora.run import RunDirectory
 from qdora.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+QUICKSTART = "configs/quickstart.yaml"
 
 # The launcher's defaults, spelled out so that it does not warn about having chosen them.
 _ONE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
@@ -24,7 +26,7 @@ _ONE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--config", default="configs/quickstart.yaml", help="run configuration")
+    parser.add_argument("--config", default=QUICKSTART, help="run configuration")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
     parser.add_argument("--export", default="exports/quickstart", help="folder for the merged weights")
 
@@ -51,10 +53,10 @@ def run(arguments: argparse.Namespace) -> None:
 def summary(directory: RunDirectory, export: Path, seconds: float) -> str:
     """The table that the demo ends with."""
     before, after = _only_scores(directory.base_evaluation), _only_scores(directory.evaluation)
-    facts = directory.manifest()
+    manifest = directory.manifest()
     steps = read_metrics(directory.metrics_file)
-    trained = facts["trainable_parameters"]
-    total = trained + facts["base"]["parameters"]
+    trained = manifest["trainable_parameters"]
+    total = trained + manifest["base"]["parameters"]
     speed = sum(m.tokens for m in steps) / sum(m.seconds for m in steps)
     rows = [
         ("exact match before", _percent(before)),
@@ -70,6 +72,22 @@ def summary(directory: RunDirectory, export: Path, seconds: float) -> str:
         ("merged fp16 weights", export),
     ]
     return tabulate(rows, tablefmt="rounded_outline", disable_numparse=True)
+
+
+def find_quickstart() -> Path:
+    """The shipped configuration, of the checkout whose launch/ runs or of the current folder; says so.
+
+    Raises: InputError: neither has it.
+    """
+    for root in (Path(sys.argv[0]).resolve().parent.parent, Path()):
+        path = root / QUICKSTART
+        if path.is_file():
+            if os.environ.get("RANK", "0") == "0":
+                print(f"no --config given: training the shipped quickstart, {path}", file=sys.stderr)
+            return path
+    raise InputError(
+        f"name a configuration with --config; {QUICKSTART} is shipped in the source checkout only"
+    )
 
 
 def _step(title: str, command: list[str]) -> None:

@@ -11,12 +11,12 @@ from tabulate import tabulate
 
 from qdora.config import RunConfig
 from qdora.config_file import load_config
-from qdora.distributed.launch import FsdpSettings
+from qdora.distributed.launch import FsdpSettings, LaunchFile, read_launch_file
 from qdora.errors import InputError
 from qdora.files import write_json
 from qdora.planner.advise import Proposal, advise
 from qdora.planner.estimate import Estimate, estimate
-from qdora.planner.launch import LaunchFile, find_architecture, read_launch_file
+from qdora.planner.launch import find_architecture
 from qdora.planner.report import Breakdown, parse_size, show_size
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
 from qdora.planner.simulate import Architecture, Launch
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _what(arguments: argparse.Namespace, config: RunConfig) -> tuple[Launch, Architecture]:
     file = None if arguments.accelerate_config is None else read_launch_file(arguments.accelerate_config)
-    count = arguments.gpus if arguments.gpus is not None else file.processes if file else 1
+    count = arguments.gpus if arguments.gpus is not None else file.world_size if file else 1
     if count < 1:
         raise InputError(f"--gpus {count}; allowed: 1 or more")
     device = arguments.device or (file.device if file else "cuda")

@@ -17,6 +17,7 @@ from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import train_everything
 from qdora.adapters.inject import InjectionReport, initial_update_fingerprint, inject
 from qdora.adapters.peft_io import check_savable, save_adapter
+from qdora.commands.demo import QUICKSTART, find_quickstart
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
 from qdora.distributed.context import DistributedContext
@@ -55,7 +56,7 @@ _FREE_TO_CHANGE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("--config", help=f"YAML file of the run (default: the shipped {QUICKSTART})")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
     parser.add_argument(
         "--resume",
@@ -68,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Entry of the command."""
-    train(load_config(arguments.config, arguments.set), resume=arguments.resume)
+    config = load_config(arguments.config or find_quickstart(), arguments.set)
+    train(config, resume=arguments.resume)
 
 
 def train(
@@ -139,7 +141,7 @@ def _train(
         settings,
         context,
         keep=config.training.keep_checkpoints,
-        whole=context.fsdp is not None and context.fsdp.state_dict_type == "full",
+        full_tensors=context.fsdp is not None and context.fsdp.state_dict_type == "full",
         in_background=config.training.async_checkpoints,
     )
     with TrainingBar(trainer.total_steps, start, shown=context.is_main) as bar, checkpoints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,13 @@ from accelerate import Accelerator
 from torch.distributed import DistError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from qdora.distributed.launch import FsdpSettings, join_processes, read_flag, read_fsdp_settings
+from qdora.distributed.launch import (
+    FsdpSettings,
+    join_processes,
+    read_flag,
+    read_fsdp_settings,
+    read_timeout,
+)
 from qdora.errors import InputError
 from qdora.quant.base import Shard
 
@@ -31,6 +38,7 @@ class DistributedContext:
         fsdp: how the model is sharded; None where each rank holds all of it.
         mesh: all ranks in one dimension; with FSDP only.
         accelerator: which keeps the trackers of a launched run; None for a process alone.
+        group: process group of `gather` and `raise_on_all_ranks`; None for the default one.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class DistributedContext:
         self.rank, self.world_size = rank, world_size
         self.device = device or torch.device("cpu")
         self.fsdp, self.accelerator = fsdp, accelerator
+        self.group: dist.ProcessGroup | None = None
         self.mesh: DeviceMesh | None = None
         if fsdp is not None:
             self.mesh = init_device_mesh(self.device.type, (world_size,), mesh_dim_names=("shard",))
@@ -68,7 +77,6 @@ class DistributedContext:
                 f"the launch configuration asks for mixed precision {precision!r}; the compute dtype is "
                 f"set by model.dtype: allowed in the launch configuration is mixed_precision 'no'"
             )
-        _use_all_cores()
         cpu = not torch.cuda.is_available() or read_flag(os.environ, "ACCELERATE_USE_CPU")
         join_processes(os.environ, cpu=cpu, sharded=fsdp is not None)
         if fsdp is not None:
@@ -79,6 +87,16 @@ class DistributedContext:
         )
         rank, world_size = accelerator.process_index, accelerator.num_processes
         return cls(rank, world_size, accelerator.device, fsdp, accelerator)
+
+    def with_new_group(self) -> DistributedContext:
+        """The same ranks over a gloo process group of their own, for a thread; a collective.
+
+        Collectives that two threads issue over one group would mix.
+        """
+        context = copy.copy(self)
+        if self.world_size > 1:
+            context.group = dist.new_group(backend="gloo", timeout=read_timeout(os.environ))
+        return context
 
     @property
     def is_main(self) -> bool:
@@ -127,7 +145,7 @@ class DistributedContext:
         if self.world_size == 1:
             return items
         of_ranks: list[list[Any]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(of_ranks, items)
+        dist.all_gather_object(of_ranks, items, group=self.group)
         return [item for of_rank in of_ranks for item in of_rank]
 
     @property
@@ -212,17 +230,6 @@ class DistributedContext:
                 "the processes of this run were started with different input, nothing was done. "
                 f"{'. '.join(lines)}. Allowed: the same configuration, files and package versions everywhere"
             )
-
-
-def _use_all_cores() -> None:
-    """Undo the launcher's default of one thread a process, which idles all other cores of a CPU run.
-
-    Any other number in OMP_NUM_THREADS was somebody's choice and stays.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 _UNSUPPORTED = {

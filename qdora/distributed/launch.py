@@ -1,4 +1,8 @@
-"""What `accelerate launch` was told about FSDP, read from the environment that it gives each process."""
+"""The launch: FSDP settings of `accelerate launch`, and the process group of the ranks that it started.
+
+The launcher hands its settings to each process in environment variables; `read_launch_file` reads the file
+that they come from.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.commands.config.config_args import load_config_from_file
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -17,23 +22,48 @@ from qdora.errors import InputError, suggest
 
 T = TypeVar("T")
 
+TIMEOUT_VARIABLE = "QDORA_TIMEOUT"
+
+_TRUE, _FALSE = ("true", "1", "yes", "y", "on", "t"), ("false", "0", "no", "n", "off", "f")
 _CLASSES = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 _WRAPS = {"TRANSFORMER_BASED_WRAP": True, "NO_WRAP": False}
 _STATES: dict[str, Literal["sharded", "full"]] = {"SHARDED_STATE_DICT": "sharded", "FULL_STATE_DICT": "full"}
+# Fields with one supported meaning: the value where the launcher leaves it out, the supported ones, the hint.
+_ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "FSDP_VERSION": ("1", ("2",), "set `fsdp_version: 2` (accelerate takes 1 where it is not set)"),
+    "FSDP_SHARDING_STRATEGY": (
+        "FULL_SHARD",
+        ("full_shard", "1"),
+        "FULL_SHARD; to keep gathered layers after forward set `fsdp_reshard_after_forward: false`",
+    ),
+    "FSDP_BACKWARD_PREFETCH": (
+        "NO_PREFETCH",
+        ("no_prefetch",),
+        "leave it out; version 2 prefetches by itself",
+    ),
+    "FSDP_FORWARD_PREFETCH": ("false", _FALSE, "false; version 2 prefetches by itself"),
+    "FSDP_USE_ORIG_PARAMS": ("true", _TRUE, "true; version 2 knows nothing else"),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (
+        "false",
+        _FALSE,
+        "false; `fsdp_activation_checkpointing: true` alone recomputes activations",
+    ),
+    "FSDP_IGNORED_MODULES": ("", ("",), "leave it out; small frozen vectors are never sharded"),
+}
 
 
 @dataclass(frozen=True)
 class FsdpSettings:
-    """How a model is sharded over the processes; docs/distributed.md has the fields by accelerate's names.
+    """How a model is sharded over the ranks; docs/distributed.md has the fields by accelerate's names.
 
     Attributes:
-        layer_classes: names of the modules that are each gathered as a whole; empty for the model's
-            own decoder layers.
-        wrap: False gathers the whole model at once.
+        layer_classes: names of the modules whose parameters are gathered at a time; empty for the model's own
+            decoder layers.
+        wrap: False gathers all parameters at once.
         reshard_after_forward: free a gathered layer after its forward and gather it again in backward.
         offload: keep shards, gradients and optimizer state in CPU memory.
         activation_checkpointing: recompute a layer's activations in backward.
-        state_dict_type: checkpoints in one part per process, or in one file.
+        state_dict_type: checkpoints as local shards of each rank, or as full tensors in one file.
     """
 
     layer_classes: tuple[str, ...] = ()
@@ -44,11 +74,50 @@ class FsdpSettings:
     state_dict_type: Literal["sharded", "full"] = "sharded"
 
 
+@dataclass(frozen=True)
+class LaunchFile:
+    """What a file of `accelerate config` says of the ranks.
+
+    Attributes:
+        world_size: ranks on all nodes.
+        fsdp: how they shard the model; None where each holds all of it.
+        device: what they compute on.
+    """
+
+    world_size: int
+    fsdp: FsdpSettings | None
+    device: Literal["cpu", "cuda"]
+
+
+def read_launch_file(path: str) -> LaunchFile:
+    """Read a launch file as `accelerate launch --config_file` would.
+
+    Raises: InputError: no such file, one that accelerate refuses, or settings that training refuses.
+    """
+    try:
+        file = load_config_from_file(path)
+        kind = getattr(file.distributed_type, "value", file.distributed_type)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--accelerate-config {path}: cannot be used: {error}") from None
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
+        raise InputError(
+            f"--accelerate-config {path}: distributed_type is {kind!r}; "
+            f"{suggest(str(kind), ('NO', 'MULTI_GPU', 'FSDP'))}"
+        )
+    fsdp = None
+    if kind == "FSDP":
+        # The launcher makes a variable of each field.
+        renamed = {"fsdp_transformer_layer_cls_to_wrap": _CLASSES}
+        fields = {renamed.get(key, key.upper()): str(value) for key, value in file.fsdp_config.items()}
+        fsdp = read_fsdp_settings({"ACCELERATE_USE_FSDP": "true", **fields})
+    return LaunchFile(int(file.num_processes), fsdp, "cpu" if file.use_cpu else "cuda")
+
+
 def read_fsdp_settings(environment: Mapping[str, str]) -> FsdpSettings | None:
     """The settings of a launch with FSDP; None of one without.
 
-    The launcher sends every field, most with a default, so a default that means nothing in version 2
-    says nothing about what was asked for, and passes.
+    The launcher sends every field, most with a default, so a default that has no meaning in version 2 was not
+    asked for, and passes.
 
     Args:
         environment: `os.environ` of a launched process.
@@ -57,13 +126,17 @@ def read_fsdp_settings(environment: Mapping[str, str]) -> FsdpSettings | None:
     """
     if not read_flag(environment, "ACCELERATE_USE_FSDP"):
         return None
-    _refuse_unsupported(environment)
+    for variable, (default, supported, hint) in _ONLY.items():
+        asked = _value(environment, variable) or default
+        if asked.lower() not in supported:
+            raise _refusal(variable, asked, hint)
     wrap = _choice(environment, "FSDP_AUTO_WRAP_POLICY", _WRAPS, True)
-    classes = _layer_classes(environment)
+    value = _value(environment, _CLASSES)
+    classes = () if value is None else tuple(name.strip() for name in value.split(","))
+    if not all(name.isidentifier() for name in classes):
+        raise _refusal(_CLASSES, value, "names of classes with commas between, LlamaDecoderLayer say")
     if classes and not wrap:
-        raise _refusal(
-            _CLASSES, ",".join(classes), "none with NO_WRAP; fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
-        )
+        raise _refusal(_CLASSES, value, "none with NO_WRAP; fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP")
     return FsdpSettings(
         layer_classes=classes,
         wrap=wrap,
@@ -75,63 +148,16 @@ def read_fsdp_settings(environment: Mapping[str, str]) -> FsdpSettings | None:
 
 
 def read_flag(environment: Mapping[str, str], variable: str, default: bool = False) -> bool:
-    """A yes or no of the launcher, in any of the words that accelerate takes.
+    """A boolean variable of the launcher, in any spelling that accelerate takes.
 
-    Raises: InputError: another word.
+    Raises: InputError: another one.
     """
     value = _value(environment, variable)
     if value is None:
         return default
-    if value.lower() in ("true", "1", "yes", "y", "on", "t"):
-        return True
-    if value.lower() in ("false", "0", "no", "n", "off", "f"):
-        return False
+    if value.lower() in (*_TRUE, *_FALSE):
+        return value.lower() in _TRUE
     raise _refusal(variable, value, "true, false")
-
-
-def _refuse_unsupported(environment: Mapping[str, str]) -> None:
-    """Fields of which we have one value only."""
-    version = _value(environment, "FSDP_VERSION") or "1"
-    if version != "2":
-        raise _refusal(
-            "FSDP_VERSION", version, "set `fsdp_version: 2` (accelerate takes 1 where it is not set)"
-        )
-    strategy = _value(environment, "FSDP_SHARDING_STRATEGY") or "FULL_SHARD"
-    if strategy.upper() not in ("FULL_SHARD", "1"):
-        raise _refusal(
-            "FSDP_SHARDING_STRATEGY",
-            strategy,
-            "FULL_SHARD; to keep gathered layers after forward set `fsdp_reshard_after_forward: false`",
-        )
-    prefetch = _value(environment, "FSDP_BACKWARD_PREFETCH") or "NO_PREFETCH"
-    if prefetch.upper() != "NO_PREFETCH":
-        raise _refusal("FSDP_BACKWARD_PREFETCH", prefetch, "leave it out; version 2 prefetches by itself")
-    if read_flag(environment, "FSDP_FORWARD_PREFETCH"):
-        raise _refusal("FSDP_FORWARD_PREFETCH", "true", "false; version 2 prefetches by itself")
-    if not read_flag(environment, "FSDP_USE_ORIG_PARAMS", True):
-        raise _refusal("FSDP_USE_ORIG_PARAMS", "false", "true; version 2 knows nothing else")
-    if read_flag(environment, "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"):
-        raise _refusal(
-            "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD",
-            "true",
-            "false; `fsdp_activation_checkpointing: true` alone recomputes activations",
-        )
-    ignored = _value(environment, "FSDP_IGNORED_MODULES")
-    if ignored is not None:
-        raise _refusal(
-            "FSDP_IGNORED_MODULES", ignored, "leave it out; small frozen vectors are never sharded"
-        )
-
-
-def _layer_classes(environment: Mapping[str, str]) -> tuple[str, ...]:
-    value = _value(environment, _CLASSES)
-    names = [] if value is None else [name.strip() for name in value.split(",")]
-    for name in names:
-        if not name.isidentifier():
-            raise _refusal(
-                _CLASSES, value or "", "names of classes with commas between, LlamaDecoderLayer say"
-            )
-    return tuple(names)
 
 
 def _choice(environment: Mapping[str, str], variable: str, table: Mapping[str, T], default: T) -> T:
@@ -144,53 +170,49 @@ def _choice(environment: Mapping[str, str], variable: str, table: Mapping[str, T
 
 
 def _value(environment: Mapping[str, str], variable: str) -> str | None:
-    """The launcher writes a field that was left empty as the word None."""
+    """A variable's value; None for the word None too, which the launcher writes for a field left empty."""
     value = environment.get(variable, "").strip()
     return None if value.lower() in ("", "none") else value
 
 
-def _refusal(variable: str, value: str, allowed: str) -> InputError:
+def _refusal(variable: str, value: str | None, allowed: str) -> InputError:
     key = "fsdp_transformer_layer_cls_to_wrap" if variable == _CLASSES else variable.lower()
     name = f"{key} ({variable})" if variable.startswith("FSDP_") else variable
     allowed = allowed if "allowed:" in allowed else f"allowed: {allowed}"
     return InputError(f"launch configuration: {name} is {value!r}; {allowed}")
 
 
-TIMEOUT_VARIABLE = "QDORA_TIMEOUT"
-
-
 def join_processes(environment: Mapping[str, str], *, cpu: bool, sharded: bool) -> None:
-    """Make torch's default process group, with our timeout; accelerate takes the one that is there.
+    """Initialize torch's default process group, with our timeout; accelerate takes the one that is there.
 
-    Nothing to do for a process alone, unless the model is to be sharded over it.
+    Without a launcher there is none, unless the model is to be sharded over this one process.
 
     Args:
         environment: `os.environ` of a launched process.
         cpu: compute on the CPU, over gloo.
-        sharded: with FSDP. On GPUs its offloaded gradients travel between CPUs as well.
-    Raises: InputError: a process that does not come, a port in use, a launch that does not fit the
-        machine.
+        sharded: with FSDP. On GPUs its offloaded gradients are reduced between CPUs as well.
+    Raises: InputError: a rank that does not join, a port in use, a launch that does not fit the machine.
     """
     timeout = read_timeout(environment)
     launched = "LOCAL_RANK" in environment or environment.get("WORLD_SIZE", "1") != "1"
     if dist.is_initialized() or not (launched or sharded):
         return
-    rank, count = 0, 1
+    rank, world_size = 0, 1
     store: Store = HashStore()
     if launched:
-        rank, count = _place(environment)
+        rank, world_size = _rank_and_world_size(environment)
         if not cpu:
-            torch.cuda.set_device(_own_gpu(environment, torch.cuda.device_count()))
-        store = _meet(environment, count, timeout)
+            torch.cuda.set_device(_local_gpu(environment, torch.cuda.device_count()))
+        store = _rendezvous(environment, world_size, timeout)
     backend = "gloo" if cpu else "cpu:gloo,cuda:nccl" if sharded else "nccl"
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:
-        raise InputError(_meeting_failure(environment, count, timeout, error)) from None
+        raise InputError(_rendezvous_failure(environment, world_size, timeout, error)) from None
 
 
 def read_timeout(environment: Mapping[str, str]) -> timedelta:
-    """How long to wait for another process, at the start and in every exchange later.
+    """How long to wait for other ranks, in the rendezvous and in every collective.
 
     Raises: InputError: QDORA_TIMEOUT is no positive number of seconds.
     """
@@ -204,22 +226,40 @@ def read_timeout(environment: Mapping[str, str]) -> timedelta:
     return timeout
 
 
-def _place(environment: Mapping[str, str]) -> tuple[int, int]:
-    """This process's rank, and how many there are."""
+def _rank_and_world_size(environment: Mapping[str, str]) -> tuple[int, int]:
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(variable):
             raise InputError(
                 f"{variable} is not set, though others of WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and "
                 f"MASTER_PORT are; accelerate launch and torchrun set all of them"
             )
-    rank, count = _whole_number(environment, "RANK"), _whole_number(environment, "WORLD_SIZE")
-    if rank >= count:
-        raise InputError(f"RANK is {rank} and WORLD_SIZE {count}; allowed: ranks 0 to {count - 1}")
-    return rank, count
+    rank, world_size = _integer(environment, "RANK"), _integer(environment, "WORLD_SIZE")
+    if rank >= world_size:
+        raise InputError(f"RANK is {rank} and WORLD_SIZE {world_size}; allowed: ranks 0 to {world_size - 1}")
+    return rank, world_size
 
 
-def _meet(environment: Mapping[str, str], count: int, timeout: timedelta) -> Store:
-    """The store through which the processes find one another.
+def _local_gpu(environment: Mapping[str, str], gpus: int) -> int:
+    """This rank's GPU; all ranks of a node that has too few refuse."""
+    local_rank = _integer(environment, "LOCAL_RANK")
+    here = max(_integer(environment, "LOCAL_WORLD_SIZE", "0"), local_rank + 1)
+    if here > gpus:
+        raise InputError(
+            f"{here} processes were started on this node (LOCAL_RANK, LOCAL_WORLD_SIZE), which has {gpus} "
+            f"GPUs; allowed: one process a GPU, num_processes at most {gpus} for each of num_machines"
+        )
+    return local_rank
+
+
+def _integer(environment: Mapping[str, str], variable: str, default: str = "") -> int:
+    value = environment.get(variable, default)
+    if not value.isdecimal():
+        raise InputError(f"{variable} is {value!r}; allowed: whole numbers from 0, as launchers set them")
+    return int(value)
+
+
+def _rendezvous(environment: Mapping[str, str], world_size: int, timeout: timedelta) -> Store:
+    """The store of the rendezvous.
 
     In a thread: where something else listens on the port, torch waits for its answer without end.
     """
@@ -234,33 +274,14 @@ def _meet(environment: Mapping[str, str], count: int, timeout: timedelta) -> Sto
 
     thread = threading.Thread(target=meet, daemon=True)
     thread.start()
-    thread.join(timeout.total_seconds() + 5)  # torch's own timeout comes first and knows more
+    thread.join(timeout.total_seconds() + 5)  # torch's own timeout comes first, with a better message
     if not found:
-        raise InputError(_meeting_failure(environment, count, timeout, *errors))
+        raise InputError(_rendezvous_failure(environment, world_size, timeout, *errors))
     return found[0]
 
 
-def _own_gpu(environment: Mapping[str, str], gpus: int) -> int:
-    """This process's GPU; every process of a node that has too few refuses."""
-    local_rank = _whole_number(environment, "LOCAL_RANK")
-    here = max(_whole_number(environment, "LOCAL_WORLD_SIZE", "0"), local_rank + 1)
-    if here > gpus:
-        raise InputError(
-            f"{here} processes were started on this node (LOCAL_RANK, LOCAL_WORLD_SIZE), which has {gpus} "
-            f"GPUs; allowed: one process a GPU, num_processes at most {gpus} for each of num_machines"
-        )
-    return local_rank
-
-
-def _whole_number(environment: Mapping[str, str], variable: str, default: str = "") -> int:
-    value = environment.get(variable, default)
-    if not value.isdecimal():
-        raise InputError(f"{variable} is {value!r}; allowed: whole numbers from 0, as launchers set them")
-    return int(value)
-
-
-def _meeting_failure(
-    environment: Mapping[str, str], count: int, timeout: timedelta, error: Exception | None = None
+def _rendezvous_failure(
+    environment: Mapping[str, str], world_size: int, timeout: timedelta, error: Exception | None = None
 ) -> str:
     address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     seconds = f"{timeout.total_seconds():g} s"
@@ -271,7 +292,7 @@ def _meeting_failure(
             f"another main_process_port in the launch configuration, or --main_process_port"
         )
     return (
-        f"the {count} processes of this run did not all meet at {address} within {seconds}: {reason}. "
+        f"the {world_size} processes of this run did not all meet at {address} within {seconds}: {reason}. "
         f"Look whether each was started, with the same main_process_ip, main_process_port and num_processes, "
         f"and whether something else listens on that port; {TIMEOUT_VARIABLE} sets the seconds to wait"
     )

@@ -1,19 +1,16 @@
-"""From a configuration, an architecture and a launch file to what an estimate needs."""
+"""The architecture that an estimate is made for: from a configuration, a folder or the hub."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedConfig
 
 from qdora.config import ModelConfig
-from qdora.distributed.launch import FsdpSettings, read_fsdp_settings
-from qdora.errors import InputError, suggest
+from qdora.errors import InputError
 from qdora.files import read_json
 from qdora.models.build import Quantization
 from qdora.models.formats.safetensors import read_config
@@ -22,55 +19,12 @@ from qdora.models.load import compute_dtype
 from qdora.models.packaged import PREFIX
 from qdora.planner.simulate import Architecture
 
-Device = Literal["cpu", "cuda"]
-
 SHIPPED = "models"
 """Folder beside the configuration files, with a folder for each architecture that ships."""
 
 
-@dataclass(frozen=True)
-class LaunchFile:
-    """What a file of `accelerate config` says of the processes.
-
-    Attributes:
-        processes: how many, on all nodes together.
-        fsdp: how they shard the model; None where each holds all of it.
-        device: what they compute on.
-    """
-
-    processes: int
-    fsdp: FsdpSettings | None
-    device: Device
-
-
-def read_launch_file(path: str) -> LaunchFile:
-    """Read a launch file as `accelerate launch --config_file` would.
-
-    Raises: InputError: no such file, one that accelerate refuses, or settings that training refuses.
-    """
-    try:
-        file = load_config_from_file(path)
-        kind = getattr(file.distributed_type, "value", file.distributed_type)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"--accelerate-config {path}: cannot be used: {error}") from None
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
-        raise InputError(
-            f"--accelerate-config {path}: distributed_type is {kind!r}; "
-            f"{suggest(str(kind), ('NO', 'MULTI_GPU', 'FSDP'))}"
-        )
-    fsdp = read_fsdp_settings(_environment(file.fsdp_config)) if kind == "FSDP" else None
-    return LaunchFile(int(file.num_processes), fsdp, "cpu" if file.use_cpu else "cuda")
-
-
-def _environment(fields: dict[str, Any]) -> dict[str, str]:
-    """The variables that the launcher makes of the fields of an FSDP section."""
-    renamed = {"fsdp_transformer_layer_cls_to_wrap": "fsdp_transformer_cls_to_wrap"}
-    values = {renamed.get(key, key).upper(): str(value) for key, value in fields.items()}
-    return {"ACCELERATE_USE_FSDP": "true", **values}
-
-
 def find_architecture(
-    model: ModelConfig, folder: str | None, configuration: Path, device: Device
+    model: ModelConfig, folder: str | None, configuration: Path, device: Literal["cpu", "cuda"]
 ) -> Architecture:
     """The architecture of a configured model; its weights are neither needed nor read.
 

@@ -1,31 +1,26 @@
-"""Training checkpoints: verified before use, by all processes alike, whatever their number was.
+"""Training checkpoints: written atomically, verified before use, resumed on any number of ranks.
 
-A checkpoint is `checkpoints/step-N/`: state-R.safetensors (rank R's rows of the float32 parameters and of
-both moments), state.json (step, position, settings, SHA-256 of every file) and adapter/ in PEFT's format.
-Data order and dropout follow from seed, step and rank, so nothing else is needed to go on.
+A checkpoint is `checkpoints/step-N/`: state-R.safetensors (rank R's shards of the float32 parameters and of
+both moments), state.json (metadata: step, position, settings, SHA-256 of every other file) and adapter/ in
+PEFT's format.  Data order and dropout follow from seed, step and rank, so no generator's state is needed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from qdora.distributed.context import DistributedContext
-from qdora.distributed.launch import read_timeout
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.files import (
     clear_leftovers,
@@ -35,11 +30,10 @@ from qdora.files import (
     temporary_directory,
     wrap_os_errors,
 )
-from qdora.training.checkpoint_storage import Reader, load_tensors, save_tensors
-from qdora.training.optimizer import local_rows
+from qdora.training.checkpoint_storage import ShardReader, Shards, local_shards, write_shards
 
-FACTS = "state.json"
-FORMAT = 2
+METADATA = "state.json"
+FORMAT = 3
 
 T = TypeVar("T")
 
@@ -51,7 +45,7 @@ class SavedState:
     Attributes:
         step: optimizer steps done.
         world_size: how many ranks wrote it.
-        tensors: the optimizer's state on the CPU; of a sharded tensor the rows of this process.
+        tensors: the optimizer's state on the CPU; of a DTensor this rank's local shard.
     """
 
     step: int
@@ -62,32 +56,34 @@ class SavedState:
 def list_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoint folders, newest first."""
     found = [path for path in directory.glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def load_checkpoint(
     folder: Path, like: Mapping[str, torch.Tensor], settings: Mapping[str, Any], context: DistributedContext
 ) -> SavedState:
-    """Read a checkpoint of any number of processes; every process must call this, and all fare alike.
+    """Load a checkpoint that any number of ranks wrote; a collective, with the same outcome on all ranks.
 
     Args:
-        like: the optimizer's state as it is; its tensors say what is read and stay as they are.
+        like: the optimizer's state as it is; names, shapes and shards of what is read. Left as it is.
         settings: of this run.
-    Raises: CheckpointError: a file is missing, truncated or corrupt, under whichever process.
+    Raises: CheckpointError: a file is missing, truncated or corrupt, on any rank.
         InputError: it was written under other settings, or for another model; the first difference is named.
     """
-    facts = _read_facts(folder, context)
-    _refuse_other_settings(folder, facts["settings"], settings)
-    reader = Reader(folder, facts["sha256"])
+    metadata = _agree(folder, context, lambda: _read_metadata(folder) if context.is_main else {})
+    metadata = context.gather([metadata])[0]
+    _refuse_other_settings(folder, metadata["settings"], settings)
+    reader = ShardReader(folder, metadata["sha256"])
 
-    def verify() -> Metadata:
-        # The processes share the files; each then verifies what it reads and has not verified here.
+    def verify() -> dict[str, tuple[int, ...]]:
+        # Each rank verifies some of the files; `read` verifies what is left of those that it reads.
         for name in sorted(reader.digests)[context.rank :: context.world_size]:
             reader.verify(name)
-        return reader.read_metadata()
+        return reader.shapes()
 
-    _refuse_other_tensors(folder, _alike(folder, context, verify), like)
-    return SavedState(facts["step"], facts["processes"], load_tensors(like, reader, context))
+    _refuse_other_shapes(folder, _agree(folder, context, verify), like)
+    tensors = _agree(folder, context, lambda: reader.read(like))
+    return SavedState(metadata["step"], metadata["processes"], tensors)
 
 
 def newest_usable(
@@ -97,10 +93,11 @@ def newest_usable(
     context: DistributedContext,
     warn: Callable[[str], None],
 ) -> SavedState | None:
-    """The newest checkpoint that verifies; each unusable one is named to `warn`. None where there is none.
+    """Load the newest checkpoint that verifies, the same on all ranks; a collective.
 
-    Every process must call this, and all get the same one.
-
+    Args:
+        warn: called with a sentence for each newer one that does not verify.
+    Returns: None where no checkpoint verifies.
     Raises: InputError: as `load_checkpoint`, for settings that differ.
     """
     names: list[str] = []
@@ -116,37 +113,35 @@ def newest_usable(
     return None
 
 
-def _read_facts(folder: Path, context: DistributedContext) -> dict[str, Any]:
-    """state.json as the main process reads it."""
-
-    def read() -> dict[str, Any]:
-        return _checked_facts(folder) if context.is_main else {}
-
-    facts: dict[str, Any] = context.gather([_alike(folder, context, read)])[0]
-    return facts
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
-def _checked_facts(folder: Path) -> dict[str, Any]:
-    facts = read_json(folder / FACTS)
-    if facts.get("format") != FORMAT:
+def _read_metadata(folder: Path) -> dict[str, Any]:
+    metadata = read_json(folder / METADATA)
+    found = metadata.get("format", 1)
+    if found != FORMAT:
+        older = isinstance(found, int) and found < FORMAT
         raise CheckpointError(
-            f"{folder}: in format {facts.get('format', 1)!r}; this version of qdora reads format {FORMAT}"
+            f"{folder}: in format {found!r}; this version of qdora reads format {FORMAT}"
+            + (", in which the parameters have other names: " if older else ": ")
+            + "continue the run with the version that wrote it, or start anew"
         )
     checked = {
-        "step": int(facts["step"]),
-        "processes": int(facts["processes"]),
-        "settings": dict(facts["settings"]),
-        "sha256": {str(name): str(digest) for name, digest in facts["sha256"].items()},
+        "step": int(metadata["step"]),
+        "processes": int(metadata["processes"]),
+        "settings": dict(metadata["settings"]),
+        "sha256": {str(name): str(digest) for name, digest in metadata["sha256"].items()},
     }
-    if folder.name[5:].isdigit() and folder.name != f"step-{checked['step']}":
-        raise CheckpointError(f"{folder / FACTS}: corrupt, it says step {checked['step']}")
+    if folder.name.removeprefix("step-").isdigit() and _step_of(folder) != checked["step"]:
+        raise CheckpointError(f"{folder / METADATA}: corrupt, it says step {checked['step']}")
     return checked
 
 
-def _alike(folder: Path, context: DistributedContext, action: Callable[[], T]) -> T:
-    """What the action returns here, if it finds the checkpoint in order under every process.
+def _agree(folder: Path, context: DistributedContext, action: Callable[[], T]) -> T:
+    """Run an action on every rank; return its result if it succeeded on all of them.
 
-    Raises: CheckpointError: under one of them it does not.
+    Raises: CheckpointError: on all ranks, where it failed on one.
     """
     result, problem = None, None
     try:
@@ -155,9 +150,9 @@ def _alike(folder: Path, context: DistributedContext, action: Callable[[], T]) -
         problem = str(error)
     except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         problem = f"{folder}: not a usable checkpoint: {error}"
-    for rank, words in enumerate(context.gather([problem])):
-        if words is not None:
-            raise CheckpointError(f"rank {rank}: {words}" if context.world_size > 1 else words)
+    for rank, text in enumerate(context.gather([problem])):
+        if text is not None:
+            raise CheckpointError(f"rank {rank}: {text}" if context.world_size > 1 else text)
     return cast(T, result)
 
 
@@ -171,36 +166,30 @@ def _refuse_other_settings(folder: Path, saved: Mapping[str, Any], current: Mapp
             )
 
 
-def _refuse_other_tensors(folder: Path, saved: Metadata, like: Mapping[str, torch.Tensor]) -> None:
-    sizes = {
-        name: tuple(facts.size)
-        for name, facts in saved.state_dict_metadata.items()
-        if isinstance(facts, TensorStorageMetadata)
-    }
-    for name in sorted(sizes.keys() | like.keys()):
-        there, here = sizes.get(name), tuple(like[name].shape) if name in like else None
+def _refuse_other_shapes(
+    folder: Path, saved: Mapping[str, tuple[int, ...]], like: Mapping[str, torch.Tensor]
+) -> None:
+    current = {name: tuple(tensor.shape) for name, tensor in like.items()}
+    for name in sorted(saved.keys() | current.keys()):
+        there, here = (
+            f"of shape {shapes[name]}" if name in shapes else "missing" for shapes in (saved, current)
+        )
         if there != here:
-            raise InputError(
-                f"{folder}: made for another model: {name} is {_shape(there)} there, {_shape(here)} here"
-            )
-
-
-def _shape(size: tuple[int, ...] | None) -> str:
-    return "missing" if size is None else f"of shape {size}"
+            raise InputError(f"{folder}: made for another model: {name} is {there} there, {here} here")
 
 
 class CheckpointWriter:
-    """Writes `directory/step-N`; a context that is left when the last one is in its place.
+    """Writes `directory/step-N`; a context manager that is left when the last one has its final name.
 
-    An error of one process is an error of all, and leaves nothing behind; older checkpoints stay intact.
+    An error on one rank is raised on all and leaves nothing behind; older checkpoints stay intact.
 
     Args:
         directory: of the run's checkpoints.
         settings: what a resumed run must agree on.
         keep: how many, the newest.
-        whole: one file with all rows, not one for each process.
-        in_background: `save` returns when the tensors are copied. A thread writes them, and its processes
-            talk in a group of their own; the next `save` and the end wait for it.
+        full_tensors: gather the shards and write one file, not one per rank.
+        in_background: `save` returns when the tensors are copied; a thread writes them, with collectives of
+            a process group of its own. The next `save` and the end wait for it.
     """
 
     def __init__(
@@ -210,16 +199,14 @@ class CheckpointWriter:
         context: DistributedContext,
         *,
         keep: int,
-        whole: bool = False,
+        full_tensors: bool = False,
         in_background: bool = False,
     ) -> None:
         self.directory, self.settings, self.context = directory, settings, context
-        self.keep, self.whole = keep, whole
+        self.keep, self.full_tensors = keep, full_tensors
         self._thread = ThreadPoolExecutor(1, "checkpoint") if in_background else None
+        self._writing = context.with_new_group() if in_background else context
         self._pending: Future[None] | None = None
-        self._group: dist.ProcessGroup | None = None
-        if in_background and context.world_size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=read_timeout(os.environ))
 
     def save(
         self,
@@ -228,31 +215,28 @@ class CheckpointWriter:
         position: Mapping[str, int],
         save_adapter: Callable[[Path | None], None],
     ) -> None:
-        """Write a checkpoint; every process must call this.
+        """Write a checkpoint; a collective.
 
         Args:
             step: optimizer steps done.
             tensors: the optimizer's state.
-            position: what stands beside the step in the facts, for a reader.
-            save_adapter: writes the adapter into the folder that it is given on the main process; on the
-                others it is given None, and contributes its shards.
-        Raises: InputError: no space left, or the folder cannot be written, here or on another process.
+            position: what stands beside the step in the metadata, for a reader.
+            save_adapter: writes the adapter into the folder that the main rank passes; the other ranks pass
+                None, and contribute their shards.
+        Raises: InputError: no space left, or the folder cannot be written, on any rank.
         """
         self.finish()
         folder = self._new_folder(step)
-        put = partial(self._put, folder, step, position)
-        try:
+        with self._removed_on_error(folder):
             with self.context.raise_on_all_ranks():
                 save_adapter(folder / "adapter" if self.context.is_main else None)
-            contribution = self._contribution(tensors)
+            shards = local_shards(
+                tensors, main=self.context.is_main, full=self.full_tensors, copy=self._thread is not None
+            )
             if self._thread is None:
-                save_tensors(contribution, None, folder, self.context, None, put)
-                return
-            copies = {name: local_rows(t).to("cpu", copy=True) for name, t in contribution.items()}
-        except BaseException:
-            self._remove(folder)
-            raise
-        self._pending = self._thread.submit(self._write, contribution, copies, folder, put)
+                self._write(folder, step, position, shards)
+            else:
+                self._pending = self._thread.submit(self._write, folder, step, position, shards)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -266,29 +250,14 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After any other error this process may be the only one to end: nobody is waited for.
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Any other error may be this rank's alone: a wait for the others could be without end.
         if error is None or isinstance(error, InputError | InterruptedRunError):
             self.finish()
             if self._thread is not None:
                 self._thread.shutdown()
-            if self._group is not None:
-                dist.destroy_process_group(self._group)
-
-    def _write(
-        self,
-        contribution: Mapping[str, torch.Tensor],
-        copies: Mapping[str, torch.Tensor],
-        folder: Path,
-        put: Callable[[dict[str, str]], None],
-    ) -> None:
-        try:
-            save_tensors(contribution, copies, folder, self.context, self._group, put)
-        except BaseException:
-            self._remove(folder)
-            raise
+            if self._writing.group is not None:
+                dist.destroy_process_group(self._writing.group)
 
     def _new_folder(self, step: int) -> Path:
         folder = None
@@ -298,25 +267,33 @@ class CheckpointWriter:
                 folder = temporary_directory(self.directory / f"step-{step}")
         return Path(self.context.gather([str(folder)])[0])
 
-    def _contribution(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What this process writes: its shards, and on the main process what all hold alike."""
-        main, contribution = self.context.is_main, {}
-        for name, tensor in tensors.items():
-            if self.whole and isinstance(tensor, DTensor):
-                gathered = tensor.full_tensor()
-                if main:
-                    contribution[name] = gathered.cpu()
-            elif main or isinstance(tensor, DTensor):
-                contribution[name] = tensor
-        return contribution
+    @contextmanager
+    def _removed_on_error(self, folder: Path) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            if self.context.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
-    def _put(self, folder: Path, step: int, position: Mapping[str, int], digests: dict[str, str]) -> None:
+    def _write(self, folder: Path, step: int, position: Mapping[str, int], shards: Shards) -> None:
+        """Write the shards of all ranks, then the metadata, and give the folder its final name."""
+        context, digests = self._writing, {}
+        with self._removed_on_error(folder):
+            with context.raise_on_all_ranks():
+                digests = write_shards(folder / f"state-{context.rank}.safetensors", shards)
+            of_ranks = context.gather([digests])
+            with context.raise_on_all_ranks():
+                if context.is_main:
+                    self._publish(folder, step, position, {k: v for d in of_ranks for k, v in d.items()})
+
+    def _publish(self, folder: Path, step: int, position: Mapping[str, int], digests: dict[str, str]) -> None:
         final = self.directory / f"step-{step}"
         with wrap_os_errors(final):
             for path in (folder / "adapter").rglob("*"):
                 if path.is_file():
                     digests[path.relative_to(folder).as_posix()] = file_digest(path)
-            facts = {
+            metadata = {
                 "format": FORMAT,
                 "step": step,
                 **position,
@@ -324,19 +301,10 @@ class CheckpointWriter:
                 "settings": self.settings,
                 "sha256": dict(sorted(digests.items())),
             }
-            (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
         replace_directory(folder, final)
-        for old in _superfluous(self.directory, step, self.keep):
+        # Later steps are of a past that this run has gone back behind.
+        found = list_checkpoints(self.directory)
+        later = [path for path in found if _step_of(path) > step]
+        for old in later + found[len(later) :][self.keep :]:
             shutil.rmtree(old)
-
-    def _remove(self, folder: Path) -> None:
-        if self.context.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _superfluous(directory: Path, step: int, keep: int) -> list[Path]:
-    """All but the newest; those of later steps are of a past that this run has gone back behind."""
-    found = list_checkpoints(directory)
-    return [path for path in found if int(path.name[5:]) > step] + [
-        path for path in found if int(path.name[5:]) <= step
-    ][keep:]

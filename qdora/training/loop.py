@@ -1,7 +1,7 @@
-"""The training loop: a batch, its micro-batches, one optimizer step, and who is told.
+"""The training loop: a global batch, this rank's micro-batches, one optimizer step, the callbacks.
 
-The loop knows nothing of evaluation or files beyond the callbacks that it is given.  Every
-random draw of a step follows from seed, step and rank, so a resumed run needs no random state.
+The loop knows nothing of evaluation or files beyond its callbacks.  Every random draw of a step follows from
+seed, step and rank, so a resumed run needs no generator's state.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from qdora.config import TrainingConfig
@@ -26,6 +28,7 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import as_forward
 from qdora.errors import InputError, InterruptedRunError
 from qdora.memory import keep_freed_memory
+from qdora.threads import SlowdownWatch
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
 from qdora.training.optimizer import AdapterOptimizer, learning_rate
@@ -35,33 +38,37 @@ class DivergedError(InputError):
     """The loss or its gradient is not finite; the message names step and batch."""
 
 
+def _nothing(_: object) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Callbacks:
-    """Who is told what.
+    """What the loop calls after steps; by default nothing.
 
     Attributes:
-        log: after every step, on the main process.
-        save: writes a checkpoint after so many steps, on every process.
-        evaluate: after so many steps, on every process.
+        log: after every step, on the main rank.
+        save: after `save_every` steps, the last step and a stop, with the steps done; a collective.
+        evaluate: after `evaluate_every` steps but the last, with the steps done; a collective.
     """
 
-    log: Callable[[StepMetrics], None]
-    save: Callable[[int], None]
-    evaluate: Callable[[int], None]
+    log: Callable[[StepMetrics], None] = _nothing
+    save: Callable[[int], None] = _nothing
+    evaluate: Callable[[int], None] = _nothing
 
 
 class Trainer:
     """Trains the trainable parameters of a model on tokenized examples.
 
     Args:
-        model: causal language model whose trainable parameters are the adapter.
-        examples: the training set, the same list on every process.
+        model: causal language model; its trainable parameters are the adapter, or all of them.
+        examples: the training set, the same list on every rank.
         config: steps, batch, rates.
-        processes: the processes that share each batch.
-        pad_id: token that fills a batch.
+        context: the ranks over which each batch is divided.
+        pad_id: token of padding.
         evaluate_every: steps between evaluations; None for none.
-    Raises: InputError: the batch does not divide over the processes, or the model's output layer
-        is not supported.
+    Raises: InputError: the batch does not divide over the ranks, or the model's output layer is not
+        supported.
     """
 
     def __init__(
@@ -84,6 +91,8 @@ class Trainer:
         }
         self.optimizer = AdapterOptimizer(self.parameters, config)
         self.loss = as_forward(model, completion_loss)
+        on_cpu = context.is_main and context.device.type == "cpu"
+        self._slowdown = SlowdownWatch(torch.get_num_threads()) if on_cpu else None
         if config.gradient_checkpointing or (context.fsdp and context.fsdp.activation_checkpointing):
             model.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -103,25 +112,22 @@ class Trainer:
                 done = step + 1
                 last = done == self.total_steps
                 if signal_number and not last:
-                    self._save(done, callbacks)
+                    callbacks.save(done)
                     raise InterruptedRunError(
                         f"stopped after step {done} of {self.total_steps}, a checkpoint was written; "
                         f"continue with --resume",
                         128 + signal_number,
                     )
                 if last or (self.config.save_every and done % self.config.save_every == 0):
-                    self._save(done, callbacks)
+                    callbacks.save(done)
                 if self.evaluate_every and done % self.evaluate_every == 0 and not last:
                     callbacks.evaluate(done)
                     self.model.train()
         self.model.eval()
 
-    def _save(self, done: int, callbacks: Callbacks) -> None:
-        callbacks.save(done)
-        self.context.barrier()
-
     def _step(self, step: int, stop: StopRequest) -> tuple[StepMetrics, int | None]:
-        started = time.perf_counter()
+        """One optimizer step; its metrics, and the signal to stop for on any rank."""
+        started, cpu_started = time.perf_counter(), time.process_time()
         batch = [self.examples[i] for i in self.plan.batch(step)]
         labels = sum(len(e.input_ids) - e.prompt_length for e in batch)
         torch.manual_seed(_step_seed(self.config.seed, step, self.context.rank))
@@ -129,14 +135,14 @@ class Trainer:
         loss = 0.0
         for micro_batch in self._own_micro_batches(batch):
             device = self.context.device
-            # Divided by the labels of the whole batch: the sum over micro-batches and processes
-            # is the mean over tokens, however unevenly they are spread.
-            share = self.loss(micro_batch.input_ids_BT.to(device), micro_batch.labels_BT.to(device)) / labels
-            share.backward()
-            loss += float(share.detach())
-        # One process's signal stops all of them, after the same step.
+            # Divided by the labels of the global batch: the sum over micro-batches and ranks is the mean over
+            # tokens, however unevenly they are spread.
+            part = self.loss(micro_batch.input_ids_BT.to(device), micro_batch.labels_BT.to(device)) / labels
+            part.backward()
+            loss += float(part.detach())
+        # A signal to one rank stops all ranks, after the same step.
         extras = torch.tensor([loss, float(stop.number is not None)], dtype=torch.float64)
-        loss, stopping = self._sum(extras).tolist()
+        loss, stopping = self._sum_gradients(extras).tolist()
         grad_norm = _clip(self.parameters.values(), self.config.clip_norm or math.inf)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             origins = ", ".join(e.origin for e in batch)
@@ -158,16 +164,20 @@ class Trainer:
             peak_memory_bytes=peak_memory(self.context.device),
             seconds=seconds,
         )
+        if self._slowdown is not None:
+            slow = self._slowdown.observe(tokens, seconds, time.process_time() - cpu_started)
+            if slow is not None:
+                tqdm.write(f"step {step + 1}: {slow}", file=sys.stderr)
         return metrics, (stop.number or int(signal.SIGTERM)) if stopping else None
 
-    def _sum(self, extras: torch.Tensor) -> torch.Tensor:
-        """Sum some numbers over the processes, and the gradients, unless backward has summed their shards."""
+    def _sum_gradients(self, extras: torch.Tensor) -> torch.Tensor:
+        """Sum extras over the ranks; the gradients too, unless they are shards, which backward has summed."""
         if self.context.fsdp is not None:
             return self.context.sum(extras)
         return self.context.sum_gradients(self.parameters.values(), extras)
 
     def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
-        """This process's micro-batches: neighbours in length together, so that little is padding."""
+        """This rank's micro-batches; sequences of about one length in each, so that little is padding."""
         ordered = sorted(batch, key=lambda e: len(e.input_ids))
         size = self.micro_batch_size
         chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
@@ -175,36 +185,36 @@ class Trainer:
         for chunk in own:
             yield collate(chunk, self.pad_id)
         if self.context.fsdp is not None:
-            # A sharded model is gathered by all together: who has fewer micro-batches runs empty ones.
+            # Forward and backward of a sharded model are collectives: every rank runs as many of them.
             for _ in range(-(-len(chunks) // self.context.world_size) - len(own)):
                 yield without_labels(collate(ordered[:1], self.pad_id))
 
 
 def _clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Scale the gradients down to a global norm; the norm before, over all shards where they are sharded."""
+    """Scale the gradients down to a global norm; the norm before, of the full gradients."""
     norm = nn.utils.clip_grad_norm_(parameters, largest)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def micro_batch_size(config: TrainingConfig, world_size: int) -> int:
-    """Sequences that a process runs at once.
+    """Sequences in a micro-batch of one rank.
 
-    Raises: InputError: the batch does not divide over the processes and their micro-batches.
+    Raises: InputError: the batch does not divide over the ranks and their micro-batches.
     """
-    shares = config.gradient_accumulation * world_size
-    if config.batch_size % shares == 0:
-        return config.batch_size // shares
+    micro_batches = config.gradient_accumulation * world_size
+    if config.batch_size % micro_batches == 0:
+        return config.batch_size // micro_batches
     own, rest = divmod(config.batch_size, world_size)
     counts = [] if rest else [str(n) for n in range(1, own + 1) if own % n == 0]
     others = f", or training.gradient_accumulation {', '.join(counts)}" if counts else ""
     raise InputError(
         f"training.batch_size {config.batch_size} does not divide over {world_size} processes "
-        f"x {config.gradient_accumulation} micro-batches; allowed: multiples of {shares}{others}"
+        f"x {config.gradient_accumulation} micro-batches; allowed: multiples of {micro_batches}{others}"
     )
 
 
 def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run."""
     if config.max_steps is not None:
         return config.max_steps
     assert config.epochs is not None
@@ -220,7 +230,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """While entered, a first signal is only noted, so that the step in progress can end.
+    """Context manager that notes a first SIGTERM or SIGINT, so that the step in progress can end.
 
     A second Ctrl-C interrupts at once, as a user expects.
     """
@@ -235,17 +245,15 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._note)  # type: ignore[assignment]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @property
     def number(self) -> int | None:
-        """The signal to stop for; None where nobody asked.
+        """The signal to stop for; None where there was none.
 
-        `accelerate launch` does not pass SIGTERM on: its death is noticed by the change of parent.
+        `accelerate launch` does not pass SIGTERM on: its end shows as a change of parent process.
         """
         if self._received is None and os.getppid() != self._parent:
             return int(signal.SIGTERM)

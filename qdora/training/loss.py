@@ -1,4 +1,7 @@
-"""The loss: cross entropy on completion tokens, logits only where there are labels."""
+"""The loss: cross entropy on completion tokens, with logits only where there are labels.
+
+Shape legend: B sequences, T tokens, N labelled positions, I hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,20 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from qdora.data.batches import IGNORED_LABEL
 from qdora.distributed.fsdp import gathered
 from qdora.errors import InputError
-
-IGNORED = -100
-"""Label of a position without loss."""
 
 CHUNK_BYTES = 256 << 20
 """Memory of the float32 logits that exist at one time."""
 
-# Settings by which a model changes its logits after the output layer.
 _LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def check_output_layer(model: PreTrainedModel) -> None:
-    """The loss applies the output layer itself, so that layer must be all there is.
+    """Refuse models that change their logits after the output layer, which the loss applies itself.
 
-    Raises: InputError: the model changes its logits afterwards.
+    Raises: InputError: naming the setting.
     """
     for setting in _LOGIT_SETTINGS:
         if getattr(model.config.get_text_config(), setting, None):
@@ -37,8 +37,8 @@ def completion_loss(
 ) -> torch.Tensor:
     """Summed cross entropy of the labelled tokens.
 
-    The batch is right-padded: under the causal mask nothing real attends to padding, so no
-    attention mask is needed and the attention kernels' causal path is used.
+    The batch is padded on the right: under the causal mask no token attends to padding, so no attention mask
+    is needed and the attention kernels' causal path is used.
 
     Args:
         model: a causal language model; its output layer is applied to labelled positions only.
@@ -48,7 +48,7 @@ def completion_loss(
     """
     hidden_BTI = model.get_decoder()(input_ids=input_ids_BT, use_cache=False).last_hidden_state
     targets_BT = labels_BT[:, 1:]
-    labelled_BT = targets_BT != IGNORED
+    labelled_BT = targets_BT != IGNORED_LABEL
     hidden_NI = hidden_BTI[:, :-1][labelled_BT]
     head = model.get_output_embeddings()
     with gathered(head) as logits_of:
@@ -60,10 +60,9 @@ def completion_loss(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross entropy after an output layer; only one chunk's logits exist at a time.
+    """Cross entropy after an output layer, computed with the logits of one chunk of positions at a time.
 
-    The gradients of a chunk are taken as soon as its logits are there.  Of a sum they only have to be
-    multiplied by what comes back.
+    A chunk's gradients are computed in forward, while its logits exist; backward scales them.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""One line of numbers per optimizer step, and how they are written and read back."""
+"""Numbers of an optimizer step: measured, written to metrics.jsonl, read back, shown on a progress bar."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from tqdm import tqdm
@@ -20,16 +19,16 @@ from qdora.files import write_text
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What metrics.jsonl holds for a step.
+    """One line of metrics.jsonl.
 
     Attributes:
         step: counted from 1.
-        loss: mean over the completion tokens of the whole batch, nats.
+        loss: mean over the completion tokens of the global batch, nats.
         lr: learning rate of this step.
         grad_norm: global norm before clipping.
-        tokens: tokens processed, prompts included, padding not.
-        tokens_per_second: over this step, all processes together.
-        peak_memory_bytes: of this process; on CUDA of the device's allocator.
+        tokens: tokens processed by all ranks, prompts included, padding not.
+        tokens_per_second: over this step, of all ranks.
+        peak_memory_bytes: of this rank; on CUDA of the device's allocator.
         seconds: duration of the step.
     """
 
@@ -42,15 +41,19 @@ class StepMetrics:
     peak_memory_bytes: int
     seconds: float
 
+    def line(self) -> str:
+        """As JSON, with a newline."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
 
 def append_metrics(path: Path, metrics: StepMetrics) -> None:
-    """Add one line."""
+    """Append one line to metrics.jsonl."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(metrics)) + "\n")
+        file.write(metrics.line())
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The steps of a run, oldest first; a last line cut short by a kill is left out."""
+    """The steps of a run, oldest first; a last line that a kill cut short is left out."""
     steps = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -63,23 +66,24 @@ def read_metrics(path: Path) -> list[StepMetrics]:
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run writes them again."""
     if path.exists():
-        kept = [m for m in read_metrics(path) if m.step <= step]
-        write_text(path, "".join(json.dumps(dataclasses.asdict(m)) + "\n" for m in kept))
+        write_text(path, "".join(m.line() for m in read_metrics(path) if m.step <= step))
 
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on CUDA, the process's peak resident memory elsewhere."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    for line in _read(Path("/proc/self/status")).splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    # Unlike getrusage's figure, this one can be reset.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     kilobyte = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Count the peak from here: several runs may share a process.  Without effect where the system cannot."""
+    """Start the peak anew: a process may hold several runs.  Without effect where the system cannot."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -88,15 +92,8 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
 class TrainingBar:
-    """Steps done, loss, tokens per second and time left, on standard error of the main process."""
+    """Steps done, loss, tokens per second and time left, on standard error of the main rank."""
 
     def __init__(self, total_steps: int, start: int, *, shown: bool) -> None:
         # A log file wants a line now and then, a terminal a live bar.
@@ -113,9 +110,7 @@ class TrainingBar:
     def __enter__(self) -> TrainingBar:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()
 
     def show(self, metrics: StepMetrics) -> None:
@@ -126,6 +121,6 @@ class TrainingBar:
         self._bar.update()
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if not self._bar.disable:
             self._bar.write(text, file=sys.stderr)

@@ -1,7 +1,7 @@
-"""AdamW for 16-bit adapters: torch's AdamW on float32 masters, rounded back after each step.
+"""AdamW for 16-bit parameters, on float32 masters that are rounded back after each step; its learning rate.
 
-A bfloat16 parameter that is stepped in place loses every update smaller than half its
-spacing.  The masters keep those; there are as many as adapter parameters, which are few.
+A bfloat16 parameter that is stepped in place loses every update smaller than half its spacing.  The masters
+keep those; there are as many as adapter parameters, which are few.
 """
 
 from __future__ import annotations
@@ -16,8 +16,25 @@ from torch.distributed.tensor import DTensor
 from qdora.config import TrainingConfig
 
 
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`.
+
+    Rises linearly over the warm-up, to the configured rate on the step after it; then constant, or down to 0
+    after the last step, linearly or on half a cosine.
+    """
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - progress)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 class AdapterOptimizer:
-    """AdamW (arXiv:1711.05101) with float32 state, whatever the parameters' storage.
+    """AdamW (arXiv:1711.05101) with float32 state, whatever the parameters' dtype.
 
     Args:
         parameters: the trained parameters by name; their gradients are float32.
@@ -39,7 +56,7 @@ class AdapterOptimizer:
         )
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to None."""
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -58,14 +75,14 @@ class AdapterOptimizer:
                 master.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Float32 parameters and moments as flat named tensors, sharded where the parameters are.
+        """Masters and moments as flat named float32 tensors, sharded where the parameters are.
 
-        The same names and shapes for any number of processes, before the first step too.  A parameter in
-        16 bits is the rounding of its master, so it is not among them.
+        Names and full shapes do not depend on the world size, nor on whether a step was made.  A 16-bit
+        parameter is the rounding of its master, so it is not among them.
         """
         tensors: dict[str, torch.Tensor] = {}
         for name, master in self.masters.items():
-            moments = self._adamw.state.get(master) or _at_rest(master)
+            moments = self._adamw.state.get(master) or _zero_moments(master)
             tensors[f"master/{name}"] = master.detach()
             tensors |= {f"{key}/{name}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
         return tensors
@@ -75,28 +92,27 @@ class AdapterOptimizer:
         """Continue exactly where `state` was taken.
 
         Args:
-            tensors: as `state` names them; of a sharded one, it or the rows of this process.  On any device.
+            tensors: as `state` names them; of a sharded one, it or this rank's local shard.  On any device.
         Raises: ValueError: a tensor is missing or has another shape.
         """
         for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            state = {"master": master, **_at_rest(master)}
-            for key, place in state.items():
-                local_rows(place).copy_(_named(tensors, f"{key}/{name}", local_rows(place)))
-            # What is computed from a parameter is kept until its version changes; rows do not count theirs.
+            master, moments = self.masters[name], _zero_moments(self.masters[name])
+            for key, target in {"master": master, **moments}.items():
+                _copy_named(tensors, f"{key}/{name}", local_shard(target))
+            # What is computed from a parameter is cached by its version, which a local shard does not count.
             torch.autograd.graph.increment_version(master)
             if master is not parameter:
                 parameter.copy_(master)
-            self._adamw.state[master] = {key: place for key, place in state.items() if key != "master"}
+            self._adamw.state[master] = moments
 
 
-def local_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """The local shard of a DTensor; any other tensor itself."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _at_rest(master: torch.Tensor) -> dict[str, torch.Tensor]:
+def _zero_moments(master: torch.Tensor) -> dict[str, torch.Tensor]:
     """AdamW's state of a parameter before its first step."""
     return {
         "step": torch.zeros((), device=master.device),
@@ -105,27 +121,9 @@ def _at_rest(master: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def _named(tensors: Mapping[str, torch.Tensor], key: str, like: torch.Tensor) -> torch.Tensor:
-    tensor = tensors.get(key)
-    rows = None if tensor is None else local_rows(tensor)
-    if rows is None or rows.shape != like.shape:
-        got = "missing" if rows is None else f"of shape {tuple(rows.shape)}"
-        raise ValueError(f"tensor {key} is {got}, expected shape {tuple(like.shape)}")
-    return rows
-
-
-def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
-    """Rate of optimizer step `step` (from 0) of `total_steps`.
-
-    Rises linearly over the warm-up, reaching the configured rate on its last step + 1; then
-    constant, or falling to 0 after the last step, on a line or half a cosine.
-    """
-    warmup = config.warmup_steps
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    if config.schedule == "linear":
-        return config.learning_rate * (1 - progress)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+def _copy_named(tensors: Mapping[str, torch.Tensor], key: str, target: torch.Tensor) -> None:
+    source = local_shard(tensors[key]) if key in tensors else None
+    if source is None or source.shape != target.shape:
+        got = "missing" if source is None else f"of shape {tuple(source.shape)}"
+        raise ValueError(f"tensor {key} is {got}, expected shape {tuple(target.shape)}")
+    target.copy_(source)

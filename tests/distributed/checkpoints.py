@@ -24,16 +24,16 @@ from qdora.distributed.context import DistributedContext, end, leave, lost_proce
 from qdora.files import file_digest
 from qdora.training import checkpoint_storage
 from qdora.training.checkpoint import CheckpointWriter, load_checkpoint, newest_usable
-from qdora.training.optimizer import AdapterOptimizer, local_rows
+from qdora.training.optimizer import AdapterOptimizer, local_shard
 
 SETTINGS = {"rate": 1e-3, "targets": ("q_proj", "v_proj")}
 POSITION = {"seed": 3, "epoch": 0, "batch": 4}
 ROWS = {"five": (5, 3), "three": (3,), "eight": (8, 2), "one": (1, 7)}
-"""Two and four processes share them unevenly; of some, the last ones have nothing."""
+"""Two and four ranks hold uneven shards; of some, the last ranks have none."""
 
 
-def whole_parameters() -> dict[str, torch.Tensor]:
-    """What is trained, as one process has it."""
+def full_parameters() -> dict[str, torch.Tensor]:
+    """What is trained, in full."""
     generator = torch.Generator().manual_seed(5)
     return {name: torch.randn(shape, generator=generator) for name, shape in ROWS.items()}
 
@@ -41,8 +41,8 @@ def whole_parameters() -> dict[str, torch.Tensor]:
 def make_optimizer(
     context: DistributedContext | None = None, dtype: torch.dtype = torch.float32
 ) -> AdapterOptimizer:
-    """Whole parameters on one process, shards on several."""
-    parameters = {name: nn.Parameter(_share(t, context).to(dtype)) for name, t in whole_parameters().items()}
+    """Full parameters on one rank, shards on several."""
+    parameters = {name: nn.Parameter(_shard(t, context).to(dtype)) for name, t in full_parameters().items()}
     for parameter in parameters.values():
         if dtype != torch.float32:
             parameter.grad_dtype = torch.float32
@@ -55,7 +55,7 @@ def train(optimizer: AdapterOptimizer, steps: range, context: DistributedContext
     for step in steps:
         for name, parameter in optimizer.parameters.items():
             generator = torch.Generator().manual_seed(100 * step + len(name))
-            parameter.grad = _share(torch.randn(ROWS[name], generator=generator), context)
+            parameter.grad = _shard(torch.randn(ROWS[name], generator=generator), context)
         optimizer.step(1e-2 / (1 + step))
 
 
@@ -86,23 +86,23 @@ def two(out: Path, context: DistributedContext) -> dict[str, Any]:
     """From the start: train, save in every way, fail in every way."""
     facts: dict[str, Any] = {}
     optimizer = make_optimizer(context)
-    facts["rows"] = {name: len(local_rows(p)) for name, p in optimizer.parameters.items()}
+    facts["rows"] = {name: len(local_shard(p)) for name, p in optimizer.parameters.items()}
     train(optimizer, range(3), context)
-    keep_whole(optimizer, out / "two.safetensors", context)
+    save_full(optimizer, out / "two.safetensors", context)
     writer = CheckpointWriter(out / "run", SETTINGS, context, keep=2)
     with writer:
         writer.save(3, optimizer.state(), POSITION, no_adapter)
-    with CheckpointWriter(out / "whole", SETTINGS, context, keep=2, whole=True) as whole:
-        whole.save(3, optimizer.state(), POSITION, no_adapter)
+    with CheckpointWriter(out / "full", SETTINGS, context, keep=2, full_tensors=True) as full:
+        full.save(3, optimizer.state(), POSITION, no_adapter)
     with CheckpointWriter(out / "background", SETTINGS, context, keep=2, in_background=True) as background:
         background.save(3, optimizer.state(), POSITION, no_adapter)
         train(optimizer, range(3, 4), context)
-        keep_whole(optimizer, out / "background.safetensors", context)
+        save_full(optimizer, out / "background.safetensors", context)
         background.save(4, optimizer.state(), POSITION, no_adapter)
         train(optimizer, range(4, 5), context)
     replicated = {"master/x": torch.arange(6.0), "step/x": torch.tensor(1.0)}
-    with CheckpointWriter(out / "replicated", SETTINGS, context, keep=2) as alike:
-        alike.save(3, replicated, POSITION, no_adapter)
+    with CheckpointWriter(out / "replicated", SETTINGS, context, keep=2) as replicas:
+        replicas.save(3, replicated, POSITION, no_adapter)
     for name in ("run", "background"):
         facts[f"written {name}"] = sorted(
             str(p.relative_to(out / name)) for p in (out / name).rglob("*") if p.is_file()
@@ -152,11 +152,11 @@ def going_on(out: Path, context: DistributedContext) -> dict[str, Any]:
         "step": found.step,
         "processes": found.world_size,
         "noticed": all(p._version > versions[name] for name, p in optimizer.parameters.items()),
-        "rows": {name: len(local_rows(p)) for name, p in optimizer.parameters.items()},
+        "rows": {name: len(local_shard(p)) for name, p in optimizer.parameters.items()},
     }
-    keep_whole(optimizer, out / "four loaded.safetensors", context)
+    save_full(optimizer, out / "four loaded.safetensors", context)
     train(optimizer, range(found.step, found.step + 2), context)
-    keep_whole(optimizer, out / "four.safetensors", context)
+    save_full(optimizer, out / "four.safetensors", context)
     with CheckpointWriter(out / "run", SETTINGS, context, keep=9) as writer:
         writer.save(found.step + 2, optimizer.state(), POSITION, no_adapter)
     return facts
@@ -187,8 +187,8 @@ def killed(out: Path, context: DistributedContext) -> dict[str, Any]:
     return {}
 
 
-def keep_whole(optimizer: AdapterOptimizer, file: Path, context: DistributedContext) -> None:
-    """Write the state with all its rows, without a checkpoint's code."""
+def save_full(optimizer: AdapterOptimizer, file: Path, context: DistributedContext) -> None:
+    """Write the full tensors of the state, without a checkpoint's code."""
     state = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in optimizer.state().items()}
     if context.is_main:
         save_file({name: tensor.clone() for name, tensor in state.items()}, file)
@@ -227,7 +227,7 @@ def no_such_adapter(folder: Path | None) -> None:
     raise RuntimeError("no adapter")
 
 
-def _share(tensor: torch.Tensor, context: DistributedContext | None) -> torch.Tensor:
+def _shard(tensor: torch.Tensor, context: DistributedContext | None) -> torch.Tensor:
     if context is None or context.mesh is None:
         return tensor
     return distribute_tensor(tensor, context.mesh, [Shard(0)])

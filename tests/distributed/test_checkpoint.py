@@ -54,21 +54,21 @@ def test_two_then_one_then_four_processes(tmp_path):
     check_failures(zero, one)
 
     first = load_file(tmp_path / "two.safetensors")
-    alike = {name: torch.full_like(tensor, -1) for name, tensor in first.items()}
+    like = {name: torch.full_like(tensor, -1) for name, tensor in first.items()}
     run = tmp_path / "run"
-    found = newest_usable(run, alike, SETTINGS, alone(), print)
+    found = newest_usable(run, like, SETTINGS, alone(), print)
     assert found is not None
     assert (found.step, found.world_size) == (3, 2)
     assert_equal(found.tensors, first)
-    # In one part it is the file that one process writes.
+    # Full tensors are in the file that one process writes.
     alone_file = write_checkpoint(tmp_path / "alone", 3, first, SETTINGS) / "state-0.safetensors"
-    assert (tmp_path / "whole" / "step-3" / "state-0.safetensors").read_bytes() == alone_file.read_bytes()
-    assert len(list((tmp_path / "whole" / "step-3").glob("*.safetensors"))) == 1
+    assert (tmp_path / "full" / "step-3" / "state-0.safetensors").read_bytes() == alone_file.read_bytes()
+    assert len(list((tmp_path / "full" / "step-3").glob("*.safetensors"))) == 1
     replicated = tmp_path / "replicated" / "step-3"
     assert [p.name for p in replicated.glob("*.safetensors")] == ["state-0.safetensors"]
     assert torch.equal(load_file(replicated / "state-0.safetensors")["master/x"], torch.arange(6.0))
     for step, expected in ((3, first), (4, load_file(tmp_path / "background.safetensors"))):
-        background = read_checkpoint(tmp_path / "background" / f"step-{step}", alike, SETTINGS)
+        background = read_checkpoint(tmp_path / "background" / f"step-{step}", like, SETTINGS)
         assert_equal(background.tensors, expected)
 
     single = make_optimizer(dtype=torch.bfloat16)
@@ -88,7 +88,7 @@ def test_two_then_one_then_four_processes(tmp_path):
             "one": [1, 0, 0, 0][rank],
         }
     assert_equal(load_file(tmp_path / "four loaded.safetensors"), single.state())
-    found = newest_usable(run, alike, SETTINGS, alone(), print)
+    found = newest_usable(run, like, SETTINGS, alone(), print)
     assert found is not None
     assert (found.step, found.world_size) == (7, 4)
     assert_equal(found.tensors, load_file(tmp_path / "four.safetensors"))

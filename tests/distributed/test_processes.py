@@ -23,15 +23,15 @@ from qdora.distributed.context import DistributedContext
 from tests.unit.training.trainers import make_trainer, run
 
 out, model = sys.argv[1:]
-processes = DistributedContext.from_launch()
-rank = processes.rank
-facts = {"count": processes.world_size, "main": processes.is_main}
-facts["gathered"] = processes.gather([f"{rank}-{i}" for i in range(3 - 2 * rank)])
+context = DistributedContext.from_launch()
+rank = context.rank
+facts = {"count": context.world_size, "main": context.is_main}
+facts["gathered"] = context.gather([f"{rank}-{i}" for i in range(3 - 2 * rank)])
 p, q = torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))
 p.grad = torch.arange(6.0).view(2, 3) + 10 * rank
 if rank == 1:
     q.grad = torch.arange(4.0)
-facts["extras"] = processes.sum_gradients([p, q], torch.tensor([1.5, float(rank)])).tolist()
+facts["extras"] = context.sum_gradients([p, q], torch.tensor([1.5, float(rank)])).tolist()
 facts["p"], facts["q"] = p.grad.tolist(), q.grad.tolist()
 trainer = make_trainer(model, gradient_accumulation=2, max_steps=4, count=9)
 saved = []
@@ -52,7 +52,7 @@ except InterruptedRunError as stop:
 facts["saved"] = saved
 facts["sum"] = float(sum(p.double().sum() for p in trainer.parameters.values()))
 Path(out, f"{rank}.json").write_text(json.dumps(facts))
-processes.end()
+context.end()
 end(0)
 """
 

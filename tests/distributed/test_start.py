@@ -49,32 +49,32 @@ def caught(function, *arguments):
     except Exception as error:
         return [type(error).__name__, str(error)]
 
-def read(processes, failing):
-    with processes.raise_on_all_ranks():
-        if processes.rank == failing:
+def read(context, failing):
+    with context.raise_on_all_ranks():
+        if context.rank == failing:
             raise OSError("cannot read model-2.safetensors")
 
 def run(parsed):
-    processes = DistributedContext.from_launch()
-    rank, mesh = processes.rank, processes.mesh
-    facts = {"rank": rank, "count": processes.world_size, "main": processes.is_main}
-    facts["device"] = processes.device.type
+    context = DistributedContext.from_launch()
+    rank, mesh = context.rank, context.mesh
+    facts = {"rank": rank, "count": context.world_size, "main": context.is_main}
+    facts["device"] = context.device.type
     facts["mesh"] = [mesh.size(), mesh.get_local_rank(), mesh.device_type]
-    facts["reshard"] = processes.fsdp.reshard_after_forward
+    facts["reshard"] = context.fsdp.reshard_after_forward
     backend = dist.group.WORLD._get_backend(torch.device("cpu"))
     facts["timeout"] = backend.options._timeout.total_seconds()
     small = torch.tensor([2.0**-40, 1.0], dtype=torch.float64) if rank else torch.ones(2, dtype=torch.float64)
-    facts["sum"] = processes.sum(small).tolist()
-    facts["agreed"] = caught(processes.refuse_disagreement, {"the data": "a"})
-    facts["differ"] = caught(processes.refuse_disagreement, {"the data": "ab"[rank], "torch": "2.13"})
-    facts["failed"] = [caught(read, processes, failing) for failing in (1, 0, None)]
+    facts["sum"] = context.sum(small).tolist()
+    facts["agreed"] = caught(context.refuse_disagreement, {"the data": "a"})
+    facts["differ"] = caught(context.refuse_disagreement, {"the data": "ab"[rank], "torch": "2.13"})
+    facts["failed"] = [caught(read, context, failing) for failing in (1, 0, None)]
     Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(facts))
-    processes.barrier()
+    context.barrier()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which comes a moment after the loss
     if rank == 1:
         os._exit(9)
     atexit.register(print, "torch's threads may abort an ordinary exit")
-    processes.sum(small)
+    context.sum(small)
 """
 
 
@@ -125,6 +125,33 @@ def test_two_launched_processes_agree_fail_together_and_notice_a_death(tmp_path)
     assert errors[0].startswith("another process of this run has ended or does not answer")
     assert "Connection" in errors[0]
     assert "ordinary exit" not in output
+
+
+def test_threads_that_the_user_set_are_told_from_a_launchers(tmp_path):
+    """Catches: the number that accelerate or torchrun sets by itself taken for the user's, or the reverse."""
+    script = tmp_path / "child.py"
+    script.write_text("from qdora.threads import set_by_user; print('user:', set_by_user())")
+    accelerate = ["-m", "accelerate.commands.launch"]
+    sharded = ["--config_file", "configs/accelerate/fsdp_cpu.yaml"]
+    cases = [
+        ([*accelerate, "--cpu"], {}, ["False"]),
+        ([*accelerate, "--cpu"], {"OMP_NUM_THREADS": "1"}, ["True"]),
+        ([*accelerate, *sharded], {}, ["False", "False"]),
+        (["-m", "torch.distributed.run", "--nproc-per-node", "2"], {}, ["False", "False"]),
+    ]
+    unset = {key: value for key, value in environment().items() if key != "OMP_NUM_THREADS"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, *launcher, str(script)],
+            env=unset | own,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for launcher, own, _ in cases
+    ]
+    for child, (*_, expected) in zip(children, cases, strict=True):
+        assert re.findall(r"user: (\w+)", child.communicate(timeout=120)[0]) == expected
 
 
 def test_processes_that_do_not_find_one_another_end_in_time(tmp_path, tiny_model_folder):

@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +16,11 @@ from qdora.benchmark import measure, step
 from qdora.benchmark.layer import Shape
 from qdora.cli import run_command
 from qdora.commands import benchmark
+from qdora.config_file import load_config
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from tests.e2e.runs import tiny_tree, write_config
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -96,9 +100,30 @@ def test_bad_input_of_a_real_command(tmp_path, capsys):
         cli.main(["train", "--config", str(tmp_path / "none.yaml")])
     assert stop.value.code == 2
     assert "none.yaml: no such configuration file" in capsys.readouterr().err
+
+
+def test_train_without_a_configuration(tmp_path, monkeypatch, capsys):
+    """Catches: `accelerate launch launch/train.py` refused, or without a word on what it trains; a traceback
+    outside a checkout."""
+    trained = []
+    monkeypatch.setattr("qdora.commands.train.train", lambda config, resume: trained.append(config))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "train.py")])
+    assert run_command("train", ["--set", "training.max_steps=7"]) == 0
+    shipped = ROOT / "configs" / "quickstart.yaml"
+    assert capsys.readouterr().err == f"no --config given: training the shipped quickstart, {shipped}\n"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/qdora"])
     with pytest.raises(SystemExit) as stop:
         cli.main(["train"])
     assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("qdora train: error: name a configuration with --config")
+    assert said.count("\n") == 1
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RANK", "1")
+    assert run_command("train", []) == 0
+    assert capsys.readouterr().err == ""
+    assert [config.training.max_steps for config in trained] == [7, load_config(shipped).training.max_steps]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qdora.config import ModelConfig
-from qdora.distributed.launch import FsdpSettings
+from qdora.distributed.launch import FsdpSettings, read_launch_file
 from qdora.errors import InputError
 from qdora.models.build import Quantization
-from qdora.planner.launch import find_architecture, read_launch_file, shipped_architectures
+from qdora.planner.launch import find_architecture, shipped_architectures
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
@@ -107,7 +107,7 @@ def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
 def test_launch_files_mean_what_training_makes_of_them(name, processes, fsdp, device):
     """Catches: a launch file whose sharding, offload or device the estimate does not see."""
     file = read_launch_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
-    assert (file.processes, file.fsdp, file.device) == (processes, fsdp, device)
+    assert (file.world_size, file.fsdp, file.device) == (processes, fsdp, device)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole, verified, few, and of the same settings."""
+"""Checkpoints on disk: complete, verified, few, and of the same settings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def flip(path, position):
 @pytest.mark.parametrize("in_background", [False, True])
 def test_round_trip(tmp_path, in_background):
     """Catches: tensors that change on disk, settings that do not survive JSON (tuples, None), a read that
-    writes into the tensors of the run, facts that no reader finds."""
+    writes into the tensors of the run, metadata that no reader finds."""
     folder = save(tmp_path, 12, in_background=in_background)
     found = read(folder)
     assert (found.step, found.world_size) == (12, 1)
@@ -61,13 +61,13 @@ def test_round_trip(tmp_path, in_background):
         assert found.tensors[name].shape == tensor.shape
         assert torch.equal(found.tensors[name], tensor)
     assert all((tensor == -1).all() for tensor in LIKE.values())
-    facts = json.loads((folder / "state.json").read_text())
-    assert {key: facts[key] for key in ("step", "processes", "seed", "epoch", "batch")} == {
+    metadata = json.loads((folder / "state.json").read_text())
+    assert {key: metadata[key] for key in ("step", "processes", "seed", "epoch", "batch")} == {
         "step": 12,
         "processes": 1,
         **POSITION,
     }
-    assert sorted(facts["sha256"]) == ["adapter/adapter_model.safetensors", "state-0.safetensors"]
+    assert sorted(metadata["sha256"]) == ["adapter/adapter_model.safetensors", "state-0.safetensors"]
 
 
 def test_only_safetensors_and_json_and_torch_reads_them(tmp_path):
@@ -207,30 +207,43 @@ def test_corrupt_and_truncated_files_are_named(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "metadata",
     [
         "",
         "{",
         "[]",
         "{}",
-        '{"format": 2, "step": 3, "settings": {}}',
-        '{"format": 2, "step": "x", "processes": 1, "sha256": {}, "settings": {}}',
-        '{"format": 2, "step": 3, "processes": 1, "sha256": 5, "settings": {}}',
+        '{"format": 3, "step": 3, "settings": {}}',
+        '{"format": 3, "step": "x", "processes": 1, "sha256": {}, "settings": {}}',
+        '{"format": 3, "step": 3, "processes": 1, "sha256": 5, "settings": {}}',
     ],
 )
-def test_damaged_facts_are_a_checkpoint_error(tmp_path, facts):
+def test_damaged_metadata_are_a_checkpoint_error(tmp_path, metadata):
     """Catches: a traceback instead of the checkpoint before."""
     folder = save(tmp_path, 3)
-    (folder / "state.json").write_text(facts)
+    (folder / "state.json").write_text(metadata)
     with pytest.raises(CheckpointError, match="step-3"):
         read(folder)
+
+
+@pytest.mark.parametrize(("number", "names"), [(2, True), (4, False), ("two", False)])
+def test_a_checkpoint_of_another_version(tmp_path, number, names):
+    """Catches: a missing parameter named where the format is another one; another format without a way on."""
+    folder = save(tmp_path, 3)
+    metadata = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(metadata | {"format": number}))
+    expected = rf"step-3: in format {number!r}; this version of qdora reads format 3.*: continue the run with"
+    with pytest.raises(CheckpointError, match=expected) as error:
+        read(folder)
+    assert ("in which the parameters have other names" in str(error.value)) == names
+    assert newest(tmp_path) is None
 
 
 def test_another_format_is_said(tmp_path):
     """Catches: a KeyError for a checkpoint of another version."""
     folder = save(tmp_path, 3)
     (folder / "state.json").write_text('{"step": 3, "settings": {}, "sha256": {"state.safetensors": "0"}}')
-    with pytest.raises(CheckpointError, match="step-3: in format 1; this version of qdora reads format 2"):
+    with pytest.raises(CheckpointError, match="step-3: in format 1; this version of qdora reads format 3"):
         read(folder)
 
 

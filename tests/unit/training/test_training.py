@@ -35,7 +35,7 @@ def make_trainer(folder, *, dtype="float32", dropout=0.0, **training) -> Trainer
 
 def run(trainer: Trainer, start: int = 0, save=lambda step: None) -> list:
     metrics = []
-    trainer.run(start, Callbacks(log=metrics.append, save=save, evaluate=lambda step: None))
+    trainer.run(start, Callbacks(log=metrics.append, save=save))
     return metrics
 
 
@@ -169,7 +169,7 @@ def test_sigterm_saves_and_stops(tiny_model_folder):
     saved: list[int] = []
     log = lambda m: os.kill(os.getpid(), signal.SIGTERM) if m.step == 1 else None  # noqa: E731
     with pytest.raises(InterruptedRunError) as stop:
-        trainer.run(0, Callbacks(log=log, save=saved.append, evaluate=lambda s: None))
+        trainer.run(0, Callbacks(log=log, save=saved.append))
     assert saved == [2]
     assert stop.value.exit_code == 143
 

@@ -1,0 +1,138 @@
+"""CPU threads: as many as there are idle cores at the start, and a sentence if others use them later.
+
+All threads of a step wait for the slowest, so one that waits for a core costs more than it brings:
+docs/performance.md has the figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import time
+
+import psutil
+import torch
+
+from qdora.errors import InputError
+
+VARIABLE = "OMP_NUM_THREADS"
+MEASURED_SECONDS = 0.5
+
+SLOWER = 2.0
+"""Times the fastest step's seconds per token from which a step is slow."""
+STARVED = 0.6
+"""Fraction of the CPU time that its threads could use, below which a process competes for cores."""
+
+
+def choose_threads(asked: int | None) -> None:
+    """Set torch's number of threads, for the processes that this one starts as well.
+
+    The number asked for, else `OMP_NUM_THREADS` where the user has set it, else the idle cores, divided among
+    the ranks of this machine. Says so on standard error where other programs leave fewer than all cores.
+
+    Args:
+        asked: with --threads; None where it was not given.
+    Raises: InputError: a number below 1.
+    """
+    if asked is not None and asked < 1:
+        raise InputError(f"--threads {asked}; allowed: 1 or more")
+    if asked is None and set_by_user():
+        return
+    cores = _usable_cores()
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", "")
+    ranks = max(1, int(local_world_size) if local_world_size.isdecimal() else 1)
+    threads = asked or max(1, len(cores) // ranks)
+    if asked is None and threads > 1:
+        most, threads = threads, max(1, round(idle_cores(cores)) // ranks)
+        if threads < most and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                f"computing with {threads} of {most} threads, other programs use the cores "
+                f"(--threads or {VARIABLE} sets another number)",
+                file=sys.stderr,
+            )
+    torch.set_num_threads(threads)
+    os.environ[VARIABLE] = str(threads)
+
+
+def idle_cores(cores: list[int]) -> float:
+    """How many of these cores no other program used, over half a second.
+
+    What this process and the other ranks of its launch used does not count.
+    """
+    started, own = time.perf_counter(), _cpu_seconds_of_launch()
+    percents = psutil.cpu_percent(MEASURED_SECONDS, percpu=True)
+    own = (_cpu_seconds_of_launch() - own) / (time.perf_counter() - started)
+    used = sum(percents[core] for core in cores if core < len(percents)) / 100
+    return len(cores) - max(0.0, used - own)
+
+
+class SlowdownWatch:
+    """Notices that steps became slow because other programs use the cores; says so once.
+
+    Args:
+        threads: of this process.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._fastest, self._tokens = math.inf, 0
+        self._slow_steps, self._said = 0, False
+
+    def observe(self, tokens: int, seconds: float, cpu_seconds: float) -> str | None:
+        """Take note of a step.
+
+        Args:
+            tokens: of the step; one with less than half as many as the fastest is not compared with it.
+            seconds: wall time of the step.
+            cpu_seconds: CPU time of this process in it, over all threads.
+        Returns: the sentence, at the second slow step in a row; None at any other.
+        """
+        pace, used = seconds / tokens, cpu_seconds / seconds
+        if pace < self._fastest:
+            self._fastest, self._tokens = pace, tokens
+        slow = pace >= SLOWER * self._fastest and 2 * tokens >= self._tokens
+        self._slow_steps = self._slow_steps + 1 if slow and used < STARVED * self.threads else 0
+        if self._said or self._slow_steps < 2:
+            return None
+        self._said = True
+        fewer = max(1, int(used))
+        hint = f", or stop and --resume with --threads {fewer} (or {VARIABLE}={fewer})"
+        return (
+            f"a step takes {pace / self._fastest:.1f} times as long as the fastest one: other programs leave "
+            f"{used:.1f} cores to {self.threads} thread{'s' if self.threads > 1 else ''}; close them"
+            + (hint if fewer < self.threads else "")
+        )
+
+
+def set_by_user() -> bool:
+    """Whether the user has set OMP_NUM_THREADS, which accelerate and torchrun set where the user has not."""
+    launcher = _launcher()
+    if VARIABLE not in os.environ or launcher is None:
+        return VARIABLE in os.environ
+    with contextlib.suppress(psutil.Error):
+        options = " ".join(launcher.cmdline()).replace("-", "_")
+        return VARIABLE in launcher.environ() or "num_cpu_threads_per_process" in options
+    return os.environ[VARIABLE] != "1"
+
+
+def _launcher() -> psutil.Process | None:
+    """The process of accelerate or torchrun that started this one; None where neither did."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    return psutil.Process().parent() if launched else None
+
+
+def _usable_cores() -> list[int]:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+
+
+def _cpu_seconds_of_launch() -> float:
+    """CPU time so far of this process, and of all that its launcher started."""
+    root, seconds = _launcher() or psutil.Process(), 0.0
+    for process in [root, *root.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):  # ended, or another user's
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
