@@ -23,6 +23,7 @@ from qdora.config_file import apply_overrides, check_config, dump_config, load_c
 from qdora.errors import InputError
 from qdora.files import read_json, write_json, write_text
 
+QUICKSTART = "configs/quickstart.yaml"
 _VERSIONED = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors", "qdora")
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -269,3 +270,19 @@ def _without_run(model: str) -> dict[str, Any]:
         "training": {"max_steps": 1},
         "output": {"dir": "runs/unused"},
     }
+
+
+def find_quickstart() -> Path:
+    """The shipped configuration, of the checkout whose launch/ runs or of the current folder; says so.
+
+    Raises: InputError: neither has it.
+    """
+    for root in (Path(sys.argv[0]).resolve().parent.parent, Path()):
+        path = root / QUICKSTART
+        if path.is_file():
+            if os.environ.get("RANK", "0") == "0":
+                print(f"no --config given: training the shipped quickstart, {path}", file=sys.stderr)
+            return path
+    raise InputError(
+        f"name a configuration with --config; {QUICKSTART} is shipped in the source checkout only"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -14,11 +13,10 @@ from tabulate import tabulate
 from qdora.config_file import load_config
 from qdora.errors import InputError
 from qdora.evaluation.scores import Scores, read_scores
-from qdora.run import RunDirectory
+from qdora.run import QUICKSTART, RunDirectory
 from qdora.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = "configs/quickstart.yaml"
 
 # The launcher's defaults, spelled out so that it does not warn about having chosen them.
 _ONE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
@@ -72,22 +70,6 @@ def summary(directory: RunDirectory, export: Path, seconds: float) -> str:
         ("merged fp16 weights", export),
     ]
     return tabulate(rows, tablefmt="rounded_outline", disable_numparse=True)
-
-
-def find_quickstart() -> Path:
-    """The shipped configuration, of the checkout whose launch/ runs or of the current folder; says so.
-
-    Raises: InputError: neither has it.
-    """
-    for root in (Path(sys.argv[0]).resolve().parent.parent, Path()):
-        path = root / QUICKSTART
-        if path.is_file():
-            if os.environ.get("RANK", "0") == "0":
-                print(f"no --config given: training the shipped quickstart, {path}", file=sys.stderr)
-            return path
-    raise InputError(
-        f"name a configuration with --config; {QUICKSTART} is shipped in the source checkout only"
-    )
 
 
 def _step(title: str, command: list[str]) -> None:

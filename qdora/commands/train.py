@@ -17,7 +17,6 @@ from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import train_everything
 from qdora.adapters.inject import InjectionReport, initial_update_fingerprint, inject
 from qdora.adapters.peft_io import check_savable, save_adapter
-from qdora.commands.demo import QUICKSTART, find_quickstart
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, load_config
 from qdora.distributed.context import DistributedContext
@@ -27,7 +26,7 @@ from qdora.evaluation.scores import write_scores
 from qdora.experiments.plots import plot_loss
 from qdora.models.hub import open_checkpoint
 from qdora.models.load import compute_dtype, load_model, required_tokenizer
-from qdora.run import RunDirectory, make_manifest, package_versions
+from qdora.run import QUICKSTART, RunDirectory, find_quickstart, make_manifest, package_versions
 from qdora.tasks import check_data
 from qdora.tasks.prepare import PreparedData, prepare
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable

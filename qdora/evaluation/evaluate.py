@@ -17,7 +17,7 @@ from qdora.data.rows import Example
 from qdora.data.templates import prompt_ids
 from qdora.data.tokenize import choose_pad_token
 from qdora.distributed.context import DistributedContext
-from qdora.distributed.generation import for_generation
+from qdora.distributed.fsdp import for_generation
 from qdora.errors import InputError, suggest
 from qdora.evaluation.generation import Generation, check_prompts, eos_token_ids, generate
 from qdora.evaluation.scores import Prediction, Scores, summarize, write_scores

@@ -25,7 +25,7 @@ from qdora.adapters.peft_io import save_adapter
 from qdora.config import ModelConfig, TrainingConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import TokenizedExample
-from qdora.distributed import generation
+from qdora.distributed import fsdp
 from qdora.distributed.context import DistributedContext, end
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import CheckpointError, InputError
@@ -269,11 +269,11 @@ class NoRoom:
     """No memory for a complete copy while entered."""
 
     def __enter__(self) -> None:
-        self._free = generation.free_memory
-        generation.free_memory = lambda device: 0
+        self._free = fsdp.free_memory
+        fsdp.free_memory = lambda device: 0
 
     def __exit__(self, *_: object) -> None:
-        generation.free_memory = self._free
+        fsdp.free_memory = self._free
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
