@@ -14,6 +14,14 @@ from qdora.config import AdapterConfig, UpdateType
 from qdora.quant.base import FrozenWeight, Shard
 
 
+def describe(quantization: str, adapter: AdapterConfig, mode: str = "adapter") -> str:
+    """What a run trains, by its axes: `nf4 + lora + dora`, `none + vera`, `full`."""
+    if mode == "full":
+        return "full"
+    update = [] if adapter.type == "none" else [adapter.type]
+    return " + ".join([quantization, *update, *(["dora"] if adapter.dora else [])])
+
+
 class Factors(NamedTuple):
     """The factors of c diag(outer) B diag(inner) A, differentiable in those that are trained.
 
