@@ -15,7 +15,7 @@ from qdora.config_file import load_config
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.files import write_json
-from qdora.planner.advise import Proposal, advise
+from qdora.planner.advise import advise
 from qdora.planner.launch import read_launch_file
 from qdora.planner.report import Breakdown, Estimate, parse_size, show_size
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
@@ -75,7 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.scaling:
         points = scale(architecture, launch)
         print(_scaling(points, launch))
-        tree["scaling"] = [_point(point) for point in points]
+        tree["scaling"] = [
+            {"scheme": p.scheme, "ranks": p.moved.ranks, "sent_bytes": p.moved.sent, "ratios": dict(p.ratios)}
+            for p in points
+        ]
         if arguments.plot:
             plot_efficiency(points, Path(arguments.plot), headline)
     if arguments.json:
@@ -177,7 +180,15 @@ def _verdict(
     print("\n" + tabulate(rows, headers=["set", "GiB", "fits", "price"], disable_numparse=True))
     if not any(p.fits for p in proposals):
         print("\nnothing here is enough: take GPUs with more memory, or a smaller model")
-    return [_proposal(p) for p in proposals]
+    return [
+        {
+            "set": p.change.settings,
+            "same_run": p.change.same_run,
+            "fits": p.fits,
+            "peak": _bytes(p.estimate.peak),
+        }
+        for p in proposals
+    ]
 
 
 def _scaling(points: list[Point], launch: Launch) -> str:
@@ -209,21 +220,3 @@ def _tree(launch: Launch, result: Estimate, moved: Traffic) -> dict[str, Any]:
 
 def _bytes(breakdown: Breakdown) -> dict[str, int]:
     return {**{part.value: size for part, size in breakdown}, "total": breakdown.total}
-
-
-def _proposal(proposal: Proposal) -> dict[str, Any]:
-    return {
-        "set": proposal.change.settings,
-        "same_run": proposal.change.same_run,
-        "fits": proposal.fits,
-        "peak": _bytes(proposal.estimate.peak),
-    }
-
-
-def _point(point: Point) -> dict[str, Any]:
-    return {
-        "scheme": point.scheme,
-        "ranks": point.moved.ranks,
-        "sent_bytes": point.moved.sent,
-        "ratios": dict(point.ratios),
-    }

@@ -55,11 +55,8 @@ def fake_tensors() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-@contextmanager
-def real_tensors() -> Iterator[None]:
-    """Within `fake_tensors`: create tensors with numbers for a while."""
-    with unset_fake_temporarily():
-        yield
+real_tensors = unset_fake_temporarily
+"""Context manager within `fake_tensors`: create tensors with numbers for a while."""
 
 
 def in_backward() -> bool:
@@ -172,10 +169,8 @@ class StepTracker(MemTracker):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 for group in module._get_fsdp_state()._fsdp_param_groups:
-                    self._replace(group, "unshard", self._creating(Part.GATHERED, group.unshard))
-                    self._replace(
-                        group, "wait_for_unshard", self._creating(Part.GATHERED, group.wait_for_unshard)
-                    )
+                    for name in ("unshard", "wait_for_unshard"):
+                        self._replace(group, name, self._creating(Part.GATHERED, getattr(group, name)))
                     self._replace(group, "post_backward", self._reducing(group))
 
     def follow_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -241,12 +241,6 @@ def collective_seconds(moved: Traffic, link: Link) -> float:
     return moved.sent / link.rate + moved.collectives * (BASE_SECONDS + hops)
 
 
-def product_seconds(scheme: Scheme) -> float:
-    """Of a step of one rank."""
-    micro_batches = scheme.launch.training.gradient_accumulation
-    return micro_batches * work(scheme.architecture, scheme.launch).total / (PEAK_FLOPS * UTILIZATION)
-
-
 @dataclass(frozen=True)
 class Point:
     """One scheme on so many ranks.
@@ -272,9 +266,10 @@ def scale(architecture: Architecture, launch: Launch, ranks: Sequence[int] = RAN
     """
     points = []
     for scheme in schemes(architecture, launch):
-        products = product_seconds(scheme)
+        operations = work(scheme.architecture, scheme.launch).total
+        products = scheme.launch.training.gradient_accumulation * operations / (PEAK_FLOPS * UTILIZATION)
         for count in ranks:
-            moved = traffic(architecture=scheme.architecture, launch=at_ranks(scheme.launch, count))
+            moved = traffic(scheme.architecture, at_ranks(scheme.launch, count))
             ratios = {link.name: products / collective_seconds(moved, link) for link in LINKS}
             points.append(Point(scheme.name, moved, ratios))
     return points

@@ -281,9 +281,8 @@ def load_fakes(model: PreTrainedModel) -> None:
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 fake = shard_like(parameter, torch.empty(local.shape, dtype=local.dtype))
                 replace_parameter(model, parameter, parameter_like(parameter, fake))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 class _WorstBatch(Trainer):

@@ -63,7 +63,7 @@ def architecture(model: Path, case: str) -> Architecture:
 @pytest.mark.parametrize("case", CASES)
 def test_the_formula_is_what_the_processes_exchange(counted, model, case):
     """Catches: a gather that is not counted or made for nothing, gradients of frozen weights on the way,
-    shares that are not filled up, a micro-batch forgotten."""
+    shards that are not padded, a micro-batch forgotten."""
     moved = traffic(architecture(model, case), launch_of(CASES[case], COUNT))
     for rank in range(COUNT):
         got = facts(counted, case, rank)["exchanged"]

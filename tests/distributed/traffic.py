@@ -39,6 +39,8 @@ CASES = {
     "kept": Case(fsdp={"reshard_after_forward": False}),
     "one group": Case(fsdp={"wrap": False}),
     "dora": Case(quantization="none"),
+    "fp4": Case({"type": "vera", "r": 64}, "fp4"),
+    "int8": Case(quantization="int8"),
     "head": Case({"dora": False, "targets": ("q_proj", "lm_head")}, "none"),
     "full": Case({"type": "none", "dora": False}, "none", {"mode": "full"}),
     "data parallel": Case(fsdp=None),

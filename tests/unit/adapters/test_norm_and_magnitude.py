@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from docs.measurements import small_rate_tail
 from qdora.adapters import norm_cache as algebra
 from qdora.adapters.linear import AdaptedLinear
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.training.optimizer import AdapterOptimizer
-from tests.measurements import small_rate_tail
 
 from .oracle import ClosedForm, dense_weight, move_off_the_identity, relative
 
