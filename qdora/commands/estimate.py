@@ -9,17 +9,16 @@ from typing import Any
 
 from tabulate import tabulate
 
+from qdora.adapters.base import describe
 from qdora.config import RunConfig
 from qdora.config_file import load_config
-from qdora.distributed.launch import FsdpSettings, LaunchFile, read_launch_file
+from qdora.distributed.launch import FsdpSettings, read_launch_file
 from qdora.errors import InputError
 from qdora.files import write_json
-from qdora.planner.advise import Proposal, advise
-from qdora.planner.estimate import Estimate, estimate
-from qdora.planner.launch import find_architecture
-from qdora.planner.report import Breakdown, parse_size, show_size
+from qdora.planner.advise import advise
+from qdora.planner.report import Breakdown, Estimate, parse_size, show_size
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
-from qdora.planner.simulate import Architecture, Launch
+from qdora.planner.simulate import Architecture, Launch, estimate, find_architecture
 
 RESERVE = "2GiB"
 """Set aside on a GPU: its context, buffers of NCCL and cuBLAS, what the allocator cannot use."""
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
-    parser.add_argument("--gpus", type=int, help="processes, one a GPU (default: the launch file's, else 1)")
+    parser.add_argument("--gpus", type=int, help="ranks, one a GPU (default: the launch file's, else 1)")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of one GPU, 24GiB or 24GB: does the run fit?")
     parser.add_argument(
         "--reserve", default=RESERVE, metavar="SIZE", help=f"set aside on it for CUDA (default: {RESERVE})"
@@ -40,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate-config",
         metavar="FILE",
-        help="how the processes share the model (default: FSDP as in configs/accelerate/fsdp.yaml, "
-        "nothing shared with one GPU)",
+        help="how the ranks shard the model (default: FSDP as in configs/accelerate/fsdp.yaml, with one GPU "
+        "not at all)",
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="whose kernels (default: cuda)")
     parser.add_argument("--scaling", action="store_true", help="also: bytes and times for 2 to 1024 GPUs")
@@ -56,12 +55,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot and not arguments.scaling:
         raise InputError("--plot goes with --scaling")
     config = load_config(arguments.config, arguments.set)
-    launch, architecture = _what(arguments, config)
+    launch = _launch(arguments, config)
+    architecture = find_architecture(
+        config.model, arguments.architecture, Path(arguments.config), launch.device
+    )
     if launch.device == "cpu":
         reserve = 0
     result = estimate(architecture, launch)
     moved = traffic(architecture, launch)
-    headline = _headline(arguments.architecture or config.model.path, config, architecture, launch)
+    headline = _headline(arguments.architecture or config.model.path, architecture, launch)
     print(headline)
     print(_parts(result))
     print(_around(result, moved, launch))
@@ -72,54 +74,50 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.scaling:
         points = scale(architecture, launch)
         print(_scaling(points, launch))
-        tree["scaling"] = [_point(point) for point in points]
+        tree["scaling"] = [
+            {"scheme": p.scheme, "ranks": p.moved.ranks, "sent_bytes": p.moved.sent, "ratios": dict(p.ratios)}
+            for p in points
+        ]
         if arguments.plot:
             plot_efficiency(points, Path(arguments.plot), headline)
     if arguments.json:
         write_json(Path(arguments.json), tree)
 
 
-def _what(arguments: argparse.Namespace, config: RunConfig) -> tuple[Launch, Architecture]:
+def _launch(arguments: argparse.Namespace, config: RunConfig) -> Launch:
     file = None if arguments.accelerate_config is None else read_launch_file(arguments.accelerate_config)
-    count = arguments.gpus if arguments.gpus is not None else file.world_size if file else 1
-    if count < 1:
-        raise InputError(f"--gpus {count}; allowed: 1 or more")
-    device = arguments.device or (file.device if file else "cuda")
+    world_size = arguments.gpus if arguments.gpus is not None else file.world_size if file else 1
+    if world_size < 1:
+        raise InputError(f"--gpus {world_size}; allowed: 1 or more")
     launch = Launch(
         adapter=config.adapter,
         training=config.training,
         max_length=config.data.max_length,
-        world_size=count,
-        fsdp=_sharding(file, count),
-        device=device,
+        world_size=world_size,
+        fsdp=file.fsdp if file else FsdpSettings() if world_size > 1 else None,
+        device=arguments.device or (file.device if file else "cuda"),
     )
     _ = launch.micro_batch_size  # refuses a batch that does not divide, before anything is built
-    return launch, find_architecture(config.model, arguments.architecture, Path(arguments.config), device)
+    return launch
 
 
-def _sharding(file: LaunchFile | None, count: int) -> FsdpSettings | None:
-    if file is not None:
-        return file.fsdp
-    return FsdpSettings() if count > 1 else None
-
-
-def _headline(model: str, config: RunConfig, architecture: Architecture, launch: Launch) -> str:
+def _headline(model: str, architecture: Architecture, launch: Launch) -> str:
     dtype = str(architecture.compute).removeprefix("torch.")
     places = {"cuda": ("GPU", "GPUs"), "cpu": ("process", "processes")}[launch.device]
+    axes = describe(architecture.quantization.name, launch.adapter, launch.training.mode)
+    axes += "" if launch.adapter.type == "none" else f", r {launch.adapter.r}"
     return (
-        f"{model}, {config.adapter.method} r {config.adapter.r}, {dtype}, "
-        f"{launch.world_size} {places[launch.world_size > 1]}, {_shared(launch)}; "
+        f"{model}, {axes}, {dtype}, "
+        f"{launch.world_size} {places[launch.world_size > 1]}, {_sharding(launch)}; "
         f"{launch.micro_batch_size} x {launch.max_length} tokens at once"
     )
 
 
-def _shared(launch: Launch) -> str:
+def _sharding(launch: Launch) -> str:
     if launch.fsdp is None:
         return "each with the whole model"
-    words = ["FSDP"]
-    words += [] if launch.fsdp.reshard_after_forward else ["gathered layers kept"]
-    words += ["parameters offloaded"] if launch.fsdp.offload else []
-    return ", ".join(words)
+    kept = "" if launch.fsdp.reshard_after_forward else ", gathered layers kept"
+    return f"FSDP{kept}{', parameters offloaded' if launch.fsdp.offload else ''}"
 
 
 def _parts(result: Estimate) -> str:
@@ -128,12 +126,8 @@ def _parts(result: Estimate) -> str:
         for part, size in result.peak
     ]
     rows.append(("total", f"{result.peak.total / 2**30:.3f}", "100.0"))
-    return "\n" + tabulate(
-        rows,
-        headers=["at the peak", "GiB", "%"],
-        colalign=("left", "right", "right"),
-        disable_numparse=True,
-    )
+    headers, aligned = ["at the peak", "GiB", "%"], ("left", "right", "right")
+    return "\n" + tabulate(rows, headers=headers, colalign=aligned, disable_numparse=True)
 
 
 def _around(result: Estimate, moved: Traffic, launch: Launch) -> str:
@@ -145,13 +139,20 @@ def _around(result: Estimate, moved: Traffic, launch: Launch) -> str:
     return "\n" + tabulate(rows, tablefmt="plain")
 
 
-def _moment(stretch: str) -> str:
-    """The stretch of a step in words: `backward of layer -1, micro-batch 1`."""
-    for name, words in (("-1", "the last layer"), ("-2", "the last layer but one"), ("0", "the first layer")):
-        stretch = stretch.replace(f"layer {name},", f"{words},")
-    return stretch.replace("micro-batch 0", "first micro-batch").replace(
-        "micro-batch 1", "a later micro-batch"
-    )
+_SPOKEN = {
+    "layer -1,": "the last layer,",
+    "layer -2,": "the last layer but one,",
+    "layer 0,": "the first layer,",
+    "micro-batch 0": "first micro-batch",
+    "micro-batch 1": "a later micro-batch",
+}
+
+
+def _moment(phase: str) -> str:
+    """A phase of a step, as it is printed: `backward of layer -1, micro-batch 1`."""
+    for part, spoken in _SPOKEN.items():
+        phase = phase.replace(part, spoken)
+    return phase
 
 
 def _verdict(
@@ -178,32 +179,34 @@ def _verdict(
     print("\n" + tabulate(rows, headers=["set", "GiB", "fits", "price"], disable_numparse=True))
     if not any(p.fits for p in proposals):
         print("\nnothing here is enough: take GPUs with more memory, or a smaller model")
-    return [_proposal(p) for p in proposals]
+    return [
+        {
+            "set": p.change.settings,
+            "same_run": p.change.same_run,
+            "fits": p.fits,
+            "peak": _bytes(p.estimate.peak),
+        }
+        for p in proposals
+    ]
 
 
 def _scaling(points: list[Point], launch: Launch) -> str:
     rows = [
-        (
-            point.scheme,
-            point.moved.ranks,
-            f"{point.moved.sent / 1e9:.2f}",
-            *(f"{point.ratios[link.name]:.2f}" for link in LINKS),
-        )
-        for point in points
+        (p.scheme, p.moved.ranks, f"{p.moved.sent / 1e9:.2f}", *(f"{p.ratios[x.name]:.2f}" for x in LINKS))
+        for p in points
     ]
     headers = ["scheme", "GPUs", "GB sent by each", *(link.name for link in LINKS)]
+    aligned = ("left", *["right"] * (2 + len(LINKS)))
     tokens = launch.micro_batch_size * launch.max_length * launch.training.gradient_accumulation
     return (
         f"\nA step of {tokens} tokens on each GPU: bytes, and time of products over time of collectives\n\n"
-        + tabulate(
-            rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * (2 + len(LINKS)))
-        )
+        + tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned)
     )
 
 
 def _tree(launch: Launch, result: Estimate, moved: Traffic) -> dict[str, Any]:
     return {
-        "processes": launch.world_size,
+        "world_size": launch.world_size,
         "micro_batch": [launch.micro_batch_size, launch.max_length],
         "peak": _bytes(result.peak),
         "moment": result.moment,
@@ -216,21 +219,3 @@ def _tree(launch: Launch, result: Estimate, moved: Traffic) -> dict[str, Any]:
 
 def _bytes(breakdown: Breakdown) -> dict[str, int]:
     return {**{part.value: size for part, size in breakdown}, "total": breakdown.total}
-
-
-def _proposal(proposal: Proposal) -> dict[str, Any]:
-    return {
-        "set": proposal.change.settings,
-        "same_run": proposal.change.same_run,
-        "fits": proposal.fits,
-        "peak": _bytes(proposal.estimate.peak),
-    }
-
-
-def _point(point: Point) -> dict[str, Any]:
-    return {
-        "scheme": point.scheme,
-        "ranks": point.moved.ranks,
-        "sent_bytes": point.moved.sent,
-        "ratios": dict(point.ratios),
-    }

@@ -62,7 +62,7 @@ def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
     mesh, settings = context.mesh, context.fsdp
     assert mesh is not None
     storage = _widen_trained(model)
-    frozen_vectors = set(_frozen_vectors(model))
+    replicated = set(frozen_vectors(model))
     policy = MixedPrecisionPolicy(param_dtype=storage, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload else OffloadPolicy()
     for module in [*_gathered_modules(model, settings), model]:
@@ -73,7 +73,7 @@ def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
             reshard_after_forward=None if module is model else settings.reshard_after_forward,
             mp_policy=policy,
             offload_policy=offload,
-            ignored_params=frozen_vectors,
+            ignored_params=replicated,
         )
     for sharded in sharded_modules(model):
         _keep_frozen_dtypes(sharded)
@@ -159,8 +159,8 @@ def _gathered_modules(model: PreTrainedModel, settings: FsdpSettings) -> list[nn
     return [*layers, embedding, head]
 
 
-def _frozen_vectors(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Norm weights and biases, not the statistics of a quantized weight."""
+def frozen_vectors(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Norm weights and biases, not the statistics of a quantized weight: replicated on every rank."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.dim() < 2 and not parameter.requires_grad and not isinstance(module, FrozenWeight):

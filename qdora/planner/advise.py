@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qdora.config import AdapterConfig
 from qdora.distributed.launch import FsdpSettings
-from qdora.planner.estimate import Estimate, estimate
-from qdora.planner.simulate import Architecture, Launch
+from qdora.errors import InputError
+from qdora.planner.report import Estimate
+from qdora.planner.simulate import Architecture, Launch, estimate
 
 Fits = Callable[[Estimate], bool]
+Kind = Callable[["Launch"], Iterator["Change"]]
+"""The changes of one kind to a launch, from mild to strong."""
 
 _DOUBLINGS = 4
 """Times that a number is doubled or halved in search of one that fits."""
@@ -42,7 +46,7 @@ class Proposal:
 
 
 def advise(architecture: Architecture, launch: Launch, now: Estimate, fits: Fits) -> Iterator[Proposal]:
-    """Changes that lower the peak, one by one, then together where none of them is enough.
+    """Changes that lower the peak, one by one, then in combination where none of them is enough.
 
     In the order in which to try them: those that keep the run as it is come first.
 
@@ -51,7 +55,7 @@ def advise(architecture: Architecture, launch: Launch, now: Estimate, fits: Fits
         fits: whether an estimate fits the device.
     """
     enough = False
-    useful: list[Callable[[Launch], Iterator[Change]]] = []
+    useful: list[Kind] = []
     for kind in (*_SAME_RUN, *_OTHER_RUN):
         proposal = _first_that_fits(architecture, kind(launch), fits)
         if proposal is not None and proposal.estimate.peak.total < now.peak.total:
@@ -60,33 +64,36 @@ def advise(architecture: Architecture, launch: Launch, now: Estimate, fits: Fits
                 useful.append(kind)
             yield proposal
     if not enough and len(useful) > 1:
-        yield from _together(architecture, launch, useful, fits)
+        yield from _combined(architecture, launch, useful, fits)
 
 
 def _first_that_fits(architecture: Architecture, changes: Iterator[Change], fits: Fits) -> Proposal | None:
-    """Of changes from mild to strong: the mildest that fits, else the strongest; None of none."""
+    """Of changes from mild to strong: the mildest that fits, else the strongest; None of none.
+
+    None as well of a change that training refuses: an init that FSDP does not know, say.
+    """
+
+    def proposed(change: Change) -> Proposal:
+        result = estimate(architecture, change.launch)
+        return Proposal(change, result, fits(result))
+
     ladder = list(changes)
     if not ladder:
         return None
-    best = _try(architecture, ladder.pop(), fits)
+    try:
+        best = proposed(ladder.pop())
+    except InputError:
+        return None
     while best.fits and ladder:
         # Memory falls along the ladder: half of what is left is settled by its middle.
         middle = len(ladder) // 2
-        proposal = _try(architecture, ladder[middle], fits)
+        proposal = proposed(ladder[middle])
         best, ladder = (proposal, ladder[:middle]) if proposal.fits else (best, ladder[middle + 1 :])
     return best
 
 
-def _try(architecture: Architecture, change: Change, fits: Fits) -> Proposal:
-    result = estimate(architecture, change.launch)
-    return Proposal(change, result, fits(result))
-
-
-def _together(
-    architecture: Architecture,
-    launch: Launch,
-    kinds: list[Callable[[Launch], Iterator[Change]]],
-    fits: Fits,
+def _combined(
+    architecture: Architecture, launch: Launch, kinds: list[Kind], fits: Fits
 ) -> Iterator[Proposal]:
     """One change after the other on top of the ones before, until it fits."""
     settings: list[str] = []
@@ -110,10 +117,9 @@ def _checkpointing(launch: Launch) -> Iterator[Change]:
 
 
 def _smaller_micro_batches(launch: Launch) -> Iterator[Change]:
-    own = launch.training.batch_size // launch.world_size
-    now = launch.training.gradient_accumulation
-    for count in range(now + 1, own + 1):
-        if own % count == 0:
+    of_rank = launch.training.batch_size // launch.world_size
+    for count in range(launch.training.gradient_accumulation + 1, of_rank + 1):
+        if of_rank % count == 0:
             changed = _with_training(launch, gradient_accumulation=count)
             price = "more gathers a step" if launch.fsdp else "smaller products"
             yield Change(f"training.gradient_accumulation={count}", price, changed)
@@ -121,21 +127,20 @@ def _smaller_micro_batches(launch: Launch) -> Iterator[Change]:
 
 def _sharding(launch: Launch) -> Iterator[Change]:
     if launch.fsdp is None and launch.world_size > 1:
-        yield Change(
-            "configs/accelerate/fsdp.yaml", "layers are gathered", replace(launch, fsdp=FsdpSettings())
-        )
+        sharded = replace(launch, fsdp=FsdpSettings())
+        yield Change("configs/accelerate/fsdp.yaml", "layers are gathered", sharded)
 
 
 def _more_gpus(launch: Launch) -> Iterator[Change]:
     """The batch stays what it is: what each of them accumulates falls first, then its micro-batch."""
     for doubling in range(1, _DOUBLINGS + 1):
-        processes = launch.world_size << doubling
+        world_size = launch.world_size << doubling
         accumulation = max(1, launch.training.gradient_accumulation >> doubling)
-        if launch.training.batch_size % (processes * accumulation):
+        if launch.training.batch_size % (world_size * accumulation):
             return
         changed = _with_training(launch, gradient_accumulation=accumulation)
-        changed = replace(changed, world_size=processes, fsdp=launch.fsdp or FsdpSettings())
-        settings = f"{processes} GPUs"
+        changed = replace(changed, world_size=world_size, fsdp=launch.fsdp or FsdpSettings())
+        settings = f"{world_size} GPUs"
         if accumulation != launch.training.gradient_accumulation:
             settings += f", training.gradient_accumulation={accumulation}"
         yield Change(settings, "hardware", changed)
@@ -166,9 +171,10 @@ def _shorter_examples(launch: Launch) -> Iterator[Change]:
 def _lower_rank(launch: Launch) -> Iterator[Change]:
     for halving in range(1, _DOUBLINGS + 1):
         r = launch.adapter.r >> halving
-        if r < 1:
+        try:
+            adapter = AdapterConfig(**launch.adapter.model_dump() | {"r": r})
+        except InputError:  # 0, or odd where the init halves it
             return
-        adapter = launch.adapter.model_copy(update={"r": r})
         yield Change(f"adapter.r={r}", "another adapter", replace(launch, adapter=adapter), same_run=False)
 
 

@@ -1,23 +1,22 @@
-"""Follow the memory of a training step that runs on fake tensors, byte by byte and kind by kind.
+"""Fake tensors, fake ranks, and a tracker of what a step holds: all private names of torch and transformers.
 
-Built on torch's `MemTracker`, which knows when the storage of every tensor comes and goes.  Its subclass
-for FSDP takes one micro-batch, and parameters gathered by a module's own call; a step here has
-several, and an output layer that is gathered by hand.
+Each stands under the reason for which it is needed, and `tests/unit/planner/test_internals.py` fails where
+one of them changes.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial, wraps
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.mem_tracker import MemTracker, _UpdateType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
@@ -30,14 +29,16 @@ from transformers import masking_utils
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.planner.report import Breakdown, Part
-from qdora.quant.weight import TILE_BYTES
+from qdora.quant import QUANTIZATIONS
+from qdora.quant.base import TILE_BYTES
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CPU = torch.device("cpu")
+"""Device of every fake tensor, also of one that stands for a GPU's: autograd asks for a real device."""
 _TOTAL = "Total"
-"""Under which `MemTracker` keeps the sum of all kinds."""
+"""Key under which `MemTracker` keeps the sum of all kinds."""
 
 _aten, _c10d = torch.ops.aten, torch.ops.c10d
 _COLLECTIVES: Mapping[Any, tuple[str, int]] = {
@@ -46,11 +47,68 @@ _COLLECTIVES: Mapping[Any, tuple[str, int]] = {
     _c10d.allreduce_.default: ("all-reduce", 0),
     torch.ops._c10d_functional.all_reduce.default: ("all-reduce", 0),
 }
-"""Name of each collective, and which of its arguments holds the shares of all ranks."""
+"""Name of each collective, and which of its arguments holds the shards of all ranks."""
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Context manager: tensors that are created have a shape, a dtype and a device, and no numbers."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+real_tensors = unset_fake_temporarily
+"""Context manager within `fake_tensors`: create tensors with numbers for a while."""
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass now: recomputation calls a layer's forward there."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of a module, a class or an object, and restore it at the end."""
+    own = name in vars(owner)
+    original = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def fake_ranks(world_size: int, fsdp: FsdpSettings | None, device: str) -> Iterator[DistributedContext]:
+    """The context of rank 0, whose shards are the largest; its collectives return at once.
+
+    Args:
+        device: `cuda` or `cpu`, whose tile sizes and copies to suppose.
+    """
+    assert not dist.is_initialized(), "an estimate is made outside of a launch"
+    with ExitStack() as stack:
+        stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # init_process_group wraps it
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        stack.callback(dist.destroy_process_group)
+        stack.callback(TILE_BYTES.update, dict(TILE_BYTES))
+        TILE_BYTES["cpu"] = TILE_BYTES[device]
+        # Fake tensors are taken for the tracing of a graph, for which a (T, T) mask would be made.
+        stack.enter_context(replaced(masking_utils, "is_tracing", lambda *_: False))
+        if fsdp is not None and fsdp.offload and device != "cpu":
+            # An offloaded shard is copied to the GPU before it is gathered; here it is on the same device.
+            inputs: Any = vars(FSDPParam)["all_gather_inputs"]
+            copies = property(lambda parameter: [shard.clone() for shard in inputs.fget(parameter)])
+            stack.enter_context(replaced(FSDPParam, "all_gather_inputs", copies))
+        yield DistributedContext(0, world_size, CPU, fsdp)
 
 
 class StepTracker(MemTracker):
-    """While entered, knows what is in memory, and what was there at the worst moment of each stretch.
+    """Context manager that follows the bytes of every tensor, by kind, and keeps the peak of each phase.
+
+    Built on torch's `MemTracker`, which knows when a storage is allocated, resized and freed.  Its own hooks,
+    and its subclass for FSDP, are not used: they take one micro-batch, and parameters gathered by a module's
+    own call; a step here has several, and an output layer that is gathered by hand.
 
     Answers what fake tensors cannot: a number read from one is 1, a mask selects everything.
 
@@ -58,7 +116,7 @@ class StepTracker(MemTracker):
         vocabulary: tensors with so many columns are logits.
 
     Attributes:
-        exchanged: bytes of all ranks' shares together, by collective.
+        exchanged: bytes of all ranks' shards, by collective.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -67,9 +125,9 @@ class StepTracker(MemTracker):
         self._vocabulary = vocabulary
         self._inside: Part | None = None
         self._shapes_only = False
-        self._stretch = ""
-        self._worst: dict[str, dict[str, int]] = {}
-        self._restore: list[Callable[[], object]] = []
+        self._phase = ""
+        self._peaks: dict[str, dict[str, int]] = {}
+        self._restore = ExitStack()
         self.exchanged: dict[str, int] = {}
 
     @property
@@ -79,29 +137,29 @@ class StepTracker(MemTracker):
 
     @property
     def peaks(self) -> dict[str, Breakdown]:
-        """The worst moment of each stretch since `restart`, by its name."""
-        return {stretch: _breakdown(parts) for stretch, parts in self._worst.items()}
+        """What was in memory at the peak of each phase since `restart`, by its name."""
+        return {phase: _breakdown(parts) for phase, parts in self._peaks.items()}
 
     def restart(self) -> None:
-        """Forget the stretches so far and what was exchanged in them."""
-        self._worst.clear()
+        """Forget the phases so far and what was exchanged in them."""
+        self._peaks.clear()
         self.exchanged.clear()
 
-    def begin(self, stretch: str) -> None:
-        """From here on, moments belong to a stretch of this name."""
-        self._stretch = stretch
-        self._look()
+    def begin(self, phase: str) -> None:
+        """From here on, peaks are those of a phase of this name."""
+        self._phase = phase
+        self._keep_peak()
 
     def mark(self, tensors: Iterable[torch.Tensor], part: Part) -> None:
-        """Say what tensors are for, whether they were seen before or not."""
+        """Set the kind of tensors, whether they were seen before or not."""
         for tensor in tensors:
             self._update_and_maybe_create_winfos(tensor, part)  # type: ignore[arg-type]
 
     def mark_rest(self, part: Part) -> None:
-        """Say what everything is for that is in memory now; a later `mark` says it better."""
+        """Set the kind of everything that is in memory now; a later `mark` is more precise."""
         for info, _ in list(self._WINFO.values()):
             before = info.reftype
-            # A buffer for gathered parameters stays as one of no size, and grows again.
+            # A buffer for gathered parameters stays, as one of size 0, and grows again.
             if before is not part and before is not Part.GATHERED:
                 info.reftype = part
                 self._update_snap(_UpdateType.REF, info, old_reftype=before)
@@ -111,36 +169,35 @@ class StepTracker(MemTracker):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 for group in module._get_fsdp_state()._fsdp_param_groups:
-                    self._replace(group, "unshard", self._gathering(group.unshard))
-                    self._replace(group, "wait_for_unshard", self._gathering(group.wait_for_unshard))
-                    self._replace(group, "post_backward", self._reducing(group, group.post_backward))
+                    for name in ("unshard", "wait_for_unshard"):
+                        self._replace(group, name, self._creating(Part.GATHERED, getattr(group, name)))
+                    self._replace(group, "post_backward", self._reducing(group))
 
     def follow_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Tell the gradients of parameters that are not sharded, until the end."""
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
-                handle = parameter.register_post_accumulate_grad_hook(self._mark_gradient)
-                self._restore.append(handle.remove)
+                handle = parameter.register_post_accumulate_grad_hook(
+                    lambda p: self.mark(_gradients([p]), Part.GRADIENTS)
+                )
+                self._restore.callback(handle.remove)
 
-    def _mark_gradient(self, parameter: torch.Tensor) -> None:
-        self.mark(_gradients([parameter]), Part.GRADIENTS)
+    def _creating(self, part: Part, function: Callable[P, R]) -> Callable[P, R]:
+        """The function, the tensors that it creates being of a kind."""
 
-    def _gathering(self, method: Callable[_P, _R]) -> Callable[_P, _R]:
-        @wraps(method)
-        def inner(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            before, self._inside = self._inside, Part.GATHERED
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._inside = before
+        @wraps(function)
+        def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+            with replaced(self, "_inside", part):
+                return function(*args, **kwargs)
 
         return inner
 
-    def _reducing(self, group: Any, method: Callable[_P, _R]) -> Callable[_P, _R]:
-        reduce = self._gathering(method)
+    def _reducing(self, group: Any) -> Callable[..., Any]:
+        """An FSDP group's `post_backward`, from gradients of gathered parameters to those of shards."""
+        reduce = self._creating(Part.GATHERED, group.post_backward)
 
-        @wraps(method)
-        def inner(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        @wraps(reduce)
+        def inner(*args: Any, **kwargs: Any) -> Any:
             gathered = [p._unsharded_param for p in group.fsdp_params if hasattr(p, "_unsharded_param")]
             self.mark(_gradients(gathered), Part.GATHERED)
             result = reduce(*args, **kwargs)
@@ -149,88 +206,102 @@ class StepTracker(MemTracker):
 
         return inner
 
+    def _follow_tiles(self) -> None:
+        """Tell the tiles of frozen weights, of every format."""
+        for kind in set(QUANTIZATIONS.values()):
+            self._replace(kind, "tiles", self._tiling(kind.tiles))
+
+    def _tiling(self, tiles: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
+        @wraps(tiles)
+        def inner(*args: Any, **kwargs: Any) -> Iterator[R]:
+            iterator = tiles(*args, **kwargs)
+            following = self._creating(Part.TILES, lambda: next(iterator, None))
+            while (item := following()) is not None:
+                yield item
+
+        return inner
+
     def _pass_over_shapes(self) -> None:
-        """DTensor runs each operation on whole fake tensors first, for the shape of its result."""
-        original = ShardingPropagator._propagate_tensor_meta_non_cached
+        """DTensor runs each operation on full fake tensors first, for the shape of its result."""
+        name = "_propagate_tensor_meta_non_cached"
+        original = getattr(ShardingPropagator, name)
 
         @wraps(original)
         def inner(*args: Any, **kwargs: Any) -> Any:
-            self._shapes_only = True
-            try:
+            with replaced(self, "_shapes_only", True):
                 return original(*args, **kwargs)
-            finally:
-                self._shapes_only = False
 
-        ShardingPropagator._propagate_tensor_meta_non_cached = inner  # type: ignore[method-assign]
-        self._restore.append(
-            partial(setattr, ShardingPropagator, "_propagate_tensor_meta_non_cached", original)
-        )
+        self._replace(ShardingPropagator, name, inner)
 
-    def _replace(self, owner: Any, name: str, method: Callable[..., Any]) -> None:
-        setattr(owner, name, method)
-        self._restore.append(partial(delattr, owner, name))
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        self._restore.enter_context(replaced(owner, name, value))
 
     def __enter__(self) -> StepTracker:
         self._fake_mode_on_entry = active_fake_mode()
+        # `resize_` of a storage is no operation that a dispatch mode sees.
         self._track_resize()
+        self._restore.callback(self._restore_resize)
         self._pass_over_shapes()
+        self._follow_tiles()
         TorchDispatchMode.__enter__(self)
         return self
 
     def __exit__(self, *args: Any) -> None:
         TorchDispatchMode.__exit__(self, *args)
-        self._restore_resize()
-        while self._restore:
-            self._restore.pop()()
+        self._restore.close()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Run one operation, and follow the tensors of its result."""
         if any(kind is DTensor for kind in types):
             return NotImplemented  # comes back as operations on its shards
         if self._shapes_only or active_fake_mode() is not self._fake_mode_on_entry:
             return func(*args, **kwargs or {})
+        result = self._compute(func, args, kwargs or {})
+        if func in _COLLECTIVES:
+            self._count(func, args)
+        for tensor in _tensors(result):
+            self._see(tensor)
+        self._keep_peak()
+        return result
+
+    def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _aten._local_scalar_dense.default:
             return 1
         if func is _aten.index.Tensor and _is_mask(args[1]):
-            result = _all_of(args[0], args[1][0])
-        else:
-            result = func(*args, **kwargs or {})
-        if func in _COLLECTIVES:
-            self._count(func, args)
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self._see(func, tensor)
-        self._look()
-        return result
+            return _all_of(args[0], args[1][0])
+        return func(*args, **kwargs)
 
-    def _see(self, func: Any, tensor: torch.Tensor) -> None:
-        if self._inside is not None:
-            part = self._inside
-        elif tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary:
-            part = Part.LOGITS
-        elif func.namespace == "bitsandbytes":
-            part = Part.TILES
-        else:
-            part = Part.ACTIVATIONS
+    def _see(self, tensor: torch.Tensor) -> None:
+        part = self._inside
+        if part is None:
+            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+            part = Part.LOGITS if is_logits else Part.ACTIVATIONS
         self._track(part, tensor)  # type: ignore[arg-type]
 
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
         name, position = _COLLECTIVES[func]
-        whole = args[position]
-        tensors = whole if isinstance(whole, (list, tuple)) else [whole]
-        size = sum(t.numel() * t.element_size() for t in tensors)
+        size = sum(t.numel() * t.element_size() for t in _tensors(args[position]))
         self.exchanged[name] = self.exchanged.get(name, 0) + size
 
-    def _look(self) -> None:
-        now = self._curr_mem_snap.get(CPU)
-        worst = self._worst.get(self._stretch)
-        if now is not None and (worst is None or now[_TOTAL] > worst[_TOTAL]):
-            self._worst[self._stretch] = now.copy()
+    def _keep_peak(self) -> None:
+        now, peak = self._curr_mem_snap.get(CPU), self._peaks.get(self._phase)
+        if now is not None and (peak is None or now[_TOTAL] > peak[_TOTAL]):
+            self._peaks[self._phase] = now.copy()
 
 
 def _breakdown(parts: Mapping[str, int]) -> Breakdown:
     return Breakdown.of({Part(part): count for part, count in parts.items() if part != _TOTAL})
+
+
+def _tensors(result: Any) -> Iterator[torch.Tensor]:
+    """The tensors of an operation's result or argument."""
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, (tuple, list)):
+        for item in result:
+            yield from _tensors(item)
 
 
 def _gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -244,42 +315,3 @@ def _is_mask(indices: Any) -> bool:
 def _all_of(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """As much as a mask can select: every token of the worst batch has a label."""
     return tensor.reshape(-1, *tensor.shape[mask.dim() :]).clone()
-
-
-CPU = torch.device("cpu")
-"""Where every fake tensor is, also one that stands for a GPU's: autograd asks for a real device."""
-
-
-@contextmanager
-def fake_processes(count: int, fsdp: FsdpSettings | None, device: str) -> Iterator[DistributedContext]:
-    """Rank 0, whose share is the largest; its collectives return at once.
-
-    Args:
-        device: `cuda` or `cpu`, whose tile sizes and copies to suppose.
-    """
-    assert not dist.is_initialized(), "an estimate is made by a process alone"
-    with ExitStack() as stack:
-        stack.callback(setattr, sys, "excepthook", sys.excepthook)  # torch puts its own around it
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
-        stack.callback(dist.destroy_process_group)
-        stack.enter_context(_tiles_of(device))
-        stack.enter_context(_no_tracing())
-        if fsdp is not None and fsdp.offload and device != "cpu":
-            stack.enter_context(_copies_of_shards())
-        yield DistributedContext(0, count, CPU, fsdp)
-
-
-def _tiles_of(device: str) -> AbstractContextManager[object]:
-    return mock.patch.dict(TILE_BYTES, {"cpu": TILE_BYTES[device]})
-
-
-def _no_tracing() -> AbstractContextManager[object]:
-    """Transformers takes fake tensors for the tracing of a graph, and would make a mask of T x T for it."""
-    return mock.patch.object(masking_utils, "is_tracing", return_value=False)
-
-
-def _copies_of_shards() -> AbstractContextManager[object]:
-    """An offloaded shard is copied to the GPU before it is gathered; here it is on the same device."""
-    original: Any = vars(FSDPParam)["all_gather_inputs"]
-    copies = property(lambda parameter: [shard.clone() for shard in original.fget(parameter)])
-    return mock.patch.object(FSDPParam, "all_gather_inputs", copies)

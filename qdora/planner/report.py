@@ -1,4 +1,4 @@
-"""What a training step holds in memory, by kind, and how sizes are written."""
+"""What an estimate says: the bytes of a training step by kind and by phase, and how sizes are written."""
 
 from __future__ import annotations
 
@@ -6,33 +6,50 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
+import torch
+from torch import nn
+
+from qdora.adapters.base import AdapterModule, SharedBuffers
 from qdora.errors import InputError
+from qdora.quant.base import FrozenWeight
+
+K = TypeVar("K")
 
 
 class Part(StrEnum):
     """Why a tensor is in memory."""
 
     WEIGHTS = "weights"
-    """Packed 4-bit or dense weights, embeddings, norm weights; a rank's shard where sharded."""
+    """Quantized or dense weights, embeddings, norm weights; a rank's shards where sharded."""
     STATISTICS = "statistics"
-    """Block scales of NF4 and the statistics of their own quantization."""
+    """Block scales of a quantized weight and the statistics of their own quantization."""
     ADAPTERS = "adapters"
-    """Trained parameters, the magnitude's frozen start, kept row norms, VeRA's pair."""
+    """Trained parameters, the magnitude's frozen start, cached row norms, VeRA's matrices."""
     GRADIENTS = "gradients"
-    """Of the trained parameters; a rank's shard where sharded."""
+    """Of the trained parameters; a rank's shards where sharded."""
     OPTIMIZER = "optimizer"
     """Moments, and float32 masters where the parameters are not their own."""
     ACTIVATIONS = "activations"
     """What forward keeps for backward, and what either works on."""
     TILES = "tiles"
-    """Tiles of dequantized weights."""
+    """Tiles of frozen weights in the compute dtype."""
     GATHERED = "gather buffers"
     """Layers gathered by FSDP, their gradients until those are scattered, and buffers of its collectives."""
     LOGITS = "logits"
     """Logits of a chunk of the labelled tokens, and their gradients."""
     OTHER = "other"
     """The batch, rotary frequencies, and what belongs to nothing above."""
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, tensor: torch.Tensor) -> Part:
+        """The kind of a module's own parameter or buffer."""
+        if tensor.requires_grad or isinstance(module, AdapterModule | SharedBuffers):
+            return cls.ADAPTERS
+        if isinstance(module, FrozenWeight) and module.is_statistic(name):
+            return cls.STATISTICS
+        return cls.WEIGHTS if isinstance(tensor, nn.Parameter) else cls.OTHER
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,86 @@ class Breakdown:
         return iter(self.parts.items())
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step held and sent.
+
+    Attributes:
+        peaks: what was in memory at the peak of each phase of the step.
+        at_rest: between two steps.
+        shards: of that, this rank's shards of the parameters.
+        exchanged: bytes of all ranks' shards, by collective.
+    """
+
+    peaks: Mapping[str, Breakdown]
+    at_rest: Breakdown
+    shards: Breakdown
+    exchanged: Mapping[str, int]
+
+    def extended(self, deeper: StepRecord, layers: int) -> StepRecord:
+        """The record of a model with more layers than this one's, all of them alike.
+
+        Args:
+            deeper: of one more layer; it may have phases of that layer alone.
+            layers: how many more.
+        """
+
+        def breakdown(first: Breakdown, second: Breakdown) -> Breakdown:
+            return Breakdown(_line(first.parts, second.parts, layers))
+
+        return StepRecord(
+            {phase: breakdown(peak, deeper.peaks[phase]) for phase, peak in self.peaks.items()},
+            breakdown(self.at_rest, deeper.at_rest),
+            breakdown(self.shards, deeper.shards),
+            _line(self.exchanged, deeper.exchanged, layers),
+        )
+
+
+def _line(first: Mapping[K, int], second: Mapping[K, int], steps: int) -> dict[K, int]:
+    return {key: value + (second[key] - value) * steps for key, value in first.items()}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The peak memory of a rank.
+
+    Attributes:
+        peak: what is on the device at the worst moment of a step.
+        moment: which phase that is in; layers counted from 0, or from -1 backwards.
+        at_rest: what is on the device between two steps.
+        host: what the rank holds in CPU memory where parameters are offloaded; else nothing.
+        exchanged: bytes of all ranks' shards that a step gathers, scatters and sums, by collective.
+    """
+
+    peak: Breakdown
+    moment: str
+    at_rest: Breakdown
+    host: Breakdown
+    exchanged: Mapping[str, int]
+
+    @classmethod
+    def of(cls, step: StepRecord, offload: bool) -> Estimate:
+        """Read a recorded step.
+
+        Args:
+            offload: whether a rank's shards, their gradients and moments are in CPU memory.
+        """
+
+        def split(held: Breakdown) -> tuple[Breakdown, Breakdown]:
+            moved = dict(step.shards) | {p: held[p] for p in (Part.GRADIENTS, Part.OPTIMIZER)}
+            host = Breakdown.of(moved if offload else {})
+            return Breakdown({part: size - host[part] for part, size in held}), host
+
+        peaks = {phase: split(peak) for phase, peak in step.peaks.items()}
+        moment = max(peaks, key=lambda phase: peaks[phase][0].total)
+        host = max((host for _, host in peaks.values()), key=lambda host: host.total)
+        return cls(peaks[moment][0], moment, split(step.at_rest)[0], host, step.exchanged)
+
+    def fits(self, memory: int, reserve: int) -> bool:
+        """Whether a device of so many bytes is enough, with some set aside."""
+        return self.peak.total + reserve <= memory
+
+
 _UNITS = {"B": 1} | {
     f"{prefix}{binary}B": (1024 if binary else 1000) ** power
     for power, prefix in enumerate("KMGT", start=1)
@@ -74,7 +171,7 @@ def parse_size(text: str, option: str) -> int:
     """Bytes of "24GiB" (2**30 each) or "24GB" (10**9 each).
 
     Args:
-        option: what to call it in the error.
+        option: its name in the error.
     Raises: InputError: not a number with a unit, or 0.
     """
     match = _SIZE.fullmatch(text.strip())

@@ -1,13 +1,14 @@
 """The bytes that a training step moves between ranks, and the arithmetic that it hides them behind.
 
-A rank sends (N - 1)/N of what a gather or a scatter holds for all N ranks, and twice that of what is
-summed; it receives as much.  Each of its micro-batches
+A rank sends (N - 1)/N of what an all-gather or a reduce-scatter holds for all N ranks, and twice that of an
+all-reduce; it receives as much.  Each of its micro-batches
 
     gathers every decoder layer in forward, and again in backward where it was freed after forward;
     gathers an untied embedding and an untied output layer, or the tied one, once;
     scatters the float32 gradients of the trained parameters.
 
-Frozen weights travel as they are stored, 4-bit ones with their scales, and never back: they have no gradient.
+Frozen weights travel as they are stored, quantized ones with their scales, and never back: they have no
+gradient.
 
 Source: PyTorch FSDP, arXiv:2304.11277 §3; ZeRO, arXiv:1910.02054 §7; for the factors, NVIDIA/nccl-tests,
 doc/PERFORMANCE.md.
@@ -21,30 +22,43 @@ from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qdora.adapters.inject import inject
 from qdora.config import AdapterConfig
+from qdora.distributed.fsdp import frozen_vectors
 from qdora.distributed.launch import FsdpSettings
 from qdora.files import write_file
 from qdora.planner.simulate import Architecture, Launch, decoder_layers
-from qdora.quant.nf4 import NF4Weight
+from qdora.quant import Quantization
+from qdora.quant.base import FrozenWeight
+
+matplotlib.use("Agg")  # files only; no display is needed
 
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
+RANKS = (2, 8, 64, 1024)
+NODE = 8
+"""GPUs of one node."""
+BASE_SECONDS = 8.4e-6
+"""Of a collective, before its first hop (NVIDIA/nccl, src/graph/tuning.cc, ring, Simple protocol)."""
+PEAK_FLOPS = 312e12
+"""An A100's dense bfloat16 products (NVIDIA A100 datasheet)."""
+UTILIZATION = 0.4
+"""Fraction of the peak that products are supposed to reach; every ratio is inverse to it."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of all ranks' shares together that one optimizer step moves, by what is done with them.
+    """Bytes of all ranks' shards that one optimizer step moves, by what is done with them.
 
     Attributes:
         ranks: N.
         gathered: by all-gathers.
         scattered: by reduce-scatters.
         summed: by all-reduces; a few numbers for the loss and the gradient norm come on top.
-        collectives: how often all ranks meet.
+        collectives: how many.
     """
 
     ranks: int
@@ -64,23 +78,34 @@ def traffic(architecture: Architecture, launch: Launch) -> Traffic:
 
     Raises: InputError: the adapter does not fit the model.
     """
-    model = architecture.skeleton()
-    inject(model, launch.adapter)
-    count, micro_batches = launch.world_size, launch.training.gradient_accumulation
+    model = architecture.build()
+    launch.adapt(model)
+    ranks, micro_batches = launch.world_size, launch.training.gradient_accumulation
     trained = [p for p in model.parameters() if p.requires_grad]
     if launch.fsdp is None:
-        gradients = sum(p.numel() for p in trained) * GRADIENT_BYTES if count > 1 else 0
-        return Traffic(count, 0, 0, gradients, int(count > 1))
-    layers = _unique(p for layer in decoder_layers(model) for p in layer.parameters())
-    inside = {id(p) for p in layers}
-    once = [p for p in model.parameters() if id(p) not in inside]
-    statistics = {id(m.absmax) for m in model.modules() if isinstance(m, NF4Weight)}
+        gradients = sum(p.numel() for p in trained) * GRADIENT_BYTES if ranks > 1 else 0
+        return Traffic(ranks, 0, 0, gradients, int(ranks > 1))
+    layers = decoder_layers(model)
+    replicated = set(frozen_vectors(model))
+    inside = {p for layer in layers for p in layer.parameters()} - replicated
+    outside = set(model.parameters()) - inside - replicated
     passes = 2 if launch.fsdp.reshard_after_forward and launch.fsdp.wrap else 1
-    gathered = passes * _gathered(layers, count, statistics) + _gathered(once, count, statistics)
-    scattered = sum(_padded(p, count) for p in trained) * GRADIENT_BYTES
-    groups = len(decoder_layers(model)) if launch.fsdp.wrap else 0
-    meetings = groups * (passes + 1) + (2 if once and launch.fsdp.wrap else 1)
-    return Traffic(count, micro_batches * gathered, micro_batches * scattered, 0, micro_batches * meetings)
+    gathered = passes * _gathered(inside, ranks) + _gathered(outside, ranks)
+    scattered = sum(_padded(p, ranks) for p in trained) * GRADIENT_BYTES
+    groups = len(layers) if launch.fsdp.wrap else 0
+    collectives = groups * (passes + 1) + (2 if outside and launch.fsdp.wrap else 1)
+    return Traffic(ranks, micro_batches * gathered, micro_batches * scattered, 0, micro_batches * collectives)
+
+
+def _gathered(parameters: Iterable[nn.Parameter], ranks: int) -> int:
+    """Bytes of an all-gather."""
+    return sum(_padded(p, ranks) * p.dtype.itemsize for p in parameters)
+
+
+def _padded(parameter: nn.Parameter, ranks: int) -> int:
+    """Numbers in the shards of all ranks, each padded to the size of the largest."""
+    rows = -(-parameter.shape[0] // ranks) * ranks
+    return rows * (parameter.numel() // parameter.shape[0])
 
 
 @dataclass(frozen=True)
@@ -109,8 +134,8 @@ def work(architecture: Architecture, launch: Launch) -> Work:
 
     Raises: InputError: the adapter does not fit the model.
     """
-    model = architecture.skeleton()
-    inject(model, launch.adapter)
+    model = architecture.build()
+    launch.adapt(model)
     tokens = launch.micro_batch_size * launch.max_length
     frozen, trained = _products(model)
     text = architecture.config.get_text_config()
@@ -127,46 +152,15 @@ def work(architecture: Architecture, launch: Launch) -> Work:
 def _products(model: PreTrainedModel) -> tuple[int, int]:
     """Weights of the decoder's linear layers, frozen and trained."""
     frozen = trained = 0
-    for layer in decoder_layers(model):
-        for module in layer.modules():
-            if isinstance(module, NF4Weight):
-                frozen += module.out_features * module.in_features
-                continue
-            for parameter in module.parameters(recurse=False):
-                if parameter.dim() > 1:
-                    frozen += 0 if parameter.requires_grad else parameter.numel()
-                    trained += parameter.numel() if parameter.requires_grad else 0
+    for module in (module for layer in decoder_layers(model) for module in layer.modules()):
+        if isinstance(module, FrozenWeight) and module.trained is None:
+            frozen += module.logical_parameters
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 1:
+                frozen += 0 if parameter.requires_grad else parameter.numel()
+                trained += parameter.numel() if parameter.requires_grad else 0
     return frozen, trained
-
-
-def _gathered(parameters: Iterable[nn.Parameter], count: int, statistics: set[int]) -> int:
-    """Bytes on the way; frozen vectors that are no statistics are whole on every rank."""
-    sharded = [p for p in parameters if p.requires_grad or p.dim() > 1 or id(p) in statistics]
-    return sum(_padded(p, count) * p.dtype.itemsize for p in sharded)
-
-
-def _padded(parameter: nn.Parameter, count: int) -> int:
-    """Numbers of all shares, each filled up to the size of the largest."""
-    rows = -(-parameter.shape[0] // count) * count
-    return rows * (parameter.numel() // parameter.shape[0])
-
-
-def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return list(dict.fromkeys(parameters))
-
-
-matplotlib.use("Agg")  # files only; no display is needed
-
-
-RANKS = (2, 8, 64, 1024)
-NODE = 8
-"""GPUs of one node."""
-BASE_SECONDS = 8.4e-6
-"""Of a collective, before its first hop (NVIDIA/nccl, src/graph/tuning.cc, ring, Simple protocol)."""
-PEAK_FLOPS = 312e12
-"""An A100's dense bfloat16 products (NVIDIA A100 datasheet)."""
-UTILIZATION = 0.4
-"""Share of the peak that products are supposed to reach; every ratio is inverse to it."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +183,7 @@ class Link:
 LINKS = (
     # 16 lanes of 16 GT/s, 128 bits in 130 (PCI Express Base 4.0).
     Link("PCIe 4.0 x16", 31.5e9, 5.7e-6, 9.6e-6),
-    # 600 GB/s in both directions together (NVIDIA A100 datasheet).
+    # 600 GB/s in both directions (NVIDIA A100 datasheet).
     Link("NVLink 3", 300e9, 3.4e-6, 9.6e-6),
     # 200 Gb/s, a port for every GPU (NVIDIA DGX A100 datasheet).
     Link("InfiniBand HDR", 25e9, 3.4e-6, 9.6e-6),
@@ -206,29 +200,38 @@ class Scheme:
 
 
 def schemes(architecture: Architecture, launch: Launch) -> list[Scheme]:
-    """The launch as it is, the same adapter on a 16-bit base, and the 16-bit model trained as a whole.
+    """The launch as it is, the same adapter on a 16-bit base, and every weight of the 16-bit model trained.
 
     All with the same tokens a GPU, sharded.
     """
     launch = replace(launch, fsdp=launch.fsdp or FsdpSettings())
-    dense = replace(architecture, quantization=None)
-    method = launch.adapter.method.removeprefix("q") if architecture.quantization else launch.adapter.method
-    adapter = launch.adapter.model_copy(update={"method": method})
-    full = AdapterConfig(method="full")
+    dense = replace(architecture, quantization=Quantization("none"))
+    quantized = architecture.quantization.name != "none"
+    full = replace(
+        launch,
+        adapter=AdapterConfig(type="none", dora=False),
+        training=launch.training.model_copy(update={"mode": "full"}),
+    )
+    name = f"{_bits(architecture.quantization)}-bit base + adapter" if quantized else "as configured"
     return [
-        Scheme(
-            "4-bit base + adapter" if architecture.quantization else "as configured", architecture, launch
-        ),
-        Scheme("16-bit base + adapter", dense, replace(launch, adapter=adapter)),
-        Scheme("16-bit, all trained", dense, replace(launch, adapter=full)),
+        Scheme(name, architecture, launch),
+        Scheme("16-bit base + adapter", dense, launch),
+        Scheme("16-bit, all trained", dense, full),
     ]
+
+
+def _bits(quantization: Quantization) -> int:
+    """Bits of a weight, statistics apart."""
+    weight = quantization.on_meta((64, 64), torch.bfloat16)
+    parameters = [p for name, p in weight.named_parameters() if not weight.is_statistic(name)]
+    return 8 * sum(p.numel() * p.itemsize for p in parameters) // weight.logical_parameters
 
 
 def at_ranks(launch: Launch, ranks: int) -> Launch:
     """The same tokens a GPU on so many GPUs: a larger batch."""
-    training = launch.training
-    own = training.batch_size // launch.world_size
-    return replace(launch, world_size=ranks, training=training.model_copy(update={"batch_size": own * ranks}))
+    batch_size = launch.training.batch_size // launch.world_size * ranks
+    training = launch.training.model_copy(update={"batch_size": batch_size})
+    return replace(launch, world_size=ranks, training=training)
 
 
 def collective_seconds(moved: Traffic, link: Link) -> float:
@@ -238,19 +241,12 @@ def collective_seconds(moved: Traffic, link: Link) -> float:
     return moved.sent / link.rate + moved.collectives * (BASE_SECONDS + hops)
 
 
-def product_seconds(scheme: Scheme) -> float:
-    """Of a step of one rank."""
-    micro_batches = scheme.launch.training.gradient_accumulation
-    return micro_batches * work(scheme.architecture, scheme.launch).total / (PEAK_FLOPS * UTILIZATION)
-
-
 @dataclass(frozen=True)
 class Point:
     """One scheme on so many ranks.
 
     Attributes:
         ratios: time of the products over time of the collectives, by link; below 1 the link decides.
-        efficiency: share of the time in which products run, by link, where everything overlaps.
     """
 
     scheme: str
@@ -259,6 +255,7 @@ class Point:
 
     @property
     def efficiency(self) -> dict[str, float]:
+        """Fraction of the time in which products run, by link, where everything overlaps."""
         return {link: min(1.0, ratio) for link, ratio in self.ratios.items()}
 
 
@@ -269,16 +266,17 @@ def scale(architecture: Architecture, launch: Launch, ranks: Sequence[int] = RAN
     """
     points = []
     for scheme in schemes(architecture, launch):
-        products = product_seconds(scheme)
+        operations = work(scheme.architecture, scheme.launch).total
+        products = scheme.launch.training.gradient_accumulation * operations / (PEAK_FLOPS * UTILIZATION)
         for count in ranks:
-            moved = traffic(architecture=scheme.architecture, launch=at_ranks(scheme.launch, count))
+            moved = traffic(scheme.architecture, at_ranks(scheme.launch, count))
             ratios = {link.name: products / collective_seconds(moved, link) for link in LINKS}
             points.append(Point(scheme.name, moved, ratios))
     return points
 
 
 def plot_efficiency(points: Sequence[Point], path: Path, title: str) -> None:
-    """Share of the time in which products run over the number of ranks, one panel a link.
+    """Fraction of the time in which products run over the number of ranks, one panel a link.
 
     Args:
         path: PNG to write.

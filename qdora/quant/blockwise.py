@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cache
 from typing import ClassVar, Self
 
 import bitsandbytes.functional as bnb
@@ -23,6 +24,9 @@ SCALES_PER_BLOCK = 256
 """Scales that share one scale of the second quantization, unless a checkpoint says otherwise."""
 CODE_BOOK = 256
 """Entries of the code book of the second quantization."""
+
+# On import: made at its first use, it could be the fake tensor of an estimate.
+_DYNAMIC_MAP: torch.Tensor = bnb.create_dynamic_map()  # type: ignore[no-untyped-call]
 
 
 class BlockwiseWeight(FrozenWeight):
@@ -205,6 +209,12 @@ class BlockwiseWeight(FrozenWeight):
         )
 
 
+@cache
+def code_book(device: torch.device) -> torch.Tensor:
+    """(256,) float32: the values of bitsandbytes' dynamic 8-bit codes, in -1 to 1 (arXiv:2110.02861 §2)."""
+    return _DYNAMIC_MAP.to(device)
+
+
 def _meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(size, dtype=dtype, device="meta")
 
@@ -212,7 +222,9 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def _quantize_scales(scales: torch.Tensor, block_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Codes, and the statistics, of the second quantization (arXiv:2305.14314 §3)."""
     offset = _mean(scales)
-    absmax, nested = bnb.quantize_blockwise(scales - offset, blocksize=block_size)
+    absmax, nested = bnb.quantize_blockwise(
+        scales - offset, code=code_book(scales.device), blocksize=block_size
+    )
     return absmax, {"nested_absmax": nested.absmax, "nested_code": nested.code, "offset": offset}
 
 

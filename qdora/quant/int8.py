@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
-import bitsandbytes.functional as bnb
 import torch
 
-from qdora.quant.blockwise import BlockwiseWeight
+from qdora.quant.blockwise import BlockwiseWeight, code_book
 
 
 class Int8Weight(BlockwiseWeight):
@@ -22,7 +19,7 @@ class Int8Weight(BlockwiseWeight):
     def quantize_block_values(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `BlockwiseWeight.quantize_block_values`, a code a byte."""
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise(
-            values, _code_book(values.device), self.block_size
+            values, code_book(values.device), self.block_size
         )
         return codes, scales
 
@@ -31,13 +28,6 @@ class Int8Weight(BlockwiseWeight):
     ) -> torch.Tensor:
         """As `BlockwiseWeight.dequantize_block_values`."""
         values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-            codes, scales, _code_book(codes.device), self.block_size, dtype
+            codes, scales, code_book(codes.device), self.block_size, dtype
         )
         return values.view(shape)
-
-
-@cache
-def _code_book(device: torch.device) -> torch.Tensor:
-    """(256,) float32: the values of the codes, in -1 to 1."""
-    book: torch.Tensor = bnb.create_dynamic_map().to(device)  # type: ignore[no-untyped-call]
-    return book

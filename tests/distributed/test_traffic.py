@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from qdora.models.build import Quantization
 from qdora.models.formats.safetensors import read_config
 from qdora.planner.scaling import traffic
 from qdora.planner.simulate import Architecture, record_step
+from qdora.quant import Quantization
 from tests.distributed.traffic import CASES, launch_of
 from tests.tiny import write_tiny_model
 
@@ -56,15 +56,14 @@ def facts(counted: Path, case: str, rank: int) -> dict[str, Any]:
 
 
 def architecture(model: Path, case: str) -> Architecture:
-    quantized = launch_of(CASES[case], COUNT).adapter.method.startswith("q")
-    config = read_config(model)
-    return Architecture(config, torch.float32, torch.bfloat16, Quantization() if quantized else None)
+    quantization = Quantization(CASES[case].quantization)
+    return Architecture(read_config(model), torch.float32, torch.bfloat16, quantization)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_formula_is_what_the_processes_exchange(counted, model, case):
     """Catches: a gather that is not counted or made for nothing, gradients of frozen weights on the way,
-    shares that are not filled up, a micro-batch forgotten."""
+    shards that are not padded, a micro-batch forgotten."""
     moved = traffic(architecture(model, case), launch_of(CASES[case], COUNT))
     for rank in range(COUNT):
         got = facts(counted, case, rank)["exchanged"]
@@ -81,7 +80,7 @@ def test_the_formula_is_what_the_processes_exchange(counted, model, case):
 def test_the_first_rank_holds_what_was_estimated(counted, model, case):
     """Catches: fakes that shard, gather or free otherwise than the processes do."""
     launch = launch_of(CASES[case], COUNT)
-    fake = record_step(architecture(model, case).skeleton(), launch)
+    fake = record_step(architecture(model, case).build(), launch)
     real = facts(counted, case, 0)
     assert {part.value: size for part, size in fake.at_rest} == real["at_rest"]
     # Gloo may hold on to what it has just moved for a moment longer than anybody needs it.

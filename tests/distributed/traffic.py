@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from qdora.adapters.inject import inject
-from qdora.commands.base import load_adapted
-from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
+from qdora.config import AdapterConfig, ModelConfig, QuantizationName, TrainingConfig
 from qdora.distributed.context import end
 from qdora.distributed.launch import FsdpSettings
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import load_model
 from qdora.planner.simulate import Launch
 from tests.real_step import record_real_step
 from tests.tiny import cpu_context
@@ -28,18 +28,21 @@ from tests.tiny import cpu_context
 @dataclasses.dataclass(frozen=True)
 class Case:
     adapter: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: QuantizationName = "nf4"
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
     fsdp: dict[str, Any] | None = dataclasses.field(default_factory=dict)
 
 
 CASES = {
     "qdora": Case(training={"gradient_accumulation": 2}),
-    "qlora recomputed": Case({"method": "qlora", "dropout": 0.1}, {"gradient_checkpointing": True}),
+    "qlora recomputed": Case({"dora": False, "dropout": 0.1}, training={"gradient_checkpointing": True}),
     "kept": Case(fsdp={"reshard_after_forward": False}),
     "one group": Case(fsdp={"wrap": False}),
-    "dora": Case({"method": "dora"}),
-    "head": Case({"method": "lora", "targets": ("q_proj", "lm_head")}),
-    "full": Case({"method": "full"}),
+    "dora": Case(quantization="none"),
+    "fp4": Case({"type": "vera", "r": 64}, "fp4"),
+    "int8": Case(quantization="int8"),
+    "head": Case({"dora": False, "targets": ("q_proj", "lm_head")}, "none"),
+    "full": Case({"type": "none", "dora": False}, "none", {"mode": "full"}),
     "data parallel": Case(fsdp=None),
 }
 
@@ -88,9 +91,8 @@ def main(out: Path, model: str) -> None:
     for name, case in CASES.items():
         launch = launch_of(case, accelerator.num_processes)
         context = cpu_context(launch.fsdp)
-        base = "nf4" if launch.adapter.method.startswith("q") else "dense"
-        settings = ModelConfig(path=model, base=base, dtype="float32")
-        loaded, _, _ = load_adapted(settings, lambda m, a=launch.adapter: inject(m, a), context)
+        settings = ModelConfig(path=model, quantization=case.quantization, dtype="float32")
+        loaded, _ = load_model(open_checkpoint(model), settings, context, launch.adapt)
         with CountedCalls() as calls:
             record = record_real_step(loaded, launch, context)
         facts = {

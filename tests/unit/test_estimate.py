@@ -12,7 +12,7 @@ from tests.tiny import tiny_config
 
 RUN = """
 model: {path: PATH, dtype: bfloat16}
-adapter: {method: qdora, r: 4, targets: [q_proj]}
+adapter: {r: 4, targets: [q_proj]}
 data:
   train: {source: synthetic, count: 8, split: train}
   test: {source: synthetic, count: 8, split: test}
@@ -36,7 +36,7 @@ def test_every_kind_is_printed_and_they_add_up(words, tmp_path, capsys):
     assert run_command("estimate", [*words, "--gpus", "2", "--gpu-memory", "24GiB", "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     assert all(any(line.startswith(part.value) for line in shown.splitlines()) for part in Part)
-    assert "2 GPUs, FSDP; 4 x 32 tokens at once" in shown
+    assert "nf4 + lora + dora, r 4, bfloat16, 2 GPUs, FSDP; 4 x 32 tokens at once" in shown
     assert "fits in 24.00 GiB (2.00 GiB set aside)" in shown
     figures = json.loads(out.read_text())
     assert figures["fits"] is True

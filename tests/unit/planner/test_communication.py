@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from qdora.adapters.base import describe
 from qdora.planner.scaling import (
     LINKS,
     Traffic,
@@ -36,7 +37,7 @@ Q = {"targets": ("q_proj",)}
 def test_the_formula_is_what_a_step_sends(model, run):
     """Catches: a gather too many or too few, a padded share taken for a full one, a micro-batch forgotten."""
     moved = traffic(model, run)
-    exchanged = record_step(model.skeleton(), run).exchanged
+    exchanged = record_step(model.build(), run).exchanged
     assert exchanged["all-gather"] == moved.gathered
     assert exchanged["reduce-scatter"] == moved.scattered
 
@@ -80,7 +81,10 @@ def test_the_schemes_differ_in_what_they_store_and_train():
     """Catches: a comparison of runs that differ in tokens, or of a 4-bit base with itself."""
     run = launch(2, adapter=Q)
     four, sixteen, full = schemes(architecture(1), run)
-    assert [s.launch.adapter.method for s in (four, sixteen, full)] == ["qdora", "dora", "full"]
+    assert [
+        describe(s.architecture.quantization.name, s.launch.adapter, s.launch.training.mode)
+        for s in (four, sixteen, full)
+    ] == ["nf4 + lora + dora", "none + lora + dora", "full"]
     sent = [traffic(s.architecture, s.launch) for s in (four, sixteen, full)]
     assert sent[0].gathered < sent[1].gathered
     assert sent[1].scattered == sent[0].scattered < sent[2].scattered

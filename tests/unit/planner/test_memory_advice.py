@@ -8,9 +8,8 @@ import pytest
 
 from qdora.planner import advise as memory_advice
 from qdora.planner.advise import advise
-from qdora.planner.estimate import Estimate, estimate
-from qdora.planner.report import Breakdown, Part
-from qdora.planner.simulate import Launch
+from qdora.planner.report import Breakdown, Estimate, Part
+from qdora.planner.simulate import Launch, estimate
 
 from .scenes import architecture, launch
 
@@ -98,6 +97,20 @@ def test_what_is_set_already_is_not_proposed(invent):
     """Catches: advice to do what was done."""
     run = launch(2, sequences=1, checkpointing=True, offload=True)
     assert [name for name in advice(run, 10) if "=true" in name or ": true" in name] == []
+
+
+def test_what_training_refuses_is_not_proposed():
+    """Catches: advice, or a traceback of it, that shards an init which FSDP does not know, or an odd rank."""
+    model = architecture(1)
+    run = launch(1, sequences=2, adapter={"targets": ("q_proj",), "init": "pissa"})
+    now = estimate(model, run)
+    names = [p.change.settings for p in advise(model, run, now, lambda e: False)]
+    assert "training.gradient_checkpointing=true" in names
+    assert not [name for name in names if "GPUs" in name]
+    run = launch(1, adapter={"targets": ("q_proj",), "init": "orthogonal", "r": 4})
+    names = [p.change.settings for p in advise(model, run, estimate(model, run), lambda e: False)]
+    assert "adapter.r=2" in names
+    assert "adapter.r=1" not in names
 
 
 def test_a_proposal_is_the_estimate_of_its_launch():

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qdora.config import ModelConfig
 from qdora.distributed.launch import FsdpSettings, read_launch_file
 from qdora.errors import InputError
-from qdora.models.build import Quantization
-from qdora.planner.launch import find_architecture, shipped_architectures
+from qdora.planner.simulate import find_architecture, shipped_architectures
+from qdora.quant import Quantization
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"
@@ -56,7 +56,7 @@ def test_a_hub_id_is_found_among_the_shipped_ones(tmp_path):
 
 def test_an_unknown_model_is_an_error_that_names_a_way_out(monkeypatch):
     """Catches: a traceback of the network, or a guess, where there is no configuration to be had."""
-    monkeypatch.setattr("qdora.planner.launch.hf_hub_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("qdora.planner.simulate.hf_hub_download", lambda *_, **__: 1 / 0)
     with pytest.raises(
         InputError, match=r"model 'some/model': .*division by zero.*--architecture.*configs/models"
     ):
@@ -77,8 +77,8 @@ def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
     assert of(device="cpu").compute == torch.float32
     assert of(dtype="float32").compute == torch.float32
     assert of(device="cpu", dtype="bfloat16").compute == torch.bfloat16
-    assert of(block_size=128, double_quantization=False).quantization == Quantization(128, False)
-    assert of(base="dense").quantization is None
+    assert of(block_size=128, double_quantization=False).quantization == Quantization("nf4", 128, False)
+    assert of(quantization="none").quantization.name == "none"
     stored = json.loads((Path(folder) / "config.json").read_text())
     stored["quantization_config"] = {
         "quant_method": "bitsandbytes",
@@ -88,12 +88,12 @@ def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
     }
     (tmp_path / "config.json").write_text(json.dumps(stored))
     found = find_architecture(ModelConfig(path=str(tmp_path)), None, CONFIGS / "x.yaml", "cuda")
-    assert found.quantization == Quantization(64, False)
-    assert found.skeleton(1).model.layers[0].mlp.up_proj.base.nested_absmax is None
+    assert found.quantization == Quantization("nf4", 64, False)
+    assert found.build(1).model.layers[0].mlp.up_proj.base.nested_absmax is None
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "fsdp", "device"),
+    ("name", "world_size", "fsdp", "device"),
     [
         ("one_gpu", 1, None, "cuda"),
         ("multi_gpu", 2, None, "cuda"),
@@ -104,10 +104,10 @@ def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
         ("fsdp_offload", 2, FsdpSettings(offload=True, activation_checkpointing=True), "cuda"),
     ],
 )
-def test_launch_files_mean_what_training_makes_of_them(name, processes, fsdp, device):
+def test_launch_files_mean_what_training_makes_of_them(name, world_size, fsdp, device):
     """Catches: a launch file whose sharding, offload or device the estimate does not see."""
     file = read_launch_file(str(CONFIGS / "accelerate" / f"{name}.yaml"))
-    assert (file.world_size, file.fsdp, file.device) == (processes, fsdp, device)
+    assert (file.world_size, file.fsdp, file.device) == (world_size, fsdp, device)
 
 
 @pytest.mark.parametrize(

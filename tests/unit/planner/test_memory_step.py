@@ -13,12 +13,11 @@ from qdora.adapters.inject import inject
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
-from qdora.models.build import Quantization
 from qdora.models.load import load_base
-from qdora.planner.estimate import estimate
-from qdora.planner.report import Part
-from qdora.planner.simulate import Architecture, StepRecord, layers_alike, record, record_step
-from qdora.quant.weight import TILE_BYTES
+from qdora.planner.report import Part, StepRecord
+from qdora.planner.simulate import Architecture, estimate, layers_alike, record, record_step
+from qdora.quant import QUANTIZATIONS, Quantization
+from qdora.quant.base import TILE_BYTES
 from qdora.training.loss import CHUNK_BYTES
 from tests.real_step import record_real_step
 from tests.tiny import write_tiny_model
@@ -38,27 +37,31 @@ LINEARS = [
 """(out, in) of the linear layers of a decoder layer."""
 
 
-def own(rows: int, context: int) -> int:
-    """Rows of the largest share."""
-    return -(-rows // context)
+def own(rows: int, ranks: int) -> int:
+    """Rows of the largest shard."""
+    return -(-rows // ranks)
 
 
-def weights(context: int) -> int:
-    packed = sum(own(o, context) * i // 2 for o, i in LINEARS) * LAYERS
-    tables = 2 * own(VOCABULARY, context) * HIDDEN * 2
+BITS = {"nf4": 4, "fp4": 4, "int8": 8, "none": 16}
+"""Of a weight in each format."""
+
+
+def weights(ranks: int, bits: int = 4) -> int:
+    packed = sum(own(o, ranks) * i * bits // 8 for o, i in LINEARS) * LAYERS
+    tables = 2 * own(VOCABULARY, ranks) * HIDDEN * 2
     vectors = (2 * LAYERS + 1) * HIDDEN * 2
     return packed + tables + vectors
 
 
-def statistics(context: int) -> int:
+def statistics(ranks: int) -> int:
     blocks = [o * i // 64 for o, i in LINEARS]
     nested = sum(-(-b // 256) * 4 + 256 * 4 + 4 for b in blocks)
-    return LAYERS * (sum(own(b, context) for b in blocks) + nested)
+    return LAYERS * (sum(own(b, ranks) for b in blocks) + nested)
 
 
-def trained(context: int) -> int:
+def trained(ranks: int) -> int:
     """Numbers of A, B and the magnitude's offset that a process holds."""
-    return LAYERS * sum(own(R, context) * i + own(o, context) * R + own(o, context) for o, i in LINEARS)
+    return LAYERS * sum(own(R, ranks) * i + own(o, ranks) * R + own(o, ranks) for o, i in LINEARS)
 
 
 def vectors() -> int:
@@ -66,17 +69,17 @@ def vectors() -> int:
     return 2 * 4 * LAYERS * sum(o for o, _ in LINEARS)
 
 
-@pytest.mark.parametrize("processes", [1, 3])
-def test_what_stays_is_the_sum_of_the_tensors(context):
-    """Catches: a share that is not a share, statistics counted as weights, 16-bit shards of trained
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_stays_is_the_sum_of_the_tensors(ranks):
+    """Catches: a full tensor for a shard, statistics counted as weights, 16-bit shards of trained
     parameters, masters where a shard is one, moments that the first step has yet to make."""
-    at_rest = estimate(architecture(LAYERS), launch(context)).at_rest
-    numbers = trained(context)
+    at_rest = estimate(architecture(LAYERS), launch(ranks)).at_rest
+    numbers = trained(ranks)
     parameters = 7 * 3 * LAYERS
-    assert at_rest[Part.WEIGHTS] == weights(context)
-    assert at_rest[Part.STATISTICS] == statistics(context)
-    assert at_rest[Part.ADAPTERS] == numbers * (4 if context > 1 else 2) + vectors()
-    assert at_rest[Part.OPTIMIZER] == numbers * (8 if context > 1 else 12) + 4 * parameters
+    assert at_rest[Part.WEIGHTS] == weights(ranks)
+    assert at_rest[Part.STATISTICS] == statistics(ranks)
+    assert at_rest[Part.ADAPTERS] == numbers * (4 if ranks > 1 else 2) + vectors()
+    assert at_rest[Part.OPTIMIZER] == numbers * (8 if ranks > 1 else 12) + 4 * parameters
     assert (
         at_rest.total - sum(at_rest[p] for p in list(Part)[:5] if p is not Part.GRADIENTS)
         == at_rest[Part.OTHER]
@@ -84,10 +87,34 @@ def test_what_stays_is_the_sum_of_the_tensors(context):
     assert at_rest[Part.OTHER] < 1000
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_a_weight_takes_the_bits_of_its_format(name, ranks):
+    """Catches: a format that cannot be estimated, or whose codes are taken for one a byte."""
+    run = launch(ranks, adapter={"targets": ("q_proj",)})
+    at_rest = estimate(architecture(LAYERS, quantization=name), run).at_rest
+    assert at_rest[Part.WEIGHTS] == weights(ranks, BITS[name])
+    assert at_rest[Part.STATISTICS] == (0 if name == "none" else statistics(ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_full_fine_tuning_holds_every_weight_as_trained(ranks):
+    """Catches: a mode that the estimate does not know, 16-bit shards, weights counted twice."""
+    shapes = [(own(o, ranks), i) for o, i in LINEARS] * LAYERS + 2 * [(own(VOCABULARY, ranks), HIDDEN)]
+    shapes += (2 * LAYERS + 1) * [(own(HIDDEN, ranks), 1)]
+    numbers = sum(o * i for o, i in shapes)
+    at_rest = estimate(architecture(LAYERS, quantization="none"), launch(ranks, full=True)).at_rest
+    assert at_rest[Part.ADAPTERS] == numbers * (4 if ranks > 1 else 2)
+    assert at_rest[Part.OPTIMIZER] == numbers * (8 if ranks > 1 else 12) + 4 * len(shapes)
+    assert at_rest[Part.WEIGHTS] == at_rest[Part.STATISTICS] == 0
+    with pytest.raises(InputError, match="needs an unquantized base"):
+        estimate(architecture(LAYERS), launch(ranks, full=True))
+
+
 @pytest.fixture(scope="module")
 def accumulated() -> StepRecord:
     """Two processes, three micro-batches each."""
-    return record_step(architecture(LAYERS).skeleton(), launch(2, accumulation=3))
+    return record_step(architecture(LAYERS).build(), launch(2, accumulation=3))
 
 
 def test_kinds_add_up_to_the_total(accumulated):
@@ -107,7 +134,7 @@ def test_a_second_micro_batch_finds_the_gradients_of_the_first(accumulated):
 def test_logits_are_those_of_a_chunk(monkeypatch):
     """Catches: logits of the whole batch at once, or of none because a mask cannot be read."""
     monkeypatch.setattr("qdora.training.loss.CHUNK_BYTES", 4 * VOCABULARY * 10)
-    step = record_step(architecture(LAYERS).skeleton(), launch(sequences=2, length=16))
+    step = record_step(architecture(LAYERS).build(), launch(sequences=2, length=16))
     logits = step.peaks["loss, micro-batch 0"][Part.LOGITS]
     # 10 rows, in bf16 once, in float32 as what they are and as what the loss makes of them.
     assert 10 * VOCABULARY * 10 <= logits <= 10 * VOCABULARY * 20
@@ -148,32 +175,42 @@ def test_offloaded_shards_are_in_cpu_memory():
         launch(
             2, accumulation=2, length=32, checkpointing=True, adapter={"targets": ("q_proj", "down_proj")}
         ),
-        launch(3, adapter={"method": "qlora", "dropout": 0.1, "targets": ("q_proj",), "r": 16}),
-        launch(2, sharded=False, adapter={"method": "qlora", "targets": ("down_proj",), "r": 32}),
+        launch(3, adapter={"dora": False, "dropout": 0.1, "targets": ("q_proj",), "r": 16}),
+        launch(2, sharded=False, adapter={"dora": False, "targets": ("down_proj",), "r": 32}),
     ],
     ids=["alone", "sharded", "dropout", "data parallel"],
 )
 def test_shallow_models_give_the_deep_one_to_the_byte(run):
     """Catches: a worst moment that two shallow models do not show, a line through the wrong points."""
     deep = architecture(6)
-    assert layers_alike(deep, run.adapter)
-    shallow, whole = record(deep, run), record_step(deep.skeleton(), run)
+    assert layers_alike(deep, run)
+    shallow, whole = record(deep, run), record_step(deep.build(), run)
     assert max(p.total for p in shallow.peaks.values()) == max(p.total for p in whole.peaks.values())
     assert dict(shallow.at_rest) == dict(whole.at_rest)
     assert shallow.exchanged == whole.exchanged
     assert all(dict(peak) == dict(whole.peaks[name]) for name, peak in shallow.peaks.items())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_fakes_hold_what_real_tensors_hold(tmp_path, checkpointing):
+@pytest.mark.parametrize(
+    ("quantization", "adapter", "checkpointing"),
+    [
+        ("nf4", {}, False),
+        ("nf4", {}, True),
+        ("fp4", {"type": "none"}, False),
+        ("int8", {"init": "pissa"}, False),
+        ("none", {"type": "vera", "r": 64}, False),
+        ("nf4", {"norm_gradient": "exact", "init": "orthogonal"}, False),
+    ],
+)
+def test_fakes_hold_what_real_tensors_hold(tmp_path, quantization, adapter, checkpointing):
     """Catches: an operation that makes other tensors of fakes: a mask of T x T, keys repeated for it, a
-    worst batch that training would not see."""
-    run = replace(launch(length=48, accumulation=2, checkpointing=checkpointing), device="cpu")
+    worst batch that training would not see; a start that fakes do not have."""
+    run = launch(length=48, accumulation=2, checkpointing=checkpointing, adapter=adapter)
+    run = replace(run, device="cpu")
     folder = write_tiny_model(tmp_path / "tiny")
-    model, _ = load_base(str(folder), dtype="float32", device="cpu")
-    fake = record_step(
-        Architecture(model.config, torch.float32, torch.bfloat16, Quantization()).skeleton(), run
-    )
+    model, _ = load_base(str(folder), quantization=quantization, dtype="float32", device="cpu")
+    base = Architecture(model.config, torch.float32, torch.bfloat16, Quantization(quantization))
+    fake = record_step(base.build(), run)
     inject(model, run.adapter)
     real = record_real_step(model, run, DistributedContext())
     assert dict(fake.at_rest) == dict(real.at_rest)
@@ -188,15 +225,15 @@ def test_fakes_hold_what_real_tensors_hold(tmp_path, checkpointing):
 def test_the_update_makes_nothing_of_its_own():
     """Catches: the fakes by which DTensor finds the shape of a result, taken for memory."""
     # Sides that no other test has: shapes that were found once are not looked for again.
-    step = record_step(architecture(1).skeleton(), launch(2, adapter={"r": 13, "targets": ("down_proj",)}))
+    step = record_step(architecture(1).build(), launch(2, adapter={"r": 13, "targets": ("down_proj",)}))
     assert step.peaks["update"][Part.ACTIVATIONS] < 1000
 
 
 def test_unlike_layers_are_not_taken_for_alike():
     """Catches: a rank for some layers only, extended to all of them."""
     deep = architecture(7)
-    assert not layers_alike(deep, launch(adapter={"rank_pattern": {"*.layers.5.*": 4}}).adapter)
-    assert not layers_alike(deep, launch(adapter={"targets": ("*.layers.0.*.q_proj",)}).adapter)
+    assert not layers_alike(deep, launch(adapter={"rank_pattern": {"*.layers.5.*": 4}}))
+    assert not layers_alike(deep, launch(adapter={"targets": ("*.layers.0.*.q_proj",)}))
 
 
 def test_nothing_is_left_behind():

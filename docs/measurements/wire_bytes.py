@@ -1,6 +1,6 @@
 """Bytes on the loopback interface in a sharded training step over gloo, next to the formula's.
 
-    python -m tests.measurements.wire_bytes          # the 135M model, 2 and 4 processes
+    python docs/measurements/wire_bytes.py          # the 135M model, 2 and 4 processes
 
 The interface counts what all processes of the machine send over it, so nothing else should use it meanwhile.
 Gloo has no reduce-scatter: torch sums everything on every process and lets each keep its part, which sends
@@ -18,19 +18,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from sharded_memory import PACKAGED, ROOT
 from tabulate import tabulate
 
 from qdora.adapters.inject import inject
-from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
-from qdora.planner.launch import find_architecture
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import load_model
 from qdora.planner.scaling import traffic
-from qdora.planner.simulate import Launch
+from qdora.planner.simulate import Launch, find_architecture
 from qdora.training.loop import Callbacks, Trainer
-from tests.measurements.sharded_memory import PACKAGED, ROOT
 
 LENGTH, STEPS = 32, 2
 MODEL = ModelConfig(path=PACKAGED, dtype="float32")
@@ -59,23 +59,16 @@ def main() -> None:
     print(tabulate(rows, headers=titles, floatfmt=".3f"))
 
 
-def training(context: int) -> TrainingConfig:
-    return TrainingConfig(max_steps=STEPS, batch_size=2 * context, gradient_accumulation=2)
+def training(world_size: int) -> TrainingConfig:
+    return TrainingConfig(max_steps=STEPS, batch_size=2 * world_size, gradient_accumulation=2)
 
 
-def launched(context: int) -> float:
+def launched(world_size: int) -> float:
     """Bytes of one step of a launch."""
-    words = [
-        "--standalone",
-        "--nproc-per-node",
-        str(context),
-        "-m",
-        "tests.measurements.wire_bytes",
-        "--child",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    command = [sys.executable, *torchrun, __file__, "--child"]
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, check=True)
     (found,) = re.findall(r"COUNTED (\d+)", done.stdout)
     return int(found) / STEPS
@@ -84,7 +77,7 @@ def launched(context: int) -> float:
 def count() -> None:
     """As one of the processes: train, and let the first one read the interface before and after."""
     context = DistributedContext.from_launch()
-    model, _, _ = load_adapted(MODEL, lambda m: inject(m, ADAPTER), context)
+    model, _ = load_model(open_checkpoint(PACKAGED), MODEL, context, lambda m: inject(m, ADAPTER))
     example = TokenizedExample(torch.arange(3, 3 + LENGTH).tolist(), 1, "")
     settings = training(context.world_size)
     trainer = Trainer(model, [example] * settings.batch_size, settings, context, pad_id=0)

