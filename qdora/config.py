@@ -310,37 +310,6 @@ class RunConfig(Section):
         return self
 
 
-class ArmConfig(Section):
-    """One arm of a comparison: the settings in which it differs from the shared configuration."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    set: dict[str, Any] = {}
-    """Overrides of the shared configuration by dotted key, as `--set` takes them."""
-    may_differ: tuple[str, ...] | None = None
-    """Keys in which this arm may differ from the others; those of `set` where not given."""
-
-
-class CompareConfig(Section):
-    """Arms trained under identical conditions."""
-
-    base: str
-    """The run configuration shared by all arms, relative to this file."""
-    set: dict[str, Any] = {}
-    """Overrides of the shared configuration, as `--set` takes them."""
-    arms: Annotated[tuple[ArmConfig, ...], Field(min_length=2)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    """Each arm is trained once with each seed."""
-    output: OutputConfig
-
-    @model_validator(mode="after")
-    def _distinct(self) -> CompareConfig:
-        names = [arm.name for arm in self.arms]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"arm names repeat: {', '.join(repeated)}")
-        return self
-
-
 RENAMED = {
     "model.base": "model.quantization; allowed: nf4, fp4, int8, or none for what was 'dense'",
     "adapter.method": (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -114,6 +114,14 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
             raise InputError(f"--set {dotted}: {key!r} holds {child!r}, it has no keys below it")
         node = child
     node[last] = value
+
+
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,19 +20,24 @@ from qdora.adapters.full import train_everything
 from qdora.adapters.inject import InjectionReport, initial_update_fingerprint, inject
 from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.config import RunConfig
-from qdora.config_file import config_digest, load_config
+from qdora.config_file import config_digest, dotted, load_config
+from qdora.data.batches import batches_per_epoch
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_configured
 from qdora.evaluation.scores import write_scores
 from qdora.experiments.plots import plot_loss
+from qdora.models.build import build_model
+from qdora.models.formats import Checkpoint
 from qdora.models.hub import open_checkpoint
-from qdora.models.load import compute_dtype, load_model, required_tokenizer
+from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
+from qdora.quant import Quantization
 from qdora.run import QUICKSTART, RunDirectory, find_quickstart, make_manifest, package_versions
 from qdora.tasks import check_data
 from qdora.tasks.prepare import PreparedData, prepare
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
-from qdora.training.loop import Callbacks, Trainer
+from qdora.training.loop import Callbacks, Trainer, count_steps, micro_batch_size
+from qdora.training.loss import check_output_layer
 from qdora.training.metrics import (
     StepMetrics,
     TrainingBar,
@@ -95,9 +102,7 @@ def train(
     reset_peak_memory(context.device)
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
-        checkpoint = open_checkpoint(config.model.path, config.model.revision)
-        tokenizer = required_tokenizer(checkpoint)
-        data = prepare(config.data, tokenizer, getattr(checkpoint.config, "max_position_embeddings", None))
+        checkpoint, tokenizer, data = read_inputs(config)
     _say_data(data, say)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
     context.refuse_disagreement(_input_digests(model, data))
@@ -108,10 +113,10 @@ def train(
     )
     settings = _settings(config, model, data)
     start = _restore(trainer, directory, resume, settings, say)
-    facts = _facts(config, model, data, report, trainer)
+    fields = _manifest_fields(config, model, data, report, context)
     with context.raise_on_all_ranks():
         if context.is_main:
-            _open_directory(directory, config, start, resume, facts, context.world_size)
+            _open_directory(directory, config, start, resume, fields, context.world_size)
     _train(trainer, directory, config, settings, start, tokenizer, data)
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
@@ -121,6 +126,41 @@ def train(
         print(_summary(directory, report, steps))
     context.barrier()
     return directory
+
+
+def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase, PreparedData]:
+    """Open the base model and tokenize the data; no weight is read.
+
+    Raises: InputError: the model, its tokenizer or the data are missing or cannot be used.
+    """
+    checkpoint = open_checkpoint(config.model.path, config.model.revision)
+    tokenizer = required_tokenizer(checkpoint)
+    context_length = getattr(checkpoint.config, "max_position_embeddings", None)
+    return checkpoint, tokenizer, prepare(config.data, tokenizer, context_length)
+
+
+def planned_manifest(config: RunConfig, data: PreparedData, context: DistributedContext) -> dict[str, Any]:
+    """Check everything about a run that needs no weight, its model on the meta device; a collective.
+
+    Args:
+        data: of `read_inputs`.
+    Returns: the manifest that the run would write, but None for the base's fingerprint.
+    Raises: InputError: the adapter does not fit the model, the batch does not divide over the ranks, ...
+    """
+    with context.raise_on_all_ranks():
+        micro_batch_size(config.training, context.world_size)
+        checkpoint = open_checkpoint(config.model.path, config.model.revision)
+    meta, report = build_adapted(checkpoint, config.model, context, lambda model: _adapt(model, config))
+    with context.raise_on_all_ranks():
+        check_savable(meta.model)
+        check_output_layer(meta.model)
+        if (
+            config.evaluation.quantization is not None
+        ):  # to be known before the training that it is scored after
+            checkpoint = open_checkpoint(config.model.path, config.model.revision)
+            build_model(checkpoint, torch.float32, Quantization(config.evaluation.quantization))
+        fields = _manifest_fields(config, meta.model, data, report, context)
+        return make_manifest(config, world_size=context.world_size, fields=fields)
 
 
 def _train(
@@ -207,13 +247,13 @@ def _open_directory(
     config: RunConfig,
     start: int,
     resume: str | None,
-    facts: dict[str, Any],
+    fields: dict[str, Any],
     count: int,
 ) -> None:
     if resume is None:
         directory.clear()
     if start == 0:
-        directory.start(config, make_manifest(config, world_size=count, fields=facts))
+        directory.start(config, make_manifest(config, world_size=count, fields=fields))
     else:
         directory.record_resume(config, start)
     keep_until(directory.metrics_file, start)
@@ -231,13 +271,15 @@ def _input_digests(model: PreTrainedModel, data: PreparedData) -> dict[str, str]
     return {**named, "the base model": str(base_fingerprint(model))[:16]}
 
 
-def _facts(
+def _manifest_fields(
     config: RunConfig,
     model: PreTrainedModel,
     data: PreparedData,
     report: InjectionReport,
-    trainer: Trainer,
+    context: DistributedContext,
 ) -> dict[str, Any]:
+    training, lengths = config.training, [len(example.input_ids) for example in data.train]
+    order = hashlib.sha256(repr((training.seed, training.batch_size, lengths)).encode())
     return {
         "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
         "data": {
@@ -249,8 +291,9 @@ def _facts(
         },
         "trainable_parameters": report.trainable,
         "initial_a": initial_update_fingerprint(model),
-        "steps": trainer.total_steps,
-        "compute_dtype": str(compute_dtype(config.model.dtype, trainer.context.device)),
+        "batch_order": order.hexdigest(),
+        "steps": count_steps(training, batches_per_epoch(len(lengths), training.batch_size)),
+        "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
     }
 
 
@@ -265,15 +308,9 @@ def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> 
     return settings
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys, for trackers and comparisons."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = ", ".join(map(str, value)) if isinstance(value, list) else value
-    return flat
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values by dotted key, as trackers take them."""
+    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in dotted(tree).items()}
 
 
 def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepMetrics]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -17,8 +18,6 @@ matplotlib.use("Agg")  # files only; no display is needed
 
 _COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060")
 _GREY = "#8a8a8a"
-BASE = "base"
-"""Name of the model without an adapter in a comparison's plot."""
 
 
 def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: str) -> None:
@@ -53,7 +52,8 @@ def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]]) -> None:
 
 def plot_comparison(
     curves: Mapping[str, Sequence[StepMetrics]],
-    scores: Mapping[str, tuple[float, float]],
+    bases: Mapping[str, Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, Any]],
     path: Path,
     title: str,
 ) -> None:
@@ -61,20 +61,25 @@ def plot_comparison(
 
     Args:
         curves: steps of each run, by name.
-        scores: exact match and standard error, as fractions, by arm.
+        bases: `score` (exact match) and `stderr`, as fractions, of models without an adapter.
+        scores: of the arms.
         path: PNG to write.
         title: above both.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=130, width_ratios=(3, 2))
     draw_loss(left, curves)
-    names = list(scores)
+    labels, bars = [*bases, *scores], [*bases.values(), *scores.values()]
     right.bar(
-        names,
-        [100 * scores[name][0] for name in names],
-        yerr=[100 * scores[name][1] for name in names],
-        color=_colors(names),
+        range(len(bars)),
+        [100 * bar["score"] for bar in bars],
+        yerr=[100 * bar["stderr"] for bar in bars],
+        color=[_GREY] * len(bases) + _colors(scores),
         capsize=4,
         width=0.55,
+    )
+    crowded = max(map(len, labels)) * len(labels) > 40
+    right.set_xticks(
+        range(len(bars)), labels, rotation=25 if crowded else 0, ha="right" if crowded else "center"
     )
     right.set_ylabel("exact match (%), ± standard error")
     right.set_ylim(0, 100)
@@ -91,7 +96,7 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
 
 
 def _colors(names: Iterable[str]) -> list[str]:
-    """One color an arm, the same in both panels and for all its seeds; the base, which is no arm, grey."""
+    """One color an arm, the same in both panels and for all its seeds."""
     arms = [name.partition(" seed ")[0] for name in names]
-    order = list(dict.fromkeys(arm for arm in arms if arm != BASE))
-    return [_GREY if arm == BASE else _COLORS[order.index(arm) % len(_COLORS)] for arm in arms]
+    order = list(dict.fromkeys(arms))
+    return [_COLORS[order.index(arm) % len(_COLORS)] for arm in arms]

@@ -1,133 +1,134 @@
-"""What a comparison found: report.json, a Markdown table, a plot."""
+"""What a comparison found: report.json, a Markdown page, a plot."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tabulate import tabulate
 
-from qdora.errors import InputError
+from qdora.adapters.base import describe
+from qdora.config_file import dotted
 from qdora.evaluation.scores import Scores
 from qdora.evaluation.statistics import paired_difference
-from qdora.experiments.plots import BASE, plot_comparison
+from qdora.experiments.arms import CONDITIONS, ArmRun, check_conditions, differences
+from qdora.experiments.plots import plot_comparison
 from qdora.files import write_json, write_text
 from qdora.training.metrics import StepMetrics
 
-# Facts of the manifests on which all arms of one seed must agree.
-SHARED_FACTS = ("base", "data", "steps", "seeds", "initial_a", "compute_dtype", "processes")
+_SHOWN = {
+    "base.fingerprint": "base",
+    "base.parameters": "{:,} frozen parameters",
+    "data.train": "{:,} training examples",
+    "batch_order": "order of the batches",
+    "steps": "{:,} steps",
+    "initial_a": "initial A",
+}
+"""Conditions that the page names where all arms agree on them."""
 
 
 @dataclass(frozen=True)
-class ArmRun:
+class ArmResult:
     """One arm trained with one seed.
 
     Attributes:
-        arm: the arm's name.
-        method: its row in the method table.
-        seed: of the training.
-        directory: the run directory.
+        run: its arm, seed and configuration.
         manifest: of the run.
         steps: its metrics.
         scores: by task, of its trained adapter.
     """
 
-    arm: str
-    method: str
-    seed: int
-    directory: Path
+    run: ArmRun
     manifest: dict[str, Any]
     steps: list[StepMetrics]
     scores: list[Scores]
 
 
-def check_identical_conditions(runs: Sequence[ArmRun]) -> None:
-    """All arms of a seed saw the same base, data, order, steps and initial A.
-
-    Raises: InputError: they did not; the fact and the arms are named.
-    """
-    for seed in {run.seed for run in runs}:
-        first, *others = [run for run in runs if run.seed == seed]
-        for other in others:
-            for fact in SHARED_FACTS:
-                if first.manifest[fact] != other.manifest[fact]:
-                    raise InputError(
-                        f"arms {first.arm!r} and {other.arm!r} differ in {fact}: "
-                        f"{first.manifest[fact]!r} and {other.manifest[fact]!r}"
-                    )
-
-
-def build_report(runs: Sequence[ArmRun], base_scores: Sequence[Scores]) -> dict[str, Any]:
+def build_report(results: Sequence[ArmResult], bases: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
     """All figures as plain values; the first arm is the reference of every difference.
 
     Args:
-        runs: every arm with every seed.
-        base_scores: of the base model without any adapter, by task.
+        results: every arm with every seed.
+        bases: scores of the base models without adapters, by task, and a name for each.
+    Raises: InputError: as `check_conditions`.
     """
-    check_identical_conditions(runs)
-    names = list(dict.fromkeys(run.arm for run in runs))
-    reference = names[0]
-    tasks = [scores.task for scores in runs[0].scores]
+    check_conditions([result.run for result in results], [result.manifest for result in results])
+    arms: dict[str, list[ArmResult]] = {}
+    for result in results:
+        arms.setdefault(result.run.arm, []).append(result)
+    reference = results[0]
+    manifests = [dotted(of_arm[0].manifest) for of_arm in arms.values()]
+    settings = differences([of_arm[0].run.config for of_arm in arms.values()])
     return {
-        "reference": reference,
-        "seeds": sorted({run.seed for run in runs}),
-        "conditions": {fact: runs[0].manifest[fact] for fact in SHARED_FACTS},
-        "versions": runs[0].manifest["versions"],
-        "git_commit": runs[0].manifest["git_commit"],
-        "machine": runs[0].manifest["machine"],
-        "base": {s.task: {"score": s.score, "stderr": s.stderr, "total": s.total} for s in base_scores},
+        "reference": reference.run.arm,
+        "seeds": sorted({result.run.seed for result in results}),
+        "conditions": {
+            field: value
+            for field, value in manifests[0].items()
+            if field in CONDITIONS and all(other.get(field) == value for other in manifests)
+        },
+        "differences": {key: dict(zip(arms, values, strict=True)) for key, values in settings.items()},
+        **{key: reference.manifest[key] for key in ("versions", "git_commit", "machine")},
+        "bases": {
+            name: {s.task: {"score": s.score, "stderr": s.stderr, "total": s.total} for s in scores}
+            for name, scores in bases.items()
+        },
         "arms": {
             name: {
-                **_costs([run for run in runs if run.arm == name]),
-                "tasks": {task: _task(runs, name, reference, task) for task in tasks},
+                **_costs(of_arm),
+                "tasks": {s.task: _task(of_arm, arms[reference.run.arm], s.task) for s in reference.scores},
             }
-            for name in names
+            for name, of_arm in arms.items()
         },
     }
 
 
-def write_report(folder: Path, runs: Sequence[ArmRun], base_scores: Sequence[Scores]) -> dict[str, Any]:
+def write_report(
+    folder: Path, results: Sequence[ArmResult], bases: Mapping[str, Sequence[Scores]]
+) -> dict[str, Any]:
     """Write report.json, report.md and comparison.png; the report."""
-    report = build_report(runs, base_scores)
+    report = build_report(results, bases)
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", markdown(report))
     several = len(report["seeds"]) > 1
-    curves = {run.arm + (f" seed {run.seed}" if several else ""): run.steps for run in runs}
-    task = next(iter(report["base"]))
-    scores = {BASE: (report["base"][task]["score"], report["base"][task]["stderr"])}
-    for name, arm in report["arms"].items():
-        scores[name] = (arm["tasks"][task]["score"], arm["tasks"][task]["stderr"])
-    plot_comparison(curves, scores, folder / "comparison.png", f"{' against '.join(report['arms'])}: {task}")
+    curves = {r.run.arm + (f" seed {r.run.seed}" if several else ""): r.steps for r in results}
+    task = results[0].scores[0].task
+    of_arms = {name: arm["tasks"][task] for name, arm in report["arms"].items()}
+    of_bases = {name: tasks[task] for name, tasks in report["bases"].items()}
+    title = f"{' against '.join(report['arms'])}: {task}"
+    plot_comparison(curves, of_bases, of_arms, folder / "comparison.png", title)
     return report
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as a page with one table a task and one of costs."""
+    """The report as a page: what the arms differ in, a table for each task, and one of costs."""
     arms = report["arms"]
-    conditions = report["conditions"]
+    same = [text.format(report["conditions"][k]) for k, text in _SHOWN.items() if k in report["conditions"]]
     lines = [
         f"# {' against '.join(arms)}",
         "",
-        f"Same base ({conditions['base']['parameters']:,} parameters), "
-        f"{conditions['data']['train']} training examples in the same order, "
-        f"{conditions['steps']} steps, same initial A, "
-        f"seeds {', '.join(map(str, report['seeds']))}.",
+        f"The same in all arms: {', '.join(same)}. Seeds: {', '.join(map(str, report['seeds']))}.",
+        "",
     ]
-    for task, base in report["base"].items():
-        rows = [["base, no adapter", f"{100 * base['score']:.1f} ± {100 * base['stderr']:.1f}", "", ""]]
+    rows = [["trained", *(arm["trained"] for arm in arms.values())]]
+    for key, values in report["differences"].items():
+        rows.append([key, *(v if isinstance(v, str) else json.dumps(v) for v in values.values())])
+    lines.append(_table(rows, ["", *arms]))
+    for task, reference in arms[report["reference"]]["tasks"].items():
+        rows = [[f"{name}, no adapter", _percent(of[task]), "", ""] for name, of in report["bases"].items()]
         for name, arm in arms.items():
             entry = arm["tasks"][task]
             delta = entry.get("difference")
             versus = "" if delta is None else f"{delta['points']:+.1f} ± {delta['stderr']:.1f}"
-            p_value = "" if delta is None else f"{delta['p_value']:.3f}"
-            rows.append([name, f"{100 * entry['score']:.1f} ± {100 * entry['stderr']:.1f}", versus, p_value])
+            rows.append([name, _percent(entry), versus, "" if delta is None else f"{delta['p_value']:.3f}"])
         headers = ["arm", "exact match %", f"minus {report['reference']}, points", "p"]
-        title = f"## {task}, {base['total']} questions"
-        lines += ["", title, "", tabulate(rows, headers, tablefmt="github", disable_numparse=True)]
+        lines += ["", f"## {task}, {reference['total']} questions", "", _table(rows, headers)]
     rows = [
         [
             name,
@@ -140,18 +141,26 @@ def markdown(report: dict[str, Any]) -> str:
         for name, arm in arms.items()
     ]
     headers = ["arm", "trained parameters", "final loss", "seconds/step", "tokens/s", "peak memory GiB"]
-    lines += ["", "## Cost", "", tabulate(rows, headers, tablefmt="github", disable_numparse=True)]
-    lines += ["", "![loss and exact match](comparison.png)", ""]
+    lines += ["", "## Cost", "", _table(rows, headers), "", "![loss and exact match](comparison.png)", ""]
     return "\n".join(lines)
 
 
-def _costs(runs: Sequence[ArmRun]) -> dict[str, Any]:
-    steps = [m for run in runs for m in run.steps]
-    tail = [m.loss for run in runs for m in run.steps[-max(1, len(run.steps) // 10) :]]
+def _percent(entry: Mapping[str, float]) -> str:
+    return f"{100 * entry['score']:.1f} ± {100 * entry['stderr']:.1f}"
+
+
+def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _costs(of_arm: Sequence[ArmResult]) -> dict[str, Any]:
+    steps = [m for result in of_arm for m in result.steps]
+    tail = [m.loss for result in of_arm for m in result.steps[-max(1, len(result.steps) // 10) :]]
+    config = of_arm[0].run.config
     return {
-        "method": runs[0].method,
-        "runs": [str(run.directory) for run in runs],
-        "trainable_parameters": runs[0].manifest["trainable_parameters"],
+        "trained": describe(config.model.quantization, config.adapter, config.training.mode),
+        "runs": [str(result.run.directory.path) for result in of_arm],
+        "trainable_parameters": of_arm[0].manifest["trainable_parameters"],
         "final_loss": statistics.fmean(tail),
         "seconds_per_step": statistics.median(m.seconds for m in steps),
         "tokens_per_second": sum(m.tokens for m in steps) / sum(m.seconds for m in steps),
@@ -159,31 +168,29 @@ def _costs(runs: Sequence[ArmRun]) -> dict[str, Any]:
     }
 
 
-def _task(runs: Sequence[ArmRun], name: str, reference: str, task: str) -> dict[str, Any]:
-    correct_SQ = _correct(runs, name, task)
+def _task(of_arm: Sequence[ArmResult], of_reference: Sequence[ArmResult], task: str) -> dict[str, Any]:
+    of_seeds = [_scores(result, task) for result in of_arm]
+    correct_SQ = [_correct(scores) for scores in of_seeds]
     mean, stderr = mean_and_stderr(correct_SQ)
     entry: dict[str, Any] = {
         "score": mean,
         "stderr": stderr,
-        "total": len(correct_SQ[0]),
-        "by_seed": [sum(correct) / len(correct) for correct in correct_SQ],
-        "scorers": [
-            {scorer: result.score for scorer, result in _scores(run, task).per_scorer.items()}
-            for run in runs
-            if run.arm == name
-        ],
+        "total": of_seeds[0].total,
+        "by_seed": [scores.score for scores in of_seeds],
+        "scorers": [{name: r.score for name, r in scores.per_scorer.items()} for scores in of_seeds],
     }
-    if name != reference:
-        entry["difference"] = asdict(paired_over_seeds(correct_SQ, _correct(runs, reference, task)))
+    if of_arm is not of_reference:
+        reference_SQ = [_correct(_scores(result, task)) for result in of_reference]
+        entry["difference"] = asdict(paired_over_seeds(correct_SQ, reference_SQ))
     return entry
 
 
-def _correct(runs: Sequence[ArmRun], name: str, task: str) -> list[list[bool]]:
-    return [[p.correct for p in _scores(run, task).predictions] for run in runs if run.arm == name]
+def _scores(result: ArmResult, task: str) -> Scores:
+    return next(scores for scores in result.scores if scores.task == task)
 
 
-def _scores(run: ArmRun, task: str) -> Scores:
-    return next(scores for scores in run.scores if scores.task == task)
+def _correct(scores: Scores) -> list[bool]:
+    return [prediction.correct for prediction in scores.predictions]
 
 
 @dataclass(frozen=True)
@@ -191,10 +198,10 @@ class Difference:
     """An arm minus the reference arm, on the same questions.
 
     Attributes:
-        points: paired_over_seeds of exact match in percentage points.
+        points: difference of exact match in percentage points.
         stderr: its standard error in points, over questions.
-        p_value: two-sided, of "no paired_over_seeds": exact McNemar with one seed, else from the
-            normal distribution of the mean over questions.
+        p_value: two-sided, of "no difference": exact McNemar with one seed, else from the normal distribution
+            of the mean over questions.
     """
 
     points: float
@@ -211,9 +218,8 @@ def mean_and_stderr(correct_SQ: Sequence[Sequence[bool]]) -> tuple[float, float]
     Args:
         correct_SQ: S seeds, Q questions.
     """
-    per_question = _over_seeds(correct_SQ)
-    mean = sum(per_question) / len(per_question)
-    return mean, _stderr(per_question, mean)
+    score_Q = np.mean(correct_SQ, axis=0)
+    return float(score_Q.mean()), float(score_Q.std() / math.sqrt(len(score_Q)))
 
 
 def paired_over_seeds(arm_SQ: Sequence[Sequence[bool]], reference_SQ: Sequence[Sequence[bool]]) -> Difference:
@@ -224,16 +230,9 @@ def paired_over_seeds(arm_SQ: Sequence[Sequence[bool]], reference_SQ: Sequence[S
     if len(arm_SQ) == 1:
         paired = paired_difference(arm_SQ[0], reference_SQ[0])
         return Difference(100 * paired.difference, 100 * paired.stderr, paired.p_value)
-    deltas = [a - b for a, b in zip(_over_seeds(arm_SQ), _over_seeds(reference_SQ), strict=True)]
-    mean = sum(deltas) / len(deltas)
-    stderr = _stderr(deltas, mean)
+    if np.shape(arm_SQ) != np.shape(reference_SQ):
+        raise ValueError(f"answers of shape {np.shape(arm_SQ)} compared with {np.shape(reference_SQ)}")
+    delta_Q = np.mean(arm_SQ, axis=0) - np.mean(reference_SQ, axis=0)
+    mean, stderr = float(delta_Q.mean()), float(delta_Q.std() / math.sqrt(len(delta_Q)))
     p_value = math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else float(mean == 0)
     return Difference(100 * mean, 100 * stderr, p_value)
-
-
-def _over_seeds(correct_SQ: Sequence[Sequence[bool]]) -> list[float]:
-    return [sum(answers) / len(answers) for answers in zip(*correct_SQ, strict=True)]
-
-
-def _stderr(values: Sequence[float], mean: float) -> float:
-    return math.sqrt(sum((v - mean) ** 2 for v in values)) / len(values)

@@ -96,15 +96,29 @@ def load_model(
     Raises: InputError: as `build_model` and `adapt`; on all ranks where it happened to one.
         CheckpointError: a file became shorter.
     """
+    meta, report = build_adapted(checkpoint, settings, context, adapt)
+    _WeightLoader(meta, context).run(context.is_main if progress is None else progress)
+    reset_adapters(meta.model, context)
+    return meta.model, report
+
+
+def build_adapted(
+    checkpoint: Checkpoint,
+    settings: ModelConfig,
+    context: DistributedContext,
+    adapt: Callable[[PreTrainedModel], T],
+) -> tuple[MetaModel, T]:
+    """Build, inject and shard on the meta device, as `load_model` does before it reads a weight.
+
+    Args, Raises: as `load_model`.
+    """
     with context.raise_on_all_ranks():
         meta = build_model(
             checkpoint, compute_dtype(settings.dtype, context.device), Quantization.of(settings)
         )
         report = adapt(meta.model)
         shard_model(meta.model, context)
-    _WeightLoader(meta, context).run(context.is_main if progress is None else progress)
-    reset_adapters(meta.model, context)
-    return meta.model, report
+    return meta, report
 
 
 def load_with_adapter(

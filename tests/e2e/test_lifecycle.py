@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,37 +146,6 @@ def test_every_choice_on_the_axes_goes_the_whole_way(tiny_model_folder, tmp_path
     assert "verified: plain transformers loads it" in capsys.readouterr().out
     onto = ["--run", str(run), "--output", str(tmp_path / "original"), "--onto", "original"]
     assert run_command("export", onto) == (2 if METHODS[method].full else 0)
-
-
-def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_folder, tmp_path, capsys):
-    """Catches: arms with other data, order or initial A; a report without its parts."""
-    tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=4)
-    tree["training"]["max_steps"] = 3
-    write_config(tmp_path, tree, "base.yaml")
-    comparison = {
-        "base": "base.yaml",
-        "arms": [{"name": "qlora", "set": {"adapter.dora": False}}, {"name": "qdora"}],
-        "seeds": [0, 1],
-        "set": {"evaluation.limit": 6},
-        "output": {"dir": str(tmp_path / "comparison")},
-    }
-    config = tmp_path / "compare.yaml"
-    config.write_text(yaml.safe_dump(comparison))
-    wrong = ["--config", str(config), "--set", "set={model.path: /nowhere/at-all}"]
-    assert run_command("compare", wrong) == 2
-    assert not (tmp_path / "comparison").exists()
-    assert run_command("compare", ["--config", str(config)]) == 0
-    folder = tmp_path / "comparison"
-    assert {"report.json", "report.md", "comparison.png"} <= {p.name for p in folder.iterdir()}
-    report = json.loads((folder / "report.json").read_text())
-    assert report["arms"].keys() == {"qlora", "qdora"}
-    assert report["arms"]["qdora"]["tasks"]["sums"]["difference"].keys() == {"points", "stderr", "p_value"}
-    extra = report["arms"]["qdora"]["trainable_parameters"] - report["arms"]["qlora"]["trainable_parameters"]
-    assert extra == 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
-    assert "| qdora" in (folder / "report.md").read_text()
-    assert run_command("compare", ["--config", str(config)]) == 2
-    assert "already holds a comparison" in capsys.readouterr().err
-    assert run_command("compare", ["--config", str(config), "--resume"]) == 0
 
 
 @pytest.mark.real_model

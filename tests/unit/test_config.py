@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 
-from qdora.config import AdapterConfig, CompareConfig
+from qdora.config import AdapterConfig
 from qdora.config_file import apply_overrides, dump_config, load_config
 from qdora.errors import InputError
+from qdora.experiments.arms import CompareConfig
 
 TREE = {
     "model": {"path": "x"},
@@ -294,7 +295,7 @@ def test_the_dump_of_a_comparison_reads_back(tmp_path):
     text = """
         base: b.yaml
         set: {training.learning_rate: 1e-5, adapter.targets: [q_proj]}
-        arms: [{name: a, method: qlora}, {name: b, method: qdora}]
+        arms: [{name: a, set: {adapter.dora: false}}, {name: b, may_differ: [adapter]}]
         output: {dir: r}
     """
     config = load_config(write(tmp_path, text), [], CompareConfig)
@@ -305,10 +306,20 @@ def test_the_dump_of_a_comparison_reads_back(tmp_path):
 @pytest.mark.parametrize(
     ("arms", "message"),
     [
-        ("[{name: a, method: qlora}]", "arms: .*at least 2 items"),
-        ("[{name: a, method: qlora}, {name: a, method: qdora}]", "arm names repeat: a"),
-        ("[{name: a/b, method: qlora}, {name: c, method: qdora}]", "arms.0.name: .*pattern"),
-        ("[{name: a, methd: qlora}, {name: c, method: qdora}]", "unknown key 'arms.0.methd'.*'method'"),
+        ("[{name: a}]", "arms: .*at least 2 items"),
+        ("[{name: a}, {name: a, set: {adapter.dora: false}}]", "arm names repeat: a"),
+        ("[{name: a/b}, {name: c}]", "arms.0.name: .*pattern"),
+        ("[{name: a, sett: {}}, {name: c}]", "unknown key 'arms.0.sett'.*did you mean 'set'"),
+        ("[{name: a, method: qlora}, {name: c}]", "'arms.0.method' is now set, .* adapter.dora: false"),
+        ("[{name: a, set: {training.seed: 3}}, {name: c}]", "arm 'a' sets training.seed, .*; use seeds"),
+        ("[{name: a, set: {training: {seed: 3}}}, {name: c}]", "arm 'a' sets training.seed, .*; use seeds"),
+        ("[{name: a, set: {output.dir: r}}, {name: c}]", "arm 'a' sets output, .*; use output of the comp"),
+        ("[{name: a, set: {evaluation.limit: 9}}, {name: c}]", "evaluation.limit, .* the same questions"),
+        (
+            "[{name: a, set: {adapter.r: 8, model.dtype: float32}, may_differ: [adapter]}, {name: c}]",
+            "arm 'a' sets model.dtype; its may_differ covers only: adapter",
+        ),
+        ("[{name: a}, {name: c}]\nseeds: [1, 2, 1]", "seeds repeat: 1"),
     ],
 )
 def test_arms_that_make_no_comparison_are_refused(tmp_path, arms, message):

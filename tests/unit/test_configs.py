@@ -11,15 +11,18 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from qdora import config as schema
-from qdora.commands.compare import arm_config
-from qdora.config import CompareConfig, RunConfig, Section
+from qdora.config import RunConfig, Section
 from qdora.config_file import load_config, read_yaml
 from qdora.errors import InputError
+from qdora.experiments import arms
+from qdora.experiments.arms import CompareConfig, expand
 from qdora.tasks import TASKS, check_data
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-SECTIONS = [v for v in vars(schema).values() if inspect.isclass(v) and issubclass(v, Section)]
+SECTIONS = [
+    v for v in {**vars(schema), **vars(arms)}.values() if inspect.isclass(v) and issubclass(v, Section)
+]
 HEADINGS = {
     "A run": schema.RunConfig,
     "model": schema.ModelConfig,
@@ -30,8 +33,8 @@ HEADINGS = {
     "training": schema.TrainingConfig,
     "evaluation": schema.EvaluationConfig,
     "output": schema.OutputConfig,
-    "A comparison": schema.CompareConfig,
-    "An arm of a comparison": schema.ArmConfig,
+    "A comparison": arms.CompareConfig,
+    "An arm of a comparison": arms.ArmConfig,
 }
 
 
@@ -68,15 +71,14 @@ def test_runs_parse(path):
 def test_comparisons_parse_with_their_base_and_every_arm(path):
     """Catches: a comparison whose base is gone, or an arm that its base refuses."""
     comparison = load_config(path, [], CompareConfig)
-    tree = read_yaml(path.parent / comparison.base)
-    for seed in comparison.seeds:
-        for arm in comparison.arms:
-            one = arm_config(tree, comparison, arm, seed)
-            assert isinstance(one, RunConfig)
-            assert (one.adapter.method, one.training.seed) == (arm.method, seed)
-            for key, value in comparison.set.items():
-                section, leaf = key.split(".")
-                assert getattr(getattr(one, section), leaf) == value
+    runs = expand(read_yaml(path.parent / comparison.base), comparison)
+    pairs = [(seed, arm) for seed in comparison.seeds for arm in comparison.arms]
+    assert [(run.seed, run.arm) for run in runs] == [(seed, arm.name) for seed, arm in pairs]
+    for (seed, arm), run in zip(pairs, runs, strict=True):
+        assert run.config.training.seed == seed
+        for key, value in {**comparison.set, **arm.set}.items():
+            section, leaf = key.split(".")
+            assert getattr(getattr(run.config, section), leaf) == value
 
 
 @pytest.mark.parametrize("path", named("accelerate"), ids=name)

@@ -8,16 +8,13 @@ import pytest
 
 from qdora.errors import InputError
 from qdora.evaluation.scores import Prediction, Scores, summarize
-from qdora.experiments.report import (
-    SHARED_FACTS,
-    ArmRun,
-    build_report,
-    check_identical_conditions,
-    write_report,
-)
+from qdora.experiments.arms import CONDITIONS, ArmRun
+from qdora.experiments.report import ArmResult, build_report, write_report
 from qdora.tasks import task_for
 from qdora.tasks.scoring import Verdict
 from qdora.training.metrics import StepMetrics
+
+from .runs import manifest_of, run_config
 
 
 def scores(answers: str) -> Scores:
@@ -29,24 +26,20 @@ def scores(answers: str) -> Scores:
     return summarize(task_for("gsm8k"), [prediction(n, a == "T") for n, a in enumerate(answers)], {}, 2.0)
 
 
-def arm(name: str, answers: str, seed: int = 0, loss: float = 1.0, **changes) -> ArmRun:
-    facts = {fact: {"of": seed} for fact in SHARED_FACTS} | {
-        "base": {"parameters": 1234567},
-        "data": {"train": 40},
-        "steps": 20,
-        "versions": {"torch": "2"},
-        "git_commit": None,
-        "machine": {},
-        "trainable_parameters": 4321,
-    }
+def arm(
+    name: str, answers: str, seed: int = 0, loss: float = 1.0, settings: dict | None = None, **changes
+) -> ArmResult:
+    """An arm that was trained with the settings, and whose manifest has some other fields."""
     steps = [StepMetrics(n, loss + 20 - n, 1e-4, 1.0, 100 * n, 1.0, 1 << 30, 0.5) for n in range(1, 21)]
-    return ArmRun(name, name, seed, f"runs/{name}-{seed}", facts | changes, steps, [scores(answers)])
+    run = ArmRun(name, seed, run_config(settings or {}, seed))
+    return ArmResult(run, manifest_of(changes, seed), steps, [scores(answers)])
 
 
 def test_files_and_figures(tmp_path):
-    """Catches: an arm left out, the difference taken the wrong way round, a mean over the whole loss curve."""  # noqa: E501
-    runs = [arm("qlora", "TFFFFF"), arm("qdora", "TTTTFF", loss=0.5)]
-    report = write_report(tmp_path, runs, [scores("FFFFFT")])
+    """Catches: an arm left out, the difference taken the wrong way round, a mean over all of the loss curve."""  # noqa: E501
+    plain = {"adapter.dora": False, "adapter.targets": ["q_proj", "v_proj"]}
+    runs = [arm("qlora", "TFFFFF", settings=plain), arm("qdora", "TTTTFF", loss=0.5)]
+    report = write_report(tmp_path, runs, {"base": [scores("FFFFFT")]})
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
     assert report["reference"] == "qlora"
     assert "difference" not in report["arms"]["qlora"]["tasks"]["gsm8k"]
@@ -58,23 +51,45 @@ def test_files_and_figures(tmp_path):
     page = (tmp_path / "report.md").read_text()
     for words in ("# qlora against qdora", "1,234,567", "66.7 ± 19.2", "+50.0", "0.250", "4,321", "0.50"):
         assert words in page, words
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    assert ["trained", "nf4 + lora", "nf4 + lora + dora"] in cells
+    assert ["adapter.dora", "false", "true"] in cells
+    assert report["differences"]["adapter.targets"]["qlora"] == ["q_proj", "v_proj"]
+    assert report["differences"].keys() == plain.keys()
+    assert "initial A" in page
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_seeds_are_averaged(tmp_path):
     """Catches: one seed reported for all, seeds of different arms paired across each other."""
     runs = [arm("a", "TFFF", 0), arm("b", "TTTF", 0), arm("a", "FFFF", 1), arm("b", "TTTT", 1)]
-    report = build_report(runs, [scores("FFFF")])
+    report = build_report(runs, {"base": [scores("FFFF")]})
     assert report["seeds"] == [0, 1]
     assert report["arms"]["b"]["tasks"]["gsm8k"]["by_seed"] == [0.75, 1.0]
     assert report["arms"]["b"]["tasks"]["gsm8k"]["score"] == pytest.approx(0.875)
     assert report["arms"]["b"]["tasks"]["gsm8k"]["difference"]["points"] == pytest.approx(75)
 
 
-@pytest.mark.parametrize("fact", SHARED_FACTS)
+@pytest.mark.parametrize("fact", CONDITIONS)
 def test_other_conditions_are_refused_by_name(fact):
     """Catches: arms compared that did not see the same base, data, order, steps or initial A."""
-    runs = [arm("a", "TF"), arm("b", "TF", **{fact: "other"})]
+    results = [arm("a", "TF"), arm("b", "TF", **{fact: "other"})]
     with pytest.raises(InputError, match=rf"arms 'a' and 'b' differ in {fact}: .*'other'"):
-        check_identical_conditions(runs)
-    check_identical_conditions([arm("a", "TF"), arm("b", "TF", trainable_parameters=5)])
+        build_report(results, {})
+    build_report([arm("a", "TF"), arm("b", "TF", trainable_parameters=5)], {})
+
+
+def test_what_differs_is_not_called_the_same(tmp_path):
+    """Catches: a page that says "same initial A" of arms of two ranks, or one base of two."""
+    results = [
+        arm("r8", "TF", settings={"adapter.r": 8}),
+        arm("r64-16bit", "TF", settings={"model.quantization": "none"}, initial_a="other"),
+    ]
+    bases = {"base of r8": [scores("FF")], "base of r64-16bit": [scores("FT")]}
+    report = write_report(tmp_path, results, bases)
+    assert "initial_a" not in report["conditions"]
+    page = (tmp_path / "report.md").read_text()
+    assert "initial A" not in page
+    assert "base of r8, no adapter" in page
+    assert "base of r64-16bit, no adapter" in page
+    assert report["bases"]["base of r64-16bit"]["gsm8k"]["score"] == 0.5

@@ -1,0 +1,249 @@
+"""Arms of a comparison: runs that differ in declared keys and agree in all that does not follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from qdora.config import OutputConfig, RunConfig, Section
+from qdora.config_file import check_config, dotted, set_key
+from qdora.errors import InputError
+from qdora.run import RunDirectory
+from qdora.training.metrics import read_metrics
+
+_MODEL = ("model.path", "model.revision")
+_BATCHES = (*_MODEL, "data", "training.batch_size")
+_UPDATES = ("adapter.type", "adapter.init", "adapter.r", "adapter.rank_pattern", "adapter.targets")
+
+CONDITIONS: Mapping[str, Sequence[str]] = {
+    "base.fingerprint": _MODEL,
+    "base.parameters": (*_MODEL, "training.mode"),
+    "data.train": (*_MODEL, "data"),
+    "data.fingerprints.train": (*_MODEL, "data"),
+    # Every difference of scores is taken over the same questions, so no key excuses other ones.
+    "data.fingerprints.test": (),
+    "batch_order": _BATCHES,
+    "steps": (*_BATCHES, "training.max_steps", "training.epochs"),
+    "seeds.training": (),
+    "seeds.data": ("data.train.seed",),
+    "initial_a": (*_MODEL, *_UPDATES, "training.mode"),
+    "compute_dtype": ("model.dtype",),
+    "processes": (),
+}
+"""Fields of manifests on which the arms of a seed agree, unless they differ in one of these keys."""
+
+_NOT_OF_ARMS = {
+    "output": "output of the comparison",
+    "training.seed": "seeds of the comparison",
+    "evaluation.limit": "set of the comparison, since all arms answer the same questions",
+}
+"""Keys that an arm may not set, and where they belong."""
+
+_OF_COMPARISON = ("output", "training.seed")
+_OF_LAUNCH = ("compute_dtype", "processes")
+# What does not change the trained weights; a finished arm is scored again where its evaluation has changed.
+_FREE_TO_CHANGE = (
+    "evaluation",
+    *(f"training.{key}" for key in ("save_every", "keep_checkpoints", "async_checkpoints", "trackers")),
+)
+
+
+class ArmConfig(Section):
+    """One arm of a comparison: the settings in which it differs from the shared configuration."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the shared configuration by dotted key, as `--set` takes them."""
+    may_differ: tuple[str, ...] | None = None
+    """Keys or sections in which this arm may differ from the others; the keys of `set` where not given."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Keys or sections in which this arm may differ."""
+        return tuple(self.set) if self.may_differ is None else self.may_differ
+
+    @model_validator(mode="after")
+    def _sets_its_own_keys(self) -> ArmConfig:
+        for key, instead in _NOT_OF_ARMS.items():
+            if any(covers([key], found) for found in dotted(self.set)):
+                raise ValueError(f"arm {self.name!r} sets {key}, which an arm may not; use {instead}")
+        for key in self.set:
+            if not covers(self.axes, key):
+                allowed = ", ".join(self.axes) or "nothing"
+                raise ValueError(f"arm {self.name!r} sets {key}; its may_differ covers only: {allowed}")
+        return self
+
+
+class CompareConfig(Section):
+    """Arms trained under identical conditions."""
+
+    base: str
+    """The run configuration shared by all arms, relative to this file."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the shared configuration, as `--set` takes them."""
+    arms: Annotated[tuple[ArmConfig, ...], Field(min_length=2)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Each arm is trained once with each seed."""
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _distinct(self) -> CompareConfig:
+        for what, values in {"arm names": [arm.name for arm in self.arms], "seeds": self.seeds}.items():
+            repeated = sorted({str(value) for value in values if values.count(value) > 1})
+            if repeated:
+                raise ValueError(f"{what} repeat: {', '.join(repeated)}")
+        return self
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """One arm with one seed.
+
+    Attributes:
+        arm: name of the arm.
+        seed: of the training.
+        config: of the run.
+    """
+
+    arm: str
+    seed: int
+    config: RunConfig
+
+    def __str__(self) -> str:
+        return f"arm {self.arm!r}, seed {self.seed}"
+
+    @property
+    def directory(self) -> RunDirectory:
+        """Its run directory."""
+        return RunDirectory(self.config.output.dir)
+
+    def is_trained(self, steps: int) -> bool:
+        """Whether its directory has the adapter and the metrics of all steps."""
+        try:
+            self.directory.finished_adapter()
+            done = read_metrics(self.directory.metrics_file)
+        except (InputError, FileNotFoundError):
+            return False
+        return len(done) == steps
+
+
+def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:
+    """The runs of a comparison, seed by seed.
+
+    Args:
+        tree: the shared configuration, before it is checked.
+    Raises: InputError: a run's configuration is wrong, or arms differ in keys in which they may not.
+    """
+    runs = [
+        ArmRun(arm.name, seed, arm_config(tree, config, arm, seed))
+        for seed in config.seeds
+        for arm in config.arms
+    ]
+    first, of_first = config.arms[0], runs[0]
+    for arm, run in zip(config.arms[1:], runs[1:], strict=False):  # of the first seed
+        axes = {*first.axes, *arm.axes}
+        for key, (one, other) in differences([of_first.config, run.config]).items():
+            if not covers(axes, key):
+                raise InputError(
+                    f"arms {first.name!r} and {arm.name!r} differ in {key}: {one!r} and {other!r}; they may only "
+                    f"differ in {', '.join(sorted(axes)) or 'nothing'}. Allowed: one value, or {key} in may_differ"
+                )
+    return runs
+
+
+def arm_config(tree: Mapping[str, Any], config: CompareConfig, arm: ArmConfig, seed: int) -> RunConfig:
+    """The configuration of one run: the shared one, the arm's settings, the seed, a folder of its own.
+
+    Raises: InputError: the shared configuration or a setting is wrong; the arm is named.
+    """
+    own = deepcopy(dict(tree))
+    given = {
+        "training.seed": seed,
+        "output.dir": str(Path(config.output.dir) / f"{arm.name}-seed{seed}"),
+        "output.overwrite": config.output.overwrite,
+    }
+    try:
+        for key, value in {**config.set, **arm.set, **given}.items():
+            set_key(own, key, deepcopy(value))
+    except InputError as error:
+        raise InputError(f"arm {arm.name!r}: {error}") from None
+    return check_config(own, RunConfig, f"{config.base} with arm {arm.name!r}")
+
+
+def covers(keys: Iterable[str], key: str) -> bool:
+    """Whether a dotted key is one of some keys, or lies in a section that is."""
+    return any(f"{key}.".startswith(f"{one}.") for one in keys)
+
+
+def differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
+    """Values by dotted key, of the keys in which configurations differ; seed and output are left out."""
+    flat = [dotted(config.model_dump(mode="json")) for config in configs]
+    found = {key: [one.get(key) for one in flat] for key in dict.fromkeys(key for one in flat for key in one)}
+    return {
+        key: values
+        for key, values in found.items()
+        if any(value != values[0] for value in values) and not covers(_OF_COMPARISON, key)
+    }
+
+
+def check_conditions(runs: Sequence[ArmRun], manifests: Sequence[Mapping[str, Any]]) -> None:
+    """The arms of a seed agree in base, data, order, steps and initial A, or a key that differs decides it.
+
+    Args:
+        manifests: of the runs; a field that is None is not known yet.
+    Raises: InputError: they do not; the field, both arms and the values are named.
+    """
+    of_seeds: dict[int, tuple[ArmRun, Mapping[str, Any]]] = {}
+    for run, manifest in zip(runs, manifests, strict=True):
+        first, of_first = of_seeds.setdefault(run.seed, (run, manifest))
+        keys = differences([first.config, run.config])
+        for field, (one, other) in _unequal(of_first, manifest).items():
+            excuses = CONDITIONS[field]
+            if not any(covers(excuses, key) for key in keys):
+                allowed = f"only arms that differ in {', '.join(excuses)} may" if excuses else "no arms may"
+                raise InputError(
+                    f"arms {first.arm!r} and {run.arm!r} differ in {field}: {one!r} and {other!r}, with seed "
+                    f"{run.seed}; {allowed}"
+                )
+
+
+def resumed_manifest(run: ArmRun, planned: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The manifest of a finished run; of another the one that is planned, which it must go on under.
+
+    A finished run may have been trained by other processes.
+
+    Args:
+        planned: the manifest that the run would have now.
+    Raises: InputError: the run was started with another configuration, data or launch; what differs is named.
+    """
+    directory = run.directory
+    if not directory.config_file.is_file():
+        return planned
+    changed = {
+        key: values
+        for key, values in differences([directory.config(), run.config]).items()
+        if not covers(_FREE_TO_CHANGE, key)
+    }
+    finished = run.is_trained(planned["steps"])
+    if finished or any(directory.checkpoints.glob("step-*")):
+        unequal = _unequal(directory.manifest(), planned)
+        changed |= {key: unequal[key] for key in unequal if not (finished and key in _OF_LAUNCH)}
+    if changed:
+        found = "; ".join(f"{key} was {was!r}, is {now!r}" for key, (was, now) in changed.items())
+        raise InputError(
+            f"{run}: {directory.path} was started with other settings: {found}. Resume with those, take "
+            f"another output.dir, or start anew without --resume and with --set output.overwrite=true"
+        )
+    return directory.manifest() if finished else planned
+
+
+def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The values of the conditions that are known of two manifests and differ."""
+    a, b = dotted(one), dotted(other)
+    found = {field: [a.get(field), b.get(field)] for field in CONDITIONS}
+    return {field: values for field, values in found.items() if None not in values and values[0] != values[1]}
