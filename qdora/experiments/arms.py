@@ -149,9 +149,10 @@ def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:
         axes = {*first.axes, *arm.axes}
         for key, (one, other) in differences([of_first.config, run.config]).items():
             if not covers(axes, key):
+                allowed = ", ".join(sorted(axes)) or "nothing"
                 raise InputError(
-                    f"arms {first.name!r} and {arm.name!r} differ in {key}: {one!r} and {other!r}; they may only "
-                    f"differ in {', '.join(sorted(axes)) or 'nothing'}. Allowed: one value, or {key} in may_differ"
+                    f"arms {first.name!r} and {arm.name!r} differ in {key}: {one!r} and {other!r}; they may "
+                    f"differ in {allowed}. Give both the same, or name it in may_differ"
                 )
     return runs
 

@@ -3,35 +3,66 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from qdora.cli import run_command
+from qdora.commands import train
+from qdora.evaluation import evaluate
+from qdora.training.loop import Trainer
 
-from .runs import tiny_tree, write_config
+from .runs import ROOT, metrics, tiny_tree, write_config
 
 pytestmark = pytest.mark.e2e
 
 
+def write_comparison(folder: Path, model: Path, arms: Sequence[dict[str, Any]], **keys: Any) -> list[str]:
+    """A comparison whose files all lie in `folder`; the options that start it."""
+    tree = tiny_tree(folder, model, max_steps=3, save_every=1)
+    write_config(folder, tree, "base.yaml")
+    shared = {"evaluation.limit": 6} | keys.pop("set", {})
+    output = {"dir": str(folder / "comparison")}
+    comparison = {"base": "base.yaml", "arms": list(arms), "set": shared, "output": output, **keys}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(comparison))
+    return ["--config", str(folder / "compare.yaml")]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter[str]:
+    """How often a run is trained, an answer generated, a weight read."""
+    counted: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            counted[name] += 1
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(Trainer, "run")
+    count(Trainer, "_step")
+    count(train, "load_model")
+    count(evaluate, "load_with_adapter")
+    count(evaluate, "generate")
+    return counted
+
+
 def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_folder, tmp_path, capsys):
     """Catches: arms with other data, order or initial A; a report without its parts."""
-    tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=4)
-    tree["training"]["max_steps"] = 3
-    write_config(tmp_path, tree, "base.yaml")
-    comparison = {
-        "base": "base.yaml",
-        "arms": [{"name": "qlora", "set": {"adapter.dora": False}}, {"name": "qdora"}],
-        "seeds": [0, 1],
-        "set": {"evaluation.limit": 6},
-        "output": {"dir": str(tmp_path / "comparison")},
-    }
-    config = tmp_path / "compare.yaml"
-    config.write_text(yaml.safe_dump(comparison))
-    wrong = ["--config", str(config), "--set", "set={model.path: /nowhere/at-all}"]
-    assert run_command("compare", wrong) == 2
+    arms = {"name": "qlora", "set": {"adapter.dora": False}}, {"name": "qdora"}
+    words = write_comparison(tmp_path, tiny_model_folder, arms, seeds=[0, 1])
+    assert run_command("compare", [*words, "--set", "set={model.path: /nowhere/at-all}"]) == 2
     assert not (tmp_path / "comparison").exists()
-    assert run_command("compare", ["--config", str(config)]) == 0
+    assert run_command("compare", words) == 0
     folder = tmp_path / "comparison"
     assert {"report.json", "report.md", "comparison.png"} <= {p.name for p in folder.iterdir()}
     report = json.loads((folder / "report.json").read_text())
@@ -40,6 +71,139 @@ def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_fo
     extra = report["arms"]["qdora"]["trainable_parameters"] - report["arms"]["qlora"]["trainable_parameters"]
     assert extra == 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
     assert "| qdora" in (folder / "report.md").read_text()
-    assert run_command("compare", ["--config", str(config)]) == 2
+    assert report["differences"] == {"adapter.dora": {"qlora": False, "qdora": True}}
+    assert {"base.fingerprint", "batch_order", "steps", "initial_a"} <= report["conditions"].keys()
+    assert run_command("compare", words) == 2
     assert "already holds a comparison" in capsys.readouterr().err
-    assert run_command("compare", ["--config", str(config), "--resume"]) == 0
+    assert run_command("compare", [*words, "--resume"]) == 0
+
+
+def test_dora_on_16_bits_against_qdora(tiny_model_folder, tmp_path):
+    """Catches: arms that cannot differ in quantization; one base scored for both, or called the same."""
+    write_comparison(tmp_path, tiny_model_folder, ())
+    words = ["--config", str(ROOT / "configs" / "compare" / "dora-against-qdora.yaml")]
+    words += ["--set", f"base={tmp_path / 'base.yaml'}", "--set", f"output.dir={tmp_path / 'comparison'}"]
+    assert run_command("compare", [*words, "--set", "set={evaluation.limit: 4}"]) == 0
+    report = json.loads((tmp_path / "comparison" / "report.json").read_text())
+    assert report["reference"] == "dora"
+    assert [arm["trained"] for arm in report["arms"].values()] == ["none + lora + dora", "nf4 + lora + dora"]
+    assert report["differences"] == {"model.quantization": {"dora": "none", "qdora": "nf4"}}
+    assert report["bases"].keys() == {"base of dora", "base of qdora"}
+    assert {p.name for p in (tmp_path / "comparison" / "base").iterdir()} == {"dora", "qdora"}
+    first, second = (metrics(tmp_path / "comparison" / f"{arm}-seed0") for arm in ("dora", "qdora"))
+    assert [m["loss"] for m in first] != [m["loss"] for m in second]
+    page = (tmp_path / "comparison" / "report.md").read_text()
+    assert "same in all arms: base, " in page
+    assert "initial A" in page
+
+
+def test_ranks_rates_data_and_modes_in_one_comparison(tiny_model_folder, tmp_path, calls):
+    """Catches: an arm refused for what it is to differ in; one base scored once for each arm."""
+    full = {"training.mode": "full", "adapter": {"type": "none", "dora": False}, "model.quantization": "none"}
+    arms = [
+        {"name": "r4"},
+        {"name": "r8-hot", "set": {"adapter.r": 8, "training.learning_rate": 5e-3}},
+        {"name": "half", "set": {"data.train.limit": 48}},
+        {"name": "vera", "set": {"adapter.type": "vera", "adapter.r": 16}},
+        {"name": "pissa", "set": {"adapter.init": "pissa"}},
+        {"name": "full", "set": full},
+        {"name": "full-nf4", "set": {**full, "evaluation.quantization": "nf4"}},
+    ]
+    assert run_command("compare", write_comparison(tmp_path, tiny_model_folder, arms)) == 0
+    report = json.loads((tmp_path / "comparison" / "report.json").read_text())
+    assert report["differences"]["adapter.r"] == {
+        **dict.fromkeys(("r4", "half", "pissa"), 4),
+        "r8-hot": 8,
+        "vera": 16,
+        "full": 16,
+        "full-nf4": 16,
+    }
+    assert report["differences"]["data.train.limit"]["half"] == 48
+    assert report["bases"].keys() == {"base of r4, r8-hot, half, vera, pissa", "base of full, full-nf4"}
+    assert calls["load_with_adapter"] == 2 + len(arms)
+    assert report["conditions"].keys() & {"initial_a", "batch_order", "base.parameters"} == set()
+
+
+def test_resume_repeats_nothing_that_is_finished(tiny_model_folder, tmp_path, calls, capsys):
+    """Catches: a finished arm trained, loaded or scored again; one that was cut short left as it is."""
+    arms = [{"name": "a", "set": {"adapter.r": 2}}, {"name": "b"}]
+    words = write_comparison(tmp_path, tiny_model_folder, arms)
+    folder = tmp_path / "comparison"
+    assert run_command("compare", words) == 0
+    assert calls["run"] == calls["load_model"] == 2
+    assert calls["load_with_adapter"] == 3  # one base, two arms
+    report, curve = (folder / "report.json").read_bytes(), metrics(folder / "b-seed0")
+    (folder / "report.json").unlink()
+
+    calls.clear()
+    assert run_command("compare", [*words, "--resume"]) == 0
+    assert not calls
+    assert (folder / "report.json").read_bytes() == report
+
+    # Cut short after step 2, as a kill leaves it.
+    run = folder / "b-seed0"
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / "step-3")
+    assert run_command("compare", [*words, "--resume"]) == 0
+    assert (calls["run"], calls["_step"], calls["load_with_adapter"]) == (1, 1, 0)  # the same adapter again
+    assert metrics(run) == curve
+
+    # Scores that somebody has written over, and another number of questions.
+    calls.clear()
+    assert run_command("evaluate", ["--run", str(run), "--limit", "2"]) == 0
+    assert run_command("compare", [*words, "--resume"]) == 0
+    assert (calls["run"], calls["load_with_adapter"]) == (0, 1 + 1)
+    assert json.loads((folder / "report.json").read_bytes())["arms"]["b"]["tasks"]["sums"]["total"] == 6
+    calls.clear()
+    assert run_command("compare", [*words, "--resume", "--set", "set={evaluation.limit: 3}"]) == 0
+    assert (calls["run"], calls["load_with_adapter"]) == (0, 3)
+
+    # Another seed and another arm; then an arm that has changed.
+    calls.clear()
+    added = write_comparison(
+        tmp_path, tiny_model_folder, [*arms, {"name": "c", "set": {"adapter.r": 1}}], seeds=[0, 1]
+    )
+    assert run_command("compare", [*added, "--resume"]) == 0
+    assert (calls["run"], calls["load_with_adapter"]) == (4, 1 + 6)
+    calls.clear()
+    capsys.readouterr()
+    changed = write_comparison(
+        tmp_path, tiny_model_folder, [{"name": "a", "set": {"adapter.r": 3}}, {"name": "b"}]
+    )
+    assert run_command("compare", [*changed, "--resume"]) == 2
+    assert "arm 'a', seed 0" in (said := capsys.readouterr().err)
+    assert "adapter.r was 2, is 3" in said
+    assert not calls
+    assert run_command("compare", [*changed, "--set", "output.overwrite=true"]) == 0
+    assert calls["run"] == 2
+
+
+DOOMED = {
+    "rank": ({"adapter.r": 65}, "arm 'b', seed 0: .*adapter.r.* 65"),
+    "target": (
+        {"adapter.targets": ["qproj"]},
+        "arm 'b', seed 0: adapter.targets: 'qproj' matches no linear layer",
+    ),
+    "length": (
+        {"data.max_length": 4096},
+        "arm 'b', seed 0: data.max_length 4096 is longer than the model's context",
+    ),
+    "questions": (
+        {"data.test.limit": 3},
+        "arms 'a' and 'b' differ in data.fingerprints.test: .* no arms may",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOOMED)
+def test_arms_that_cannot_be_compared_are_refused_before_a_weight_is_read(
+    name, tiny_model_folder, tmp_path, calls, capsys
+):
+    """Catches: an arm that is refused when it has been trained, or when the arms before it have."""
+    settings, message = DOOMED[name]
+    words = write_comparison(tmp_path, tiny_model_folder, [{"name": "a"}, {"name": "b", "set": settings}])
+    assert run_command("compare", words) == 2
+    assert not calls
+    assert not (tmp_path / "comparison").exists()
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, said), said

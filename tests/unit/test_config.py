@@ -310,7 +310,7 @@ def test_the_dump_of_a_comparison_reads_back(tmp_path):
         ("[{name: a}, {name: a, set: {adapter.dora: false}}]", "arm names repeat: a"),
         ("[{name: a/b}, {name: c}]", "arms.0.name: .*pattern"),
         ("[{name: a, sett: {}}, {name: c}]", "unknown key 'arms.0.sett'.*did you mean 'set'"),
-        ("[{name: a, method: qlora}, {name: c}]", "'arms.0.method' is now set, .* adapter.dora: false"),
+        ("[{name: a, method: qlora}, {name: c}]", "'arms.0.method' is now set, .*adapter.dora: false"),
         ("[{name: a, set: {training.seed: 3}}, {name: c}]", "arm 'a' sets training.seed, .*; use seeds"),
         ("[{name: a, set: {training: {seed: 3}}}, {name: c}]", "arm 'a' sets training.seed, .*; use seeds"),
         ("[{name: a, set: {output.dir: r}}, {name: c}]", "arm 'a' sets output, .*; use output of the comp"),
