@@ -6,21 +6,20 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qdora.commands.train import planned_manifest, read_inputs, train
-from qdora.config import RunConfig
 from qdora.config_file import config_digest, dump_config, load_config, read_yaml
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores, read_scores
-from qdora.experiments.arms import ArmRun, CompareConfig, check_conditions, expand, resumed_manifest
-from qdora.experiments.report import ArmResult, markdown, write_report
+from qdora.experiments.arms import ArmRun, CompareConfig, check_conditions, expand, resumed
+from qdora.experiments.report import markdown, write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
-from qdora.run import RunDirectory
 from qdora.tasks.prepare import PreparedData
 from qdora.training.metrics import read_metrics
 
@@ -49,59 +48,52 @@ def run(arguments: argparse.Namespace) -> None:
         )
     context = DistributedContext.from_launch()
     context.refuse_disagreement({str(run): config_digest(run.config) for run in runs})
-    planned = _plan(runs, context)
+    runs = _planned(runs, context)
     with context.raise_on_all_ranks():
         if context.is_main:
-            _open(folder, config, runs, planned, resume=arguments.resume)
-    bases = _score_bases(folder, runs, planned, context)
-    results = []
-    for run, manifest in zip(runs, planned, strict=True):
+            check_conditions(map(resumed, runs) if arguments.resume else runs)
+            _open(folder, config, runs, resume=arguments.resume)
+    bases = _score_bases(folder, runs, context)
+    done = []
+    for run in runs:
         directory = run.directory
         if context.is_main:
             print(f"\n== {run}: {directory.path}", file=sys.stderr)
-        if not context.gather([run.is_trained(manifest["steps"])])[0]:
+        if not context.gather([run.is_trained])[0]:
             train(run.config, resume="auto" if arguments.resume else None, context=context)
-        inputs = _inputs(run.config, manifest, directory.finished_adapter())
-        scores = _score(run.config, inputs, folder, directory.evaluation, context)
-        results.append(ArmResult(run, directory.manifest(), read_metrics(directory.metrics_file), scores))
+        scores = _score(run, directory.finished_adapter(), folder, directory.evaluation, context)
+        steps = read_metrics(directory.metrics_file)
+        done.append(replace(run, manifest=directory.manifest(), steps=steps, scores=scores))
     if context.is_main:
-        print(markdown(write_report(folder, results, bases)))
+        print(markdown(write_report(folder, done, bases)))
         print(f"report: {folder / 'report.json'}, {folder / 'report.md'}, {folder / 'comparison.png'}")
 
 
-def _plan(runs: Sequence[ArmRun], context: DistributedContext) -> list[dict[str, Any]]:
-    """Check every run as far as that needs no weight; the manifests that they would write.
+def _planned(runs: Sequence[ArmRun], context: DistributedContext) -> list[ArmRun]:
+    """Check every run as far as that needs no weight; the runs with the manifests that they would write.
 
     Data are read and tokenized once for each tokenizer and data section.
     """
     prepared: dict[tuple[str, str | None, str], PreparedData] = {}
-    manifests = []
+    planned = []
     for run in runs:
         key = (run.config.model.path, run.config.model.revision, config_digest(run.config.data))
         try:
             if key not in prepared:
                 with context.raise_on_all_ranks():
                     prepared[key] = read_inputs(run.config)[2]
-            manifests.append(planned_manifest(run.config, prepared[key], context))
+            manifest = planned_manifest(run.config, prepared[key], context)
         except InputError as error:
             raise InputError(f"{run}: {error}") from error
-    return manifests
+        planned.append(replace(run, manifest=manifest))
+    return planned
 
 
-def _open(
-    folder: Path,
-    config: CompareConfig,
-    runs: Sequence[ArmRun],
-    planned: Sequence[Mapping[str, Any]],
-    *,
-    resume: bool,
-) -> None:
-    """Refuse runs that cannot be compared, remove those that are replaced, save the configuration."""
-    pairs = zip(runs, planned, strict=True)
-    check_conditions(runs, [resumed_manifest(*pair) for pair in pairs] if resume else planned)
+def _open(folder: Path, config: CompareConfig, runs: Sequence[ArmRun], *, resume: bool) -> None:
+    """Save the configuration; without --resume, remove what an earlier comparison left."""
     with wrap_os_errors(folder):
         if not resume:
-            # All at once: --resume must not take a run of the comparison before for one of this comparison.
+            # All at once: a later --resume must not take a run of the earlier comparison for one of this one.
             (folder / SCORED).unlink(missing_ok=True)
             shutil.rmtree(folder / BASE, ignore_errors=True)
             for run in runs:
@@ -110,51 +102,46 @@ def _open(
 
 
 def _score_bases(
-    folder: Path, runs: Sequence[ArmRun], planned: Sequence[Mapping[str, Any]], context: DistributedContext
+    folder: Path, runs: Sequence[ArmRun], context: DistributedContext
 ) -> dict[str, list[Scores]]:
     """Score each distinct base without its adapters; a name for each, with the arms of one among several."""
     arms: dict[str, list[str]] = {}
     scores = {}
-    for run, manifest in zip(runs, planned, strict=True):
-        inputs = _inputs(run.config, manifest, None)
-        of_base = arms.setdefault(json.dumps(inputs), [])
+    for run in runs:
+        of_base = arms.setdefault(json.dumps(_inputs(run, None)), [])
         if not of_base:
-            scores[run.arm] = _score(run.config, inputs, folder, folder / BASE / run.arm, context)
+            scores[run.arm] = _score(run, None, folder, folder / BASE / run.arm, context)
         if run.arm not in of_base:
             of_base.append(run.arm)
     several = len(arms) > 1
     return {f"base of {', '.join(of)}" if several else BASE: scores[of[0]] for of in arms.values()}
 
 
-def _inputs(config: RunConfig, manifest: Mapping[str, Any], adapter: Path | None) -> dict[str, Any]:
-    """What decides the scores of a model."""
-    unused = {"every"} if adapter else {"every", "quantization"}
+def _inputs(run: ArmRun, adapter: Path | None) -> dict[str, Any]:
+    """What decides the scores of a run's base, or of its adapter."""
+    unused = {"data": {"train"}, "evaluation": {"every"} if adapter else {"every", "quantization"}}
+    kept = {"model", "data", "evaluation"}
     return {
-        "config": config.model_dump(
-            mode="json",
-            include={"model", "data", "evaluation"},
-            exclude={"data": {"train"}, "evaluation": unused},
-        ),
-        "test": manifest["data"]["fingerprints"]["test"],
+        "config": run.config.model_dump(mode="json", include=kept, exclude=unused),
+        "test": run.manifest["data"]["fingerprints"]["test"],
         "adapter": adapter and file_digest(adapter / "adapter_model.safetensors"),
     }
 
 
 def _score(
-    config: RunConfig, inputs: Mapping[str, Any], folder: Path, reports: Path, context: DistributedContext
+    run: ArmRun, adapter: Path | None, folder: Path, reports: Path, context: DistributedContext
 ) -> list[Scores]:
-    """Score a model, unless its reports are complete, as they were written, and of the same inputs.
+    """Score a run's adapter, or its base, unless the reports are complete and of the same inputs.
 
     Args:
-        inputs: of `_inputs`.
+        adapter: None scores the base.
         folder: of the comparison, which records what was scored.
         reports: folder of the reports.
     """
+    inputs, name = _inputs(run, adapter), str(reports.relative_to(folder))
     record = read_json(folder / SCORED) if (folder / SCORED).exists() else {}
-    name = str(reports.relative_to(folder))
     if not context.gather([record.get(name) == {"inputs": inputs, "files": _digests(reports)}])[0]:
-        adapter = RunDirectory(config.output.dir).adapter if inputs["adapter"] else None
-        evaluate_adapter(config, adapter, context, folder=reports)
+        evaluate_adapter(run.config, adapter, context, folder=reports)
         with context.raise_on_all_ranks():
             if context.is_main:
                 entry = {"inputs": inputs, "files": _digests(reports)}

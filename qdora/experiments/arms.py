@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +13,9 @@ from pydantic import Field, model_validator
 from qdora.config import OutputConfig, RunConfig, Section
 from qdora.config_file import check_config, dotted, set_key
 from qdora.errors import InputError
+from qdora.evaluation.scores import Scores
 from qdora.run import RunDirectory
-from qdora.training.metrics import read_metrics
+from qdora.training.metrics import StepMetrics, read_metrics
 
 _MODEL = ("model.path", "model.revision")
 _BATCHES = (*_MODEL, "data", "training.batch_size")
@@ -45,12 +46,8 @@ _NOT_OF_ARMS = {
 """Keys that an arm may not set, and where they belong."""
 
 _OF_COMPARISON = ("output", "training.seed")
-_OF_LAUNCH = ("compute_dtype", "processes")
-# What does not change the trained weights; a finished arm is scored again where its evaluation has changed.
-_FREE_TO_CHANGE = (
-    "evaluation",
-    *(f"training.{key}" for key in ("save_every", "keep_checkpoints", "async_checkpoints", "trackers")),
-)
+# A finished arm is scored again where its evaluation has changed; the others do not change what is trained.
+_FREE_TO_CHANGE = ("evaluation", "training.save_every", "training.keep_checkpoints")
 
 
 class ArmConfig(Section):
@@ -108,11 +105,17 @@ class ArmRun:
         arm: name of the arm.
         seed: of the training.
         config: of the run.
+        manifest: that it would write, as far as that is known before training; then that it wrote.
+        steps: its metrics, once it is trained.
+        scores: by task, of its trained adapter.
     """
 
     arm: str
     seed: int
     config: RunConfig
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    steps: Sequence[StepMetrics] = ()
+    scores: Sequence[Scores] = ()
 
     def __str__(self) -> str:
         return f"arm {self.arm!r}, seed {self.seed}"
@@ -122,14 +125,15 @@ class ArmRun:
         """Its run directory."""
         return RunDirectory(self.config.output.dir)
 
-    def is_trained(self, steps: int) -> bool:
+    @property
+    def is_trained(self) -> bool:
         """Whether its directory has the adapter and the metrics of all steps."""
         try:
             self.directory.finished_adapter()
             done = read_metrics(self.directory.metrics_file)
         except (InputError, FileNotFoundError):
             return False
-        return len(done) == steps
+        return len(done) == int(self.manifest["steps"])
 
 
 def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:
@@ -192,59 +196,48 @@ def differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
     }
 
 
-def check_conditions(runs: Sequence[ArmRun], manifests: Sequence[Mapping[str, Any]]) -> None:
+def check_conditions(runs: Iterable[ArmRun]) -> None:
     """The arms of a seed agree in base, data, order, steps and initial A, or a key that differs decides it.
 
-    Args:
-        manifests: of the runs; a field that is None is not known yet.
-    Raises: InputError: they do not; the field, both arms and the values are named.
+    Raises: InputError: they do not; the field of the manifests, both arms and the values are named.
     """
-    of_seeds: dict[int, tuple[ArmRun, Mapping[str, Any]]] = {}
-    for run, manifest in zip(runs, manifests, strict=True):
-        first, of_first = of_seeds.setdefault(run.seed, (run, manifest))
+    firsts: dict[int, ArmRun] = {}
+    for run in runs:
+        first = firsts.setdefault(run.seed, run)
         keys = differences([first.config, run.config])
-        for field, (one, other) in _unequal(of_first, manifest).items():
-            excuses = CONDITIONS[field]
+        for name, (one, other) in _unequal(first.manifest, run.manifest).items():
+            excuses = CONDITIONS[name]
             if not any(covers(excuses, key) for key in keys):
                 allowed = f"only arms that differ in {', '.join(excuses)} may" if excuses else "no arms may"
                 raise InputError(
-                    f"arms {first.arm!r} and {run.arm!r} differ in {field}: {one!r} and {other!r}, with seed "
+                    f"arms {first.arm!r} and {run.arm!r} differ in {name}: {one!r} and {other!r}, with seed "
                     f"{run.seed}; {allowed}"
                 )
 
 
-def resumed_manifest(run: ArmRun, planned: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The manifest of a finished run; of another the one that is planned, which it must go on under.
+def resumed(run: ArmRun) -> ArmRun:
+    """A finished run with the manifest that it wrote, by whatever processes; any other run as it is planned.
 
-    A finished run may have been trained by other processes.
-
-    Args:
-        planned: the manifest that the run would have now.
     Raises: InputError: the run was started with another configuration, data or launch; what differs is named.
     """
-    directory = run.directory
+    directory, finished = run.directory, run.is_trained
     if not directory.config_file.is_file():
-        return planned
-    changed = {
-        key: values
-        for key, values in differences([directory.config(), run.config]).items()
-        if not covers(_FREE_TO_CHANGE, key)
-    }
-    finished = run.is_trained(planned["steps"])
+        return run
+    changed = differences([directory.config(), run.config])
     if finished or any(directory.checkpoints.glob("step-*")):
-        unequal = _unequal(directory.manifest(), planned)
-        changed |= {key: unequal[key] for key in unequal if not (finished and key in _OF_LAUNCH)}
-    if changed:
-        found = "; ".join(f"{key} was {was!r}, is {now!r}" for key, (was, now) in changed.items())
+        changed |= _unequal(directory.manifest(), run.manifest)
+    free = {*_FREE_TO_CHANGE, *(("compute_dtype", "processes") if finished else ())}
+    found = [f"{key} was {was!r}, is {now!r}" for key, (was, now) in changed.items() if not covers(free, key)]
+    if found:
         raise InputError(
-            f"{run}: {directory.path} was started with other settings: {found}. Resume with those, take "
-            f"another output.dir, or start anew without --resume and with --set output.overwrite=true"
+            f"{run}: {directory.path} was started with other settings: {'; '.join(found)}. Resume with "
+            f"those, take another output.dir, or start anew without --resume: --set output.overwrite=true"
         )
-    return directory.manifest() if finished else planned
+    return replace(run, manifest=directory.manifest()) if finished else run
 
 
 def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The values of the conditions that are known of two manifests and differ."""
+    """The values of the conditions in which two manifests differ; None, not known yet, differs from nothing."""
     a, b = dotted(one), dotted(other)
-    found = {field: [a.get(field), b.get(field)] for field in CONDITIONS}
-    return {field: values for field, values in found.items() if None not in values and values[0] != values[1]}
+    found = {name: [a.get(name), b.get(name)] for name in CONDITIONS}
+    return {name: values for name, values in found.items() if None not in values and values[0] != values[1]}

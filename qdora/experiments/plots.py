@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from qdora.files import write_file
 from qdora.training.metrics import StepMetrics
@@ -16,7 +18,7 @@ from qdora.training.metrics import StepMetrics
 matplotlib.use("Agg")  # files only; no display is needed
 
 
-_COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060")
+_COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060", "#1aa0a8", "#8c6d31", "#d873b8")
 _GREY = "#8a8a8a"
 
 
@@ -44,6 +46,7 @@ def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]]) -> None:
         axes.plot(x, y, color=color, alpha=0.25, linewidth=1)
         axes.plot(x, running_mean(y, max(1, len(y) // 20)), color=color, linewidth=1.8, label=name)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylabel("loss (nats per completion token)")
     axes.grid(alpha=0.25)
     if len(curves) > 1:
@@ -69,22 +72,20 @@ def plot_comparison(
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=130, width_ratios=(3, 2))
     draw_loss(left, curves)
     labels, bars = [*bases, *scores], [*bases.values(), *scores.values()]
-    right.bar(
+    right.barh(
         range(len(bars)),
         [100 * bar["score"] for bar in bars],
-        yerr=[100 * bar["stderr"] for bar in bars],
+        xerr=[100 * bar["stderr"] for bar in bars],
         color=[_GREY] * len(bases) + _colors(scores),
         capsize=4,
-        width=0.55,
+        height=0.55,
     )
-    crowded = max(map(len, labels)) * len(labels) > 40
-    right.set_xticks(
-        range(len(bars)), labels, rotation=25 if crowded else 0, ha="right" if crowded else "center"
-    )
-    right.set_ylabel("exact match (%), ± standard error")
-    right.set_ylim(0, 100)
-    right.grid(axis="y", alpha=0.25)
-    figure.suptitle(title, fontsize=11)
+    right.set_yticks(range(len(bars)), [textwrap.fill(label, 20, break_on_hyphens=False) for label in labels])
+    right.invert_yaxis()
+    right.set_xlabel("exact match (%), ± standard error")
+    right.set_xlim(0, 100)
+    right.grid(axis="x", alpha=0.25)
+    figure.suptitle(textwrap.fill(title, 100), fontsize=11)
     figure.tight_layout()
     write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
     plt.close(figure)

@@ -20,7 +20,6 @@ from qdora.evaluation.statistics import paired_difference
 from qdora.experiments.arms import CONDITIONS, ArmRun, check_conditions, differences
 from qdora.experiments.plots import plot_comparison
 from qdora.files import write_json, write_text
-from qdora.training.metrics import StepMetrics
 
 _SHOWN = {
     "base.fingerprint": "base",
@@ -33,41 +32,24 @@ _SHOWN = {
 """Conditions that the page names where all arms agree on them."""
 
 
-@dataclass(frozen=True)
-class ArmResult:
-    """One arm trained with one seed.
-
-    Attributes:
-        run: its arm, seed and configuration.
-        manifest: of the run.
-        steps: its metrics.
-        scores: by task, of its trained adapter.
-    """
-
-    run: ArmRun
-    manifest: dict[str, Any]
-    steps: list[StepMetrics]
-    scores: list[Scores]
-
-
-def build_report(results: Sequence[ArmResult], bases: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
+def build_report(runs: Sequence[ArmRun], bases: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
     """All figures as plain values; the first arm is the reference of every difference.
 
     Args:
-        results: every arm with every seed.
+        runs: every arm with every seed.
         bases: scores of the base models without adapters, by task, and a name for each.
     Raises: InputError: as `check_conditions`.
     """
-    check_conditions([result.run for result in results], [result.manifest for result in results])
-    arms: dict[str, list[ArmResult]] = {}
-    for result in results:
-        arms.setdefault(result.run.arm, []).append(result)
-    reference = results[0]
+    check_conditions(runs)
+    arms: dict[str, list[ArmRun]] = {}
+    for run in runs:
+        arms.setdefault(run.arm, []).append(run)
+    reference = runs[0]
     manifests = [dotted(of_arm[0].manifest) for of_arm in arms.values()]
-    settings = differences([of_arm[0].run.config for of_arm in arms.values()])
+    settings = differences([of_arm[0].config for of_arm in arms.values()])
     return {
-        "reference": reference.run.arm,
-        "seeds": sorted({result.run.seed for result in results}),
+        "reference": reference.arm,
+        "seeds": sorted({run.seed for run in runs}),
         "conditions": {
             field: value
             for field, value in manifests[0].items()
@@ -82,7 +64,7 @@ def build_report(results: Sequence[ArmResult], bases: Mapping[str, Sequence[Scor
         "arms": {
             name: {
                 **_costs(of_arm),
-                "tasks": {s.task: _task(of_arm, arms[reference.run.arm], s.task) for s in reference.scores},
+                "tasks": {s.task: _task(of_arm, arms[reference.arm], s.task) for s in reference.scores},
             }
             for name, of_arm in arms.items()
         },
@@ -90,15 +72,15 @@ def build_report(results: Sequence[ArmResult], bases: Mapping[str, Sequence[Scor
 
 
 def write_report(
-    folder: Path, results: Sequence[ArmResult], bases: Mapping[str, Sequence[Scores]]
+    folder: Path, runs: Sequence[ArmRun], bases: Mapping[str, Sequence[Scores]]
 ) -> dict[str, Any]:
     """Write report.json, report.md and comparison.png; the report."""
-    report = build_report(results, bases)
+    report = build_report(runs, bases)
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", markdown(report))
     several = len(report["seeds"]) > 1
-    curves = {r.run.arm + (f" seed {r.run.seed}" if several else ""): r.steps for r in results}
-    task = results[0].scores[0].task
+    curves = {run.arm + (f" seed {run.seed}" if several else ""): run.steps for run in runs}
+    task = runs[0].scores[0].task
     of_arms = {name: arm["tasks"][task] for name, arm in report["arms"].items()}
     of_bases = {name: tasks[task] for name, tasks in report["bases"].items()}
     title = f"{' against '.join(report['arms'])}: {task}"
@@ -153,13 +135,13 @@ def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def _costs(of_arm: Sequence[ArmResult]) -> dict[str, Any]:
-    steps = [m for result in of_arm for m in result.steps]
-    tail = [m.loss for result in of_arm for m in result.steps[-max(1, len(result.steps) // 10) :]]
-    config = of_arm[0].run.config
+def _costs(of_arm: Sequence[ArmRun]) -> dict[str, Any]:
+    steps = [m for run in of_arm for m in run.steps]
+    tail = [m.loss for run in of_arm for m in run.steps[-max(1, len(run.steps) // 10) :]]
+    config = of_arm[0].config
     return {
         "trained": describe(config.model.quantization, config.adapter, config.training.mode),
-        "runs": [str(result.run.directory.path) for result in of_arm],
+        "runs": [run.config.output.dir for run in of_arm],
         "trainable_parameters": of_arm[0].manifest["trainable_parameters"],
         "final_loss": statistics.fmean(tail),
         "seconds_per_step": statistics.median(m.seconds for m in steps),
@@ -168,8 +150,8 @@ def _costs(of_arm: Sequence[ArmResult]) -> dict[str, Any]:
     }
 
 
-def _task(of_arm: Sequence[ArmResult], of_reference: Sequence[ArmResult], task: str) -> dict[str, Any]:
-    of_seeds = [_scores(result, task) for result in of_arm]
+def _task(of_arm: Sequence[ArmRun], of_reference: Sequence[ArmRun], task: str) -> dict[str, Any]:
+    of_seeds = [_scores(run, task) for run in of_arm]
     correct_SQ = [_correct(scores) for scores in of_seeds]
     mean, stderr = mean_and_stderr(correct_SQ)
     entry: dict[str, Any] = {
@@ -180,13 +162,13 @@ def _task(of_arm: Sequence[ArmResult], of_reference: Sequence[ArmResult], task: 
         "scorers": [{name: r.score for name, r in scores.per_scorer.items()} for scores in of_seeds],
     }
     if of_arm is not of_reference:
-        reference_SQ = [_correct(_scores(result, task)) for result in of_reference]
+        reference_SQ = [_correct(_scores(run, task)) for run in of_reference]
         entry["difference"] = asdict(paired_over_seeds(correct_SQ, reference_SQ))
     return entry
 
 
-def _scores(result: ArmResult, task: str) -> Scores:
-    return next(scores for scores in result.scores if scores.task == task)
+def _scores(run: ArmRun, task: str) -> Scores:
+    return next(scores for scores in run.scores if scores.task == task)
 
 
 def _correct(scores: Scores) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from qdora.experiments.arms import (
     check_conditions,
     differences,
     expand,
-    resumed_manifest,
+    resumed,
 )
 
 from .runs import manifest_of, run_config, run_tree
@@ -107,34 +108,35 @@ def test_a_default_that_changes_with_a_setting_must_be_declared():
 )
 def test_a_key_that_differs_excuses_what_follows_from_it_and_nothing_else(settings, changes):
     """Catches: arms refused for what they are to differ in; a declared key that lets everything pass."""
-    runs = [ArmRun("a", 0, run_config({})), ArmRun("b", 0, run_config(settings))]
-    check_conditions(runs, [manifest_of({}), manifest_of(changes)])
+    first = ArmRun("a", 0, run_config({}), manifest_of({}))
+    other = run_config(settings)
+    check_conditions([first, ArmRun("b", 0, other, manifest_of(changes))])
     for field in ("data.fingerprints.test", "processes", "seeds.training"):
         with pytest.raises(
             InputError, match=rf"arms 'a' and 'b' differ in {field}: .*'y', with .*no arms may"
         ):
-            check_conditions(runs, [manifest_of({}), manifest_of({**changes, field: "y"})])
-    alike = [ArmRun("a", 0, run_config({})), ArmRun("b", 0, run_config({"adapter.dora": False}))]
+            check_conditions([first, ArmRun("b", 0, other, manifest_of({**changes, field: "y"}))])
+    alike = run_config({"adapter.dora": False})
     with pytest.raises(
         InputError, match=rf"differ in ({'|'.join(changes)}): .*; only arms that differ in .* may"
     ):
-        check_conditions(alike, [manifest_of({}), manifest_of(changes)])
+        check_conditions([first, ArmRun("b", 0, alike, manifest_of(changes))])
 
 
 def test_other_seeds_are_not_compared_and_unknown_fields_are_left_for_later():
     """Catches: the initial A of one seed held against that of another; None taken for a fingerprint."""
-    runs = [ArmRun(arm, seed, run_config({}, seed)) for seed in (0, 1) for arm in "ab"]
-    check_conditions(runs, [manifest_of({}, run.seed) for run in runs])
-    unread = manifest_of({"base.fingerprint": None}, 1)
-    check_conditions(runs, [*(manifest_of({}, run.seed) for run in runs[:3]), unread])
+    runs = [ArmRun(arm, seed, run_config({}, seed), manifest_of({}, seed)) for seed in (0, 1) for arm in "ab"]
+    check_conditions(runs)
+    check_conditions([*runs[:3], replace(runs[3], manifest=manifest_of({"base.fingerprint": None}, 1))])
 
 
 @pytest.fixture
 def started(tmp_path) -> ArmRun:
     """A run that has trained all of its 2 steps."""
-    run = ArmRun("a", 0, run_config({"output.dir": str(tmp_path / "a-seed0"), "training.max_steps": 2}))
+    settings = {"output.dir": str(tmp_path / "a-seed0"), "training.max_steps": 2}
+    run = ArmRun("a", 0, run_config(settings), manifest_of({"steps": 2}))
     directory = run.directory
-    directory.start(run.config, manifest_of({"steps": 2}))
+    directory.start(run.config, run.manifest)
     directory.adapter.mkdir()
     (directory.adapter / "adapter_model.safetensors").write_bytes(b"x")
     step = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens": 1, "tokens_per_second": 1.0}
@@ -145,17 +147,17 @@ def started(tmp_path) -> ArmRun:
 
 def test_a_run_is_trained_when_nothing_is_missing(started):
     """Catches: a run cut short taken for a finished one, or a finished one trained again."""
-    assert started.is_trained(2)
-    assert not started.is_trained(3)
-    planned = manifest_of({"steps": 2, "base.fingerprint": None, "processes": 2})
-    assert resumed_manifest(started, planned)["base"]["fingerprint"] == "b"
+    assert started.is_trained
+    assert not replace(started, manifest=manifest_of({"steps": 3})).is_trained
+    planned = replace(started, manifest=manifest_of({"steps": 2, "base.fingerprint": None, "processes": 2}))
+    assert resumed(planned).manifest["base"]["fingerprint"] == "b"
     lines = started.directory.metrics_file.read_text()
     started.directory.metrics_file.write_text(lines[:-5])
-    assert not started.is_trained(2)
+    assert not started.is_trained
     started.directory.metrics_file.write_text(lines)
     (started.directory.adapter / "adapter_model.safetensors").unlink()
-    assert not started.is_trained(2)
-    assert resumed_manifest(started, planned) == planned  # without a checkpoint it starts anew
+    assert not started.is_trained
+    assert resumed(planned) == planned  # without a checkpoint it starts anew
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -183,12 +185,10 @@ def test_a_run_that_was_started_otherwise_is_refused_by_name(started, finished, 
         for part in section.split("."):
             node = node[part]
         node[leaf] = value
-    now = ArmRun("a", 0, check_config(tree, RunConfig, "test"))
-    planned = manifest_of({"steps": 2, **changes})
+    now = ArmRun("a", 0, check_config(tree, RunConfig, "test"), manifest_of({"steps": 2, **changes}))
     if message is None and (finished or "processes" not in changes):
-        resumed_manifest(now, planned)
+        resumed(now)
         return
-    with pytest.raises(
-        InputError, match=f"arm 'a', seed 0: .*a-seed0 was started with other .*{message or 'processes'}"
-    ):
-        resumed_manifest(now, planned)
+    named = f"arm 'a', seed 0: .*a-seed0 was started with other .*{message or 'processes'}"
+    with pytest.raises(InputError, match=named):
+        resumed(now)

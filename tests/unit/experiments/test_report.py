@@ -9,7 +9,7 @@ import pytest
 from qdora.errors import InputError
 from qdora.evaluation.scores import Prediction, Scores, summarize
 from qdora.experiments.arms import CONDITIONS, ArmRun
-from qdora.experiments.report import ArmResult, build_report, write_report
+from qdora.experiments.report import build_report, write_report
 from qdora.tasks import task_for
 from qdora.tasks.scoring import Verdict
 from qdora.training.metrics import StepMetrics
@@ -28,11 +28,11 @@ def scores(answers: str) -> Scores:
 
 def arm(
     name: str, answers: str, seed: int = 0, loss: float = 1.0, settings: dict | None = None, **changes
-) -> ArmResult:
+) -> ArmRun:
     """An arm that was trained with the settings, and whose manifest has some other fields."""
     steps = [StepMetrics(n, loss + 20 - n, 1e-4, 1.0, 100 * n, 1.0, 1 << 30, 0.5) for n in range(1, 21)]
-    run = ArmRun(name, seed, run_config(settings or {}, seed))
-    return ArmResult(run, manifest_of(changes, seed), steps, [scores(answers)])
+    config = run_config(settings or {}, seed)
+    return ArmRun(name, seed, config, manifest_of(changes, seed), steps, [scores(answers)])
 
 
 def test_files_and_figures(tmp_path):
