@@ -83,13 +83,15 @@ class CompareConfig(Section):
     """The run configuration shared by all arms, relative to this file."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the shared configuration, as `--set` takes them."""
-    arms: Annotated[tuple[ArmConfig, ...], Field(min_length=2)]
+    arms: tuple[ArmConfig, ...]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Each arm is trained once with each seed."""
     output: OutputConfig
 
     @model_validator(mode="after")
     def _distinct(self) -> CompareConfig:
+        if len(self.arms) < 2:
+            raise ValueError(f"arms: at least 2 items make a comparison, got {len(self.arms)}")
         for what, values in {"arm names": [arm.name for arm in self.arms], "seeds": self.seeds}.items():
             repeated = sorted({str(value) for value in values if values.count(value) > 1})
             if repeated:
@@ -237,7 +239,7 @@ def resumed(run: ArmRun) -> ArmRun:
 
 
 def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The values of the conditions in which two manifests differ; None, not known yet, differs from nothing."""
+    """The values of the conditions that two manifests both have and differ in; None is not known yet."""
     a, b = dotted(one), dotted(other)
     found = {name: [a.get(name), b.get(name)] for name in CONDITIONS}
     return {name: values for name, values in found.items() if None not in values and values[0] != values[1]}

@@ -18,7 +18,7 @@ from qdora.commands import train
 from qdora.evaluation import evaluate
 from qdora.training.loop import Trainer
 
-from .runs import ROOT, metrics, tiny_tree, write_config
+from .runs import ROOT, finish, metrics, start, tiny_tree, write_config
 
 pytestmark = pytest.mark.e2e
 
@@ -176,6 +176,30 @@ def test_resume_repeats_nothing_that_is_finished(tiny_model_folder, tmp_path, ca
     assert not calls
     assert run_command("compare", [*changed, "--set", "output.overwrite=true"]) == 0
     assert calls["run"] == 2
+
+
+def test_two_sharded_processes(tiny_model_folder, tmp_path, calls):
+    """Catches: ranks that disagree on what is finished; pissa, which needs full weights, refused too late."""
+    arms = [{"name": "qlora", "set": {"adapter.dora": False}}, {"name": "qdora"}]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "configs/accelerate/fsdp_cpu.yaml",
+        "--quiet",
+    ]
+    pissa = [*arms, {"name": "pissa", "set": {"adapter.init": "pissa"}}]
+    words = write_comparison(tmp_path, tiny_model_folder, pissa)
+    refused = start(*launch, "launch/compare.py", *words)
+    assert "arm 'pissa', seed 0: adapter.init: the update of" in finish(refused, code=1)
+    assert not (tmp_path / "comparison").exists()
+    words = write_comparison(tmp_path, tiny_model_folder, arms)
+    finish(start(*launch, "launch/compare.py", *words))
+    assert run_command("compare", [*words, "--resume"]) == 0  # one process: there is nothing left to do
+    assert not calls
+    more = write_comparison(tmp_path, tiny_model_folder, pissa)
+    assert run_command("compare", [*more, "--resume"]) == 2  # two processes trained the others
+    assert not calls
 
 
 DOOMED = {
