@@ -97,11 +97,11 @@ class SlowdownWatch:
         if self._said or self._slow_steps < 2:
             return None
         self._said = True
+        got = f"{self.threads} thread{'s' if self.threads > 1 else ''} got {used:.1f} cores"
         fewer = f", or stop and --resume with fewer threads (--threads or {VARIABLE})"
         return (
-            f"a step takes {pace / self._fastest:.1f} times as long as the fastest one, because {self.threads} "
-            f"thread{'s' if self.threads > 1 else ''} got {used:.1f} cores: close the programs that use the rest"
-            + (fewer if self.threads > 1 else "")
+            f"a step takes {pace / self._fastest:.1f} times as long as the fastest one, because {got}: "
+            f"close the programs that use the rest{fewer if self.threads > 1 else ''}"
         )
 
 
