@@ -97,12 +97,11 @@ class SlowdownWatch:
         if self._said or self._slow_steps < 2:
             return None
         self._said = True
-        fewer = max(1, int(used))
-        hint = f", or stop and --resume with --threads {fewer} (or {VARIABLE}={fewer})"
+        got = f"{self.threads} thread{'s' if self.threads > 1 else ''} got {used:.1f} cores"
+        fewer = f", or stop and --resume with fewer threads (--threads or {VARIABLE})"
         return (
-            f"a step takes {pace / self._fastest:.1f} times as long as the fastest one: other programs leave "
-            f"{used:.1f} cores to {self.threads} thread{'s' if self.threads > 1 else ''}; close them"
-            + (hint if fewer < self.threads else "")
+            f"a step takes {pace / self._fastest:.1f} times as long as the fastest one, because {got}: "
+            f"close the programs that use the rest{fewer if self.threads > 1 else ''}"
         )
 
 

@@ -170,16 +170,16 @@ QUIET, BUSY = (100, 1.0, 1.9), (100, 2.5, 2.0)
 
 
 def test_slow_steps_are_explained_once():
-    """Catches: a sentence at the first hiccup, one a step, or none; a hint that is the number in force."""
+    """Catches: a sentence at the first hiccup, one a step, or none; a hint to use fewer than one thread."""
     said = observe([QUIET, BUSY, QUIET, BUSY, BUSY, BUSY, QUIET, BUSY, BUSY])
     assert [i for i, sentence in enumerate(said) if sentence] == [4]
     assert said[4] is not None
     assert "takes 2.5 times as long as the fastest one" in said[4]
-    assert "leave 0.8 cores to 2 threads" in said[4]
-    assert "--threads 1 (or OMP_NUM_THREADS=1)" in said[4]
+    assert "because 2 threads got 0.8 cores" in said[4]
+    assert "with fewer threads (--threads or OMP_NUM_THREADS)" in said[4]
     alone = observe([(100, 1.0, 1.0), (100, 2.5, 1.2), (100, 2.5, 1.2)], count=1)[2]
     assert alone is not None
-    assert "1 thread; close them" in alone
+    assert "because 1 thread got 0.5 cores" in alone
     assert "--threads" not in alone
 
 
