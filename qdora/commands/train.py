@@ -145,7 +145,7 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     Args:
         data: of `read_inputs`.
     Returns: the manifest that the run would write, but None for the base's fingerprint.
-    Raises: InputError: the adapter does not fit the model, the batch does not divide over the ranks, ...
+    Raises: InputError: an adapter or format does not fit the model, or the batch not the number of ranks.
     """
     with context.raise_on_all_ranks():
         micro_batch_size(config.training, context.world_size)
@@ -154,9 +154,8 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     with context.raise_on_all_ranks():
         check_savable(meta.model)
         check_output_layer(meta.model)
-        if (
-            config.evaluation.quantization is not None
-        ):  # to be known before the training that it is scored after
+        if config.evaluation.quantization is not None:
+            # Whether that format holds every layer must not be found out after the training.
             checkpoint = open_checkpoint(config.model.path, config.model.revision)
             build_model(checkpoint, torch.float32, Quantization(config.evaluation.quantization))
         fields = _manifest_fields(config, meta.model, data, report, context)
