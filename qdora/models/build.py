@@ -5,6 +5,7 @@ Everything about a checkpoint that can be wrong is found here, from its headers,
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -128,6 +129,7 @@ def output_name(model: PreTrainedModel) -> str | None:
 
 def _architecture(config: PreTrainedConfig, origin: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the meta device and its derived buffers computed."""
+    config = copy.deepcopy(config)  # the checkpoint's own still says how its weights are stored
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = origin
@@ -214,26 +216,26 @@ def _stored_weight(
 def _check_places(
     checkpoint: Checkpoint,
     model: PreTrainedModel,
-    facts: Mapping[str, TensorInfo],
+    infos: Mapping[str, TensorInfo],
     stored: Mapping[str, StoredWeight],
     skip: str | None,
 ) -> None:
     """Every tensor has a parameter or buffer of its shape, and every parameter a tensor."""
     wanted = dict(model.named_parameters()) | dict(model.named_buffers())
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    unplaced = [n for n in facts if n not in wanted and not any(p.search(n) for p in ignored)]
+    unplaced = [n for n in infos if n not in wanted and not any(p.search(n) for p in ignored)]
     if unplaced:
         raise CheckpointError(
             f"{checkpoint.origin}: {len(unplaced)} tensors have no place in a "
             f"{type(model).__name__}: {', '.join(unplaced[:3])}"
         )
-    for name, fact in facts.items():
-        if name in wanted and name not in stored and fact.shape != tuple(wanted[name].shape):
+    for name, info in infos.items():
+        if name in wanted and name not in stored and info.shape != tuple(wanted[name].shape):
             raise CheckpointError(
-                f"tensor {name} has shape {tuple(fact.shape)}, the model's configuration says "
+                f"tensor {name} has shape {tuple(info.shape)}, the model's configuration says "
                 f"{tuple(wanted[name].shape)}"
             )
-    missing = [n for n, _ in model.named_parameters() if n not in facts and n != f"{skip}.weight"]
+    missing = [n for n, _ in model.named_parameters() if n not in infos and n != f"{skip}.weight"]
     if missing:
         raise CheckpointError(
             f"{checkpoint.origin}: {len(missing)} tensors are missing: {', '.join(missing[:3])}"

@@ -33,10 +33,10 @@ def relative(got, expected):
     return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
-def transformers_in_4_bits(folder):
+def transformers_in_4_bits(folder, quant_type="nf4"):
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=quant_type,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
@@ -68,14 +68,16 @@ def test_nf4_equals_transformers_with_bitsandbytes(whole_blocks):
     assert relative(logits(ours), logits(theirs)) < 1e-5
 
 
-def test_a_folder_quantized_by_bitsandbytes_loads_as_it_is(whole_blocks, tmp_path):
-    """Catches: packed bytes quantized again, statistics mixed up between layers."""
-    theirs = transformers_in_4_bits(whole_blocks)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_folder_quantized_by_bitsandbytes_loads_as_it_is(whole_blocks, tmp_path, quant_type):
+    """Catches: packed bytes quantized again, statistics mixed up between layers, FP4 taken for NF4."""
+    theirs = transformers_in_4_bits(whole_blocks, quant_type)
     expected = logits(theirs)
     theirs.save_pretrained(tmp_path)
     stored = load_file(next(tmp_path.glob("*.safetensors")))
-    ours, _ = load_base(str(tmp_path), dtype="float32")
+    ours, _ = load_base(str(tmp_path), quantization=quant_type, dtype="float32")
     layer = ours.get_submodule("model.layers.1.mlp.up_proj")
+    assert layer.base.quantization == quant_type
     assert torch.equal(
         layer.base.packed.view(-1), stored["model.layers.1.mlp.up_proj.weight"].view(torch.uint8).view(-1)
     )
