@@ -49,7 +49,7 @@ MUTANTS = {
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "scale dropped from the norm": Mutant(
-        "adapters/norm.py",
+        "adapters/magnitude.py",
         "factored_norm(w2_O, wa_OR, a_RI, b_OR, factors.scale)",
         "factored_norm(w2_O, wa_OR, a_RI, b_OR, 1.0)",
         f"{NORM}::test_norm_is_that_of_the_dense_sum",
@@ -67,7 +67,7 @@ MUTANTS = {
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "norm over the wrong axis": Mutant(
-        "adapters/norm.py",
+        "adapters/magnitude.py",
         "torch.linalg.vector_norm(w_tile, dim=1, out=norms_O[rows])",
         "norms_O[rows] = torch.linalg.vector_norm(w_tile, dim=0)[: w_tile.shape[0]].mean()",
         f"{NORM}::test_norm_is_that_of_the_dense_sum",
@@ -79,13 +79,13 @@ MUTANTS = {
         "tests/unit/adapters/test_peft_format.py::test_an_adapter_from_peft_loads_here",
     ),
     "stale norm after a step": Mutant(
-        "adapters/norm.py",
+        "adapters/magnitude.py",
         "return self._norm_O is not None and self._versions == self._current(factors)",
         "return self._norm_O is not None",
         f"{NORM}::test_norm_is_computed_once_per_optimizer_step",
     ),
     "stale norm after a fused step": Mutant(
-        "adapters/norm.py",
+        "adapters/magnitude.py",
         'torch.autograd.graph.increment_version(group["params"])',
         "pass",
         "tests/unit/training/test_loop.py::test_the_norm_follows_the_update",
@@ -140,7 +140,7 @@ MUTANTS = {
         slow=True,
     ),
     "sharded norm never stale": Mutant(
-        "adapters/norm.py",
+        "adapters/magnitude.py",
         "return tuple(t._version for t in self._watched)",
         "return tuple(0 for t in self._watched)",
         f"{SHARDED}::test_float32_training_is_that_of_one_process[2-qdora]",

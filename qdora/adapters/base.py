@@ -100,6 +100,7 @@ class LowRankUpdate(AdapterModule):
         shared_keys: full names of tensors that all layers share, where a file has them.
         scale: the factor c before B A.
         dropout: probability of dropping an input of this branch, in training.
+        seed: of this layer's random values.
     """
 
     kind: ClassVar[UpdateType]
@@ -110,10 +111,15 @@ class LowRankUpdate(AdapterModule):
     shared_keys: ClassVar[tuple[str, ...]] = ()
     scale: float
     dropout: float
+    seed: int
 
-    @abstractmethod
     def __init__(
-        self, shape: tuple[int, int], config: AdapterConfig, device: torch.device, seed: int, shared: Any
+        self,
+        shape: tuple[int, int],
+        config: AdapterConfig,
+        device: torch.device,
+        seed: int,
+        shared: Any = None,
     ) -> None:
         """The update of one layer, at its initial values.
 
@@ -125,6 +131,17 @@ class LowRankUpdate(AdapterModule):
         """
         super().__init__()
         self.scale, self.dropout, self.storage = config.scale, config.dropout, DTYPES[config.dtype]
+        self.seed = seed
+        if shared is None:
+            shared = self.create_shared([shape], config, device, seed)
+        self.create_parameters(shape, config, device, shared)
+        self.reset_parameters()
+
+    @abstractmethod
+    def create_parameters(
+        self, shape: tuple[int, int], config: AdapterConfig, device: torch.device, shared: Any
+    ) -> None:
+        """Register the parameters, of dtype `storage`, without values; arguments as of the class."""
 
     @classmethod
     def create_shared(

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from qdora.adapters import UPDATES
 from qdora.adapters.base import DTYPES, Factors, LowRankUpdate
-from qdora.adapters.magnitude import Magnitude
-from qdora.adapters.norm import NormCache
+from qdora.adapters.magnitude import Magnitude, NormCache
 from qdora.adapters.product import Scaling, adapted_product
 from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError

@@ -32,21 +32,15 @@ class LoraUpdate(LowRankUpdate):
     peft_magnitude = True
     extra_keys = ("initial_A", "initial_B")
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        config: AdapterConfig,
-        device: torch.device,
-        seed: int,
-        shared: Any = None,
+    def create_parameters(
+        self, shape: tuple[int, int], config: AdapterConfig, device: torch.device, shared: Any
     ) -> None:
-        super().__init__(shape, config, device, seed, shared)
-        self.init, self._seed = config.init, seed
+        """A and B."""
+        self.init = config.init
         self.subtracted: tuple[torch.Tensor, torch.Tensor] | None = None
         a_RI = torch.empty(config.r, shape[1], dtype=self.storage, device=device)
         self.a_RI = adapter_parameter(a_RI)
         self.b_OR = adapter_parameter(a_RI.new_empty(shape[0], config.r))
-        self.reset_parameters()
 
     @classmethod
     def largest_rank(cls, shape: tuple[int, int]) -> int | None:
@@ -60,7 +54,7 @@ class LoraUpdate(LowRankUpdate):
 
     def initial(self, name: str) -> torch.Tensor:
         """What the start draws."""
-        a_RI, b_OR = INITS[self.init].draw(self.b_OR.shape[0], self.a_RI.shape[1], self.r, self._seed)
+        a_RI, b_OR = INITS[self.init].draw(self.b_OR.shape[0], self.a_RI.shape[1], self.r, self.seed)
         return a_RI if name == "a_RI" else b_OR
 
     @property

@@ -1,15 +1,26 @@
-"""The magnitude of an adapted layer: one trained number per output row (DoRA, arXiv:2402.09353 §4).
+"""DoRA's magnitude and the row norms that it is divided by (arXiv:2402.09353 §4).
 
-A magnitude near 1 stored in bfloat16 does not train: its spacing there is 2⁻⁸ and every
-step of an optimizer rounds away.  So the parameter is the offset from the frozen start:
-m = initial + offset, with the offset in bfloat16 around 0, where the spacing is fine.
+||W + c BA|| is computed without ever holding W or BA (docs/math.md §3), once for each state of the factors:
+it is used again under gradient accumulation, activation recomputation and generation.
+
+A magnitude near 1 stored in bfloat16 does not train: its spacing there is 2⁻⁸ and every step of an optimizer
+rounds away.  So the parameter is the offset from the frozen start, m = initial + offset, with the offset in
+bfloat16 around 0, where the spacing is fine.
+
+O out_features   I in_features   R rank
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
 
-from qdora.adapters.base import AdapterModule, adapter_parameter, full_tensor
+import torch
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from qdora.adapters.base import AdapterModule, Factors, adapter_parameter, full_tensor
+from qdora.quant.base import FrozenWeight
 
 
 class Magnitude(AdapterModule):
@@ -53,3 +64,178 @@ class Magnitude(AdapterModule):
     def extra_repr(self) -> str:
         """Rows and dtype, for printing."""
         return f"{self.offset_O.shape[0]}, {self.offset_O.dtype}"
+
+
+def row_norms_squared(weight: FrozenWeight) -> torch.Tensor:
+    """||W||² of each row: (O,), in the weight's norm dtype (at least float32)."""
+    norms_O = torch.empty(weight.out_features, dtype=weight.norm_dtype, device=weight.device)
+    for rows, w_tile in weight.tiles(weight.norm_dtype):
+        torch.linalg.vector_norm(w_tile, dim=1, out=norms_O[rows])
+    return norms_O.square_()
+
+
+def weight_times_a(weight: FrozenWeight, a_RI: torch.Tensor) -> torch.Tensor:
+    """W Aᵀ: (O, R) in the weight's norm dtype, for when no forward product is at hand."""
+    dtype = weight.norm_dtype
+    wa_OR = torch.empty(weight.out_features, a_RI.shape[0], dtype=dtype, device=weight.device)
+    for rows, w_tile in weight.tiles(dtype):
+        torch.mm(w_tile, a_RI.to(dtype).T, out=wa_OR[rows])
+    return wa_OR
+
+
+def factored_norm(
+    w2_O: torch.Tensor, wa_OR: torch.Tensor, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """||W + c BA|| of each row, from rank-sized products alone.
+
+    ||W||² + 2c rowsum((W Aᵀ) ∘ B) + c² rowsum((B (A Aᵀ)) ∘ B)      (docs/math.md §3)
+
+    Args:
+        w2_O: (O,) squared row norms of W; their dtype is the dtype of the result.
+        wa_OR: (O, R) W Aᵀ.
+        a_RI, b_OR: the factors.
+        scale: c.
+    Returns: (O,)
+    """
+    dtype = w2_O.dtype
+    a_RI, b_OR, wa_OR = a_RI.to(dtype), b_OR.to(dtype), wa_OR.to(dtype)
+    # Both terms share the factor c B: rowsum((2 W Aᵀ + c B (A Aᵀ)) ∘ B) is one product and one sum.
+    slope_OR = torch.addmm(wa_OR, b_OR, a_RI @ a_RI.T, beta=2, alpha=scale)
+    norm2_O = torch.add(w2_O, torch.linalg.vecdot(slope_OR, b_OR), alpha=scale)
+    return positive_root(norm2_O)
+
+
+class _ExactNorm(torch.autograd.Function):
+    """A norm that is known already, as a function of A and B (DoRA, arXiv:2402.09353 §4.3 and Table 7).
+
+    ∂n/∂B = (c W Aᵀ + c² B A Aᵀ) / n,   ∂n/∂A = Bᵀ (c W + c² B A) / n      (docs/math.md §3)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a_RI: torch.Tensor,
+        b_OR: torch.Tensor,
+        norm_O: torch.Tensor,
+        wa_OR: torch.Tensor,
+        weight: FrozenWeight,
+        scale: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(a_RI, b_OR, norm_O, wa_OR)
+        ctx.weight, ctx.scale = weight, scale
+        return norm_O.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_O: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        a_RI, b_OR, norm_O, wa_OR = ctx.saved_tensors
+        scale = ctx.scale
+        pull_O = grad_O / norm_O
+        pull_OR = pull_O[:, None] * b_OR
+        # (pull ∘ B)ᵀ W, tile by tile: the one place where the exact gradient sees W again.
+        grad_a = scale * scale * (pull_OR.T @ b_OR) @ a_RI
+        for rows, w_tile in ctx.weight.tiles(a_RI.dtype):
+            grad_a.addmm_(pull_OR[rows].T, w_tile, alpha=scale)
+        grad_b = pull_O[:, None] * (scale * wa_OR + scale * scale * (b_OR @ (a_RI @ a_RI.T)))
+        return grad_a, grad_b, None, None, None, None
+
+
+def positive_root(norm2_O: torch.Tensor) -> torch.Tensor:
+    """sqrt(max(norm2, tiny)), in place: norms are divided by.
+
+    Rounding may take a row whose update cancels W a hair below zero; an all-zero row, which
+    padded vocabularies have, has magnitude 0 and so stays zero instead of 0/0.
+    """
+    return norm2_O.clamp_min_(torch.finfo(norm2_O.dtype).tiny).sqrt_()
+
+
+def _count_the_step(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+    """Fused optimizers write parameters without counting a version, by which a stale norm is known."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_the_step)
+
+
+class NormCache:
+    """||W + c BA||_row of one layer, in the weight's norm dtype.
+
+    Args:
+        weight: W; frozen, so ||W|| is computed once.
+    """
+
+    def __init__(self, weight: FrozenWeight) -> None:
+        self._weight = weight
+        self._w2_O: torch.Tensor | None = None
+        self._wa_OR: torch.Tensor | None = None
+        self._norm_O: torch.Tensor | None = None
+        self._versions: tuple[int, ...] | None = None
+        self._watched: Sequence[torch.Tensor] | None = None
+
+    def watch(self, stored: Sequence[torch.Tensor]) -> None:
+        """Know a change of the factors by a write to these, where those at hand are gathered copies of them.
+
+        A gathered copy is written at every gather, without a version, into memory that comes and goes.
+        """
+        self._watched = stored
+
+    @torch.no_grad()
+    def squared_base(self) -> torch.Tensor:
+        """||W||² of each row: (O,)."""
+        if self._weight.device.type == "meta":
+            return torch.empty(self._weight.out_features, dtype=self._weight.norm_dtype, device="meta")
+        if self._w2_O is None:
+            self._w2_O = row_norms_squared(self._weight)
+        return self._w2_O
+
+    def is_fresh(self, factors: Factors) -> bool:
+        """Whether the norm is known for the factors as they are now."""
+        return self._norm_O is not None and self._versions == self._current(factors)
+
+    def _current(self, factors: Factors) -> tuple[int, ...]:
+        """Changes with every write to a factor, in place or by replacing the storage."""
+        if self._watched is not None:
+            return tuple(t._version for t in self._watched)
+        return tuple(number for t in factors.tensors() for number in (t._version, t.data_ptr()))
+
+    @torch.no_grad()
+    def norm(self, factors: Factors | None) -> torch.Tensor:
+        """(O,) a constant; computed on its own, with a pass over W, where it is stale."""
+        if factors is None:
+            return positive_root(self.squared_base().clone())
+        if not self.is_fresh(factors):
+            self.remember(factors, weight_times_a(self._weight, factors.a_RI))
+        assert self._norm_O is not None
+        return self._norm_O
+
+    def differentiable_norm(self, factors: Factors) -> torch.Tensor:
+        """(O,) as `norm`, with its gradient in the factors."""
+        a_RI, b_OR = factors.combined(self._weight.norm_dtype)
+        if self._wa_OR is None or not self.is_fresh(factors):
+            with torch.no_grad():
+                self._wa_OR = weight_times_a(self._weight, a_RI)
+                self._norm_O = factored_norm(self.squared_base(), self._wa_OR, a_RI, b_OR, factors.scale)
+                self._versions = self._current(factors)
+        assert self._norm_O is not None
+        result: torch.Tensor = _ExactNorm.apply(  # type: ignore[no-untyped-call]
+            a_RI, b_OR, self._norm_O, self._wa_OR, self._weight, factors.scale
+        )
+        return result
+
+    @torch.no_grad()
+    def remember(self, factors: Factors, wa_OR: torch.Tensor) -> torch.Tensor:
+        """The norm from W Aᵀ of the stored A, (O, R), which a forward product brought along."""
+        self._wa_OR = None
+        w2_O = self.squared_base()
+        a_RI, b_OR = factors.combined(w2_O.dtype)
+        if factors.inner_R is not None:
+            wa_OR = wa_OR.to(w2_O.dtype) * factors.inner_R
+        self._norm_O = factored_norm(w2_O, wa_OR, a_RI, b_OR, factors.scale)
+        self._versions = self._current(factors)
+        return self._norm_O
+
+    def forget(self) -> None:
+        """W has moved: everything is computed again where it lands."""
+        self._w2_O = self._wa_OR = self._norm_O = self._versions = None

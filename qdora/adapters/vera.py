@@ -67,21 +67,15 @@ class VeraUpdate(LowRankUpdate):
     peft_keys: ClassVar = {"d_R": "vera_lambda_d", "b_O": "vera_lambda_b"}
     shared_keys = ("base_model.vera_A", "base_model.vera_B")
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        config: AdapterConfig,
-        device: torch.device,
-        seed: int,
-        shared: Any = None,
+    def create_parameters(
+        self, shape: tuple[int, int], config: AdapterConfig, device: torch.device, shared: Any
     ) -> None:
-        super().__init__(shape, config, device, seed, shared)
+        """The vectors; the matrices are `shared`."""
         self.scale = 1.0
-        self.matrices: VeraMatrices = shared or self.create_shared([shape], config, device, seed)
+        self.matrices: VeraMatrices = shared
         self.out_features, self.in_features = shape
         self.d_R = adapter_parameter(torch.empty(config.r, dtype=self.storage, device=device))
         self.b_O = adapter_parameter(torch.empty(self.out_features, dtype=self.storage, device=device))
-        self.reset_parameters()
 
     @classmethod
     def create_shared(

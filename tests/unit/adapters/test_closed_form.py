@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -67,15 +67,20 @@ def float64_norms(monkeypatch):
         monkeypatch.setattr(weight, "norm_dtype", property(lambda self: torch.float64))
 
 
-@pytest.mark.parametrize(("method", "norm"), COMBINATIONS)
-def test_float64_is_exact(method, norm, float64_norms):
-    """Catches: an approximation anywhere in the factored norm or the backward pass."""
-    layer = make_layer(method, norm_gradient=norm)
+def in_float64(layer):
+    """The layer with its adapter, and the gradients of it, in float64."""
     for module in (layer.update, layer.magnitude):
         if module is not None:
             module.double()
             for parameter in module.parameters():
                 parameter.grad_dtype = torch.float64
+    return layer
+
+
+@pytest.mark.parametrize(("method", "norm"), COMBINATIONS)
+def test_float64_is_exact(method, norm, float64_norms):
+    """Catches: an approximation anywhere in the factored norm or the backward pass."""
+    layer = in_float64(make_layer(method, norm_gradient=norm))
     x, g = torch.randn(2, 7, 24).double(), torch.randn(2, 7, 40).double()
     assert_close(gradients(layer, x, g), expected_gradients(layer, x, g, exact=norm == "exact"), 1e-10)
 
@@ -98,15 +103,20 @@ def test_bfloat16_inputs(method, norm):
     tile_bytes=st.integers(64, 4096),
     combination=st.sampled_from(COMBINATIONS),
 )
-@settings(max_examples=150, deadline=None)
-def test_any_shape_and_tile(inputs, outputs, r, alpha, rslora, batch, tile_bytes, combination):
-    """Catches: a tile off by one, a lost batch dimension, a rank that is taken for a side."""
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape_and_tile(float64_norms, inputs, outputs, r, alpha, rslora, batch, tile_bytes, combination):
+    """Catches: a tile off by one, a lost batch dimension, a rank that is taken for a side.
+
+    In float64: a few float32 terms that nearly cancel, as those of A x may for one token and rank 1, have
+    a relative error without a bound.
+    """
     method, norm = combination
     before = tiling.TILE_BYTES["cpu"]
     tiling.TILE_BYTES["cpu"] = tile_bytes
     try:
         layer = make_layer(method, inputs, outputs, r=r, alpha=alpha, rslora=rslora, norm_gradient=norm)
-        x, g = torch.randn(*batch, inputs), torch.randn(*batch, outputs)
+        layer = in_float64(layer)
+        x, g = torch.randn(*batch, inputs).double(), torch.randn(*batch, outputs).double()
         got = gradients(layer, x, g)
         expected = expected_gradients(layer, x, g, exact=norm == "exact")
     finally:
@@ -114,7 +124,8 @@ def test_any_shape_and_tile(inputs, outputs, r, alpha, rslora, batch, tile_bytes
     assert got["y"].shape == (*batch, outputs)
     for name in expected:
         size = float(expected[name].abs().max()) + 1e-3
-        assert torch.allclose(got[name].double(), expected[name], rtol=1e-4, atol=1e-5 * size), name
+        bound = 1e-6 if name == "x" else 1e-10  # the kernels take s with the block scales, in float32
+        assert torch.allclose(got[name], expected[name], rtol=bound, atol=bound * size), name
 
 
 @pytest.mark.parametrize("method", [m for m in ADAPTED if METHODS[m].update])

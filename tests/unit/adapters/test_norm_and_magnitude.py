@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from docs.measurements import small_rate_tail
-from qdora.adapters import norm as algebra
+from qdora.adapters import magnitude as algebra
 from qdora.adapters.layer import AdaptedLinear
 from qdora.config import TrainingConfig
 from qdora.training.optimizer import AdapterOptimizer
