@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.full import train_everything
-from qdora.adapters.inject import InjectionReport, initial_update_fingerprint, inject
+from qdora.adapters.full import adapt
+from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
 from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dotted, load_config
@@ -98,25 +97,30 @@ def train(
     with context.raise_on_all_ranks():
         if resume is None:
             directory.refuse_if_used(config.output.overwrite)
-    say = _say if context.is_main else _silent
     reset_peak_memory(context.device)
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
-    _say_data(data, say)
+    _say_data(data, context)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
     context.refuse_disagreement(_input_digests(model, data))
     check_savable(model)
-    say(str(report))
+    context.say(str(report))
     trainer = Trainer(
         model, data.train, config.training, context, data.pad_id, evaluate_every=config.evaluation.every
     )
     settings = _settings(config, model, data)
-    start = _restore(trainer, directory, resume, settings, say)
-    fields = _manifest_fields(config, model, data, report, context)
+    start = _restore(trainer, directory, resume, settings)
+    manifest = _manifest(config, model, data, report, context)
     with context.raise_on_all_ranks():
         if context.is_main:
-            _open_directory(directory, config, start, resume, fields, context.world_size)
+            if resume is None:
+                directory.clear()
+            if start == 0:
+                directory.start(config, manifest)
+            else:
+                directory.record_resume(config, start)
+            keep_until(directory.metrics_file, start)
     _train(trainer, directory, config, settings, start, tokenizer, data)
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
@@ -154,13 +158,11 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     with context.raise_on_all_ranks():
         check_savable(meta.model)
         check_output_layer(meta.model)
-        if (
-            config.evaluation.quantization is not None
-        ):  # to be known before the training that it is scored after
+        if config.evaluation.quantization is not None:
+            # Else it is only refused after the training, when it is scored.
             checkpoint = open_checkpoint(config.model.path, config.model.revision)
             build_model(checkpoint, torch.float32, Quantization(config.evaluation.quantization))
-        fields = _manifest_fields(config, meta.model, data, report, context)
-        return make_manifest(config, world_size=context.world_size, fields=fields)
+        return _manifest(config, meta.model, data, report, context)
 
 
 def _train(
@@ -217,14 +219,13 @@ def _restore(
     directory: RunDirectory,
     resume: str | None,
     settings: Mapping[str, Any],
-    say: Any,
 ) -> int:
-    """Steps already done, with the trainer put back to where they ended."""
+    """Load the optimizer's state from a checkpoint; the steps already done."""
     if resume is None:
         return 0
     context, state = trainer.context, trainer.optimizer.state()
     if resume == "auto":
-        found = newest_usable(directory.checkpoints, state, settings, context, say)
+        found = newest_usable(directory.checkpoints, state, settings, context, context.say)
     else:
         found = load_checkpoint(Path(resume), state, settings, context)
     if found is None:
@@ -234,35 +235,16 @@ def _restore(
                 f"{directory.checkpoints}: none of its checkpoints ({', '.join(left)}) can be used; look at "
                 f"them, or start anew without --resume and with --set output.overwrite=true"
             )
-        say(f"{directory.path}: no checkpoint; starting from the beginning")
+        context.say(f"{directory.path}: no checkpoint; starting from the beginning")
         return 0
     trainer.optimizer.load_state(found.tensors)
     writers = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
-    say(f"resuming after step {found.step}, written by {writers}")
+    context.say(f"resuming after step {found.step}, written by {writers}")
     return found.step
 
 
-def _open_directory(
-    directory: RunDirectory,
-    config: RunConfig,
-    start: int,
-    resume: str | None,
-    fields: dict[str, Any],
-    count: int,
-) -> None:
-    if resume is None:
-        directory.clear()
-    if start == 0:
-        directory.start(config, make_manifest(config, world_size=count, fields=fields))
-    else:
-        directory.record_resume(config, start)
-    keep_until(directory.metrics_file, start)
-
-
 def _adapt(model: PreTrainedModel, config: RunConfig) -> InjectionReport:
-    if config.training.mode == "full":
-        return train_everything(model)
-    return inject(model, config.adapter, seed=config.training.seed)
+    return adapt(model, config.adapter, config.training.mode, seed=config.training.seed)
 
 
 def _input_digests(model: PreTrainedModel, data: PreparedData) -> dict[str, str]:
@@ -271,7 +253,7 @@ def _input_digests(model: PreTrainedModel, data: PreparedData) -> dict[str, str]
     return {**named, "the base model": str(base_fingerprint(model))[:16]}
 
 
-def _manifest_fields(
+def _manifest(
     config: RunConfig,
     model: PreTrainedModel,
     data: PreparedData,
@@ -280,7 +262,7 @@ def _manifest_fields(
 ) -> dict[str, Any]:
     training, lengths = config.training, [len(example.input_ids) for example in data.train]
     order = hashlib.sha256(repr((training.seed, training.batch_size, lengths)).encode())
-    return {
+    fields = {
         "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
         "data": {
             "fingerprints": data.fingerprints,
@@ -295,6 +277,7 @@ def _manifest_fields(
         "steps": count_steps(training, batches_per_epoch(len(lengths), training.batch_size)),
         "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
     }
+    return make_manifest(config, world_size=context.world_size, fields=fields)
 
 
 def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> dict[str, Any]:
@@ -327,20 +310,12 @@ def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepM
     return tabulate(rows, tablefmt="plain")
 
 
-def _say_data(data: PreparedData, say: Any) -> None:
-    say(
+def _say_data(data: PreparedData, context: DistributedContext) -> None:
+    context.say(
         f"{len(data.train)} training examples, {len(data.test)} test examples; "
         f"{data.leaked} training examples removed because their question is a test question"
     )
     for row in data.skipped[:5]:
-        say(f"skipped {row.origin}: {row.reason}")
+        context.say(f"skipped {row.origin}: {row.reason}")
     if len(data.skipped) > 5:
-        say(f"... {len(data.skipped)} rows skipped in all")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _silent(text: str) -> None:
-    pass
+        context.say(f"... {len(data.skipped)} rows skipped in all")

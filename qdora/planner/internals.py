@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from qdora.distributed.context import DistributedContext
@@ -206,12 +207,9 @@ class StepTracker(MemTracker):
 
         return inner
 
-    def _follow_tiles(self) -> None:
-        """Tell the tiles of frozen weights, of every format."""
-        for kind in set(QUANTIZATIONS.values()):
-            self._replace(kind, "tiles", self._tiling(kind.tiles))
-
     def _tiling(self, tiles: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
+        """A frozen weight's `tiles`, what it creates being tiles."""
+
         @wraps(tiles)
         def inner(*args: Any, **kwargs: Any) -> Iterator[R]:
             iterator = tiles(*args, **kwargs)
@@ -242,7 +240,8 @@ class StepTracker(MemTracker):
         self._track_resize()
         self._restore.callback(self._restore_resize)
         self._pass_over_shapes()
-        self._follow_tiles()
+        for kind in set(QUANTIZATIONS.values()):
+            self._replace(kind, "tiles", self._tiling(kind.tiles))
         TorchDispatchMode.__enter__(self)
         return self
 
@@ -260,30 +259,25 @@ class StepTracker(MemTracker):
             return func(*args, **kwargs or {})
         result = self._compute(func, args, kwargs or {})
         if func in _COLLECTIVES:
-            self._count(func, args)
+            name, position = _COLLECTIVES[func]
+            size = sum(tensor.nbytes for tensor in _tensors(args[position]))
+            self.exchanged[name] = self.exchanged.get(name, 0) + size
         for tensor in _tensors(result):
-            self._see(tensor)
+            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+            part = self._inside or (Part.LOGITS if is_logits else Part.ACTIVATIONS)
+            self._track(part, tensor)  # type: ignore[arg-type]
         self._keep_peak()
         return result
 
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _aten._local_scalar_dense.default:
             return 1
-        if func is _aten.index.Tensor and _is_mask(args[1]):
-            return _all_of(args[0], args[1][0])
+        if func is _aten.index.Tensor:
+            tensor, (mask, *others) = args
+            if mask is not None and mask.dtype == torch.bool and not others:
+                # As much as a mask can select: every token of the worst batch has a label.
+                return tensor.reshape(-1, *tensor.shape[mask.dim() :]).clone()
         return func(*args, **kwargs)
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        part = self._inside
-        if part is None:
-            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
-            part = Part.LOGITS if is_logits else Part.ACTIVATIONS
-        self._track(part, tensor)  # type: ignore[arg-type]
-
-    def _count(self, func: Any, args: tuple[Any, ...]) -> None:
-        name, position = _COLLECTIVES[func]
-        size = sum(t.numel() * t.element_size() for t in _tensors(args[position]))
-        self.exchanged[name] = self.exchanged.get(name, 0) + size
 
     def _keep_peak(self) -> None:
         now, peak = self._curr_mem_snap.get(CPU), self._peaks.get(self._phase)
@@ -295,23 +289,10 @@ def _breakdown(parts: Mapping[str, int]) -> Breakdown:
     return Breakdown.of({Part(part): count for part, count in parts.items() if part != _TOTAL})
 
 
-def _tensors(result: Any) -> Iterator[torch.Tensor]:
+def _tensors(result: Any) -> list[torch.Tensor]:
     """The tensors of an operation's result or argument."""
-    if isinstance(result, torch.Tensor):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for item in result:
-            yield from _tensors(item)
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
 def _gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
-
-
-def _is_mask(indices: Any) -> bool:
-    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
-
-
-def _all_of(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As much as a mask can select: every token of the worst batch has a label."""
-    return tensor.reshape(-1, *tensor.shape[mask.dim() :]).clone()

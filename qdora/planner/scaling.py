@@ -20,9 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,11 +29,9 @@ from qdora.config import AdapterConfig
 from qdora.distributed.fsdp import frozen_vectors
 from qdora.distributed.launch import FsdpSettings
 from qdora.files import write_file
-from qdora.planner.simulate import Architecture, Launch, decoder_layers
+from qdora.planner.simulate import Architecture, Launch, adapted_model, decoder_layers
 from qdora.quant import Quantization
 from qdora.quant.base import FrozenWeight
-
-matplotlib.use("Agg")  # files only; no display is needed
 
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
@@ -78,8 +75,7 @@ def traffic(architecture: Architecture, launch: Launch) -> Traffic:
 
     Raises: InputError: the adapter does not fit the model.
     """
-    model = architecture.build()
-    launch.adapt(model)
+    model = adapted_model(architecture, launch)
     ranks, micro_batches = launch.world_size, launch.training.gradient_accumulation
     trained = [p for p in model.parameters() if p.requires_grad]
     if launch.fsdp is None:
@@ -134,10 +130,8 @@ def work(architecture: Architecture, launch: Launch) -> Work:
 
     Raises: InputError: the adapter does not fit the model.
     """
-    model = architecture.build()
-    launch.adapt(model)
     tokens = launch.micro_batch_size * launch.max_length
-    frozen, trained = _products(model)
+    frozen, trained = _products(adapted_model(architecture, launch))
     text = architecture.config.get_text_config()
     head = text.hidden_size * text.vocab_size
     # Scores and their sum over values: 2 products of T x hidden a token, half of them behind the mask.
@@ -207,11 +201,7 @@ def schemes(architecture: Architecture, launch: Launch) -> list[Scheme]:
     launch = replace(launch, fsdp=launch.fsdp or FsdpSettings())
     dense = replace(architecture, quantization=Quantization("none"))
     quantized = architecture.quantization.name != "none"
-    full = replace(
-        launch,
-        adapter=AdapterConfig(type="none", dora=False),
-        training=launch.training.model_copy(update={"mode": "full"}),
-    )
+    full = replace(launch.with_training(mode="full"), adapter=AdapterConfig(type="none", dora=False))
     name = f"{_bits(architecture.quantization)}-bit base + adapter" if quantized else "as configured"
     return [
         Scheme(name, architecture, launch),
@@ -230,8 +220,7 @@ def _bits(quantization: Quantization) -> int:
 def at_ranks(launch: Launch, ranks: int) -> Launch:
     """The same tokens a GPU on so many GPUs: a larger batch."""
     batch_size = launch.training.batch_size // launch.world_size * ranks
-    training = launch.training.model_copy(update={"batch_size": batch_size})
-    return replace(launch, world_size=ranks, training=training)
+    return replace(launch.with_training(batch_size=batch_size), world_size=ranks)
 
 
 def collective_seconds(moved: Traffic, link: Link) -> float:
@@ -282,7 +271,8 @@ def plot_efficiency(points: Sequence[Point], path: Path, title: str) -> None:
         path: PNG to write.
         title: above the panels.
     """
-    figure, panels = plt.subplots(1, len(LINKS), figsize=(11, 3.6), dpi=130, sharey=True)
+    figure = Figure(figsize=(11, 3.6), dpi=130, layout="tight")
+    panels = figure.subplots(1, len(LINKS), sharey=True)
     ranks = sorted({point.moved.ranks for point in points})
     for axes, link in zip(panels, LINKS, strict=True):
         for name in dict.fromkeys(point.scheme for point in points):
@@ -299,6 +289,4 @@ def plot_efficiency(points: Sequence[Point], path: Path, title: str) -> None:
     panels[0].set_ylim(0, 105)
     panels[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
     write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)
