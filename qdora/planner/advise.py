@@ -11,7 +11,6 @@ from qdora.errors import InputError
 from qdora.planner.report import Estimate
 from qdora.planner.simulate import Architecture, Launch, estimate
 
-Fits = Callable[[Estimate], bool]
 Kind = Callable[["Launch"], Iterator["Change"]]
 """The changes of one kind to a launch, from mild to strong."""
 
@@ -44,27 +43,27 @@ class Proposal:
     fits: bool
 
 
-def advise(architecture: Architecture, launch: Launch, now: Estimate, fits: Fits) -> Iterator[Proposal]:
+def advise(architecture: Architecture, launch: Launch, now: Estimate, memory: int) -> Iterator[Proposal]:
     """Changes that lower the peak, in the order of `_KINDS`, then in combination where none is enough.
 
     Args:
         now: the estimate of the launch as it is.
-        fits: whether an estimate fits the device.
+        memory: bytes of the device that the peak may take.
     """
     enough = False
     useful: list[Kind] = []
     for kind in _KINDS:
-        proposal = _first_that_fits(architecture, kind(launch), fits)
+        proposal = _first_that_fits(architecture, kind(launch), memory)
         if proposal is not None and proposal.estimate.peak.total < now.peak.total:
             enough = enough or (proposal.fits and proposal.change.same_run)
             if proposal.change.same_run and kind is not _more_gpus:
                 useful.append(kind)
             yield proposal
     if not enough and len(useful) > 1:
-        yield from _combined(architecture, launch, useful, fits)
+        yield from _combined(architecture, launch, useful, memory)
 
 
-def _first_that_fits(architecture: Architecture, changes: Iterator[Change], fits: Fits) -> Proposal | None:
+def _first_that_fits(architecture: Architecture, changes: Iterator[Change], memory: int) -> Proposal | None:
     """Of changes from mild to strong: the mildest that fits, else the strongest; None of none.
 
     None as well of a change that training refuses: an init that FSDP does not know, say.
@@ -72,7 +71,7 @@ def _first_that_fits(architecture: Architecture, changes: Iterator[Change], fits
 
     def proposed(change: Change) -> Proposal:
         result = estimate(architecture, change.launch)
-        return Proposal(change, result, fits(result))
+        return Proposal(change, result, result.peak.total <= memory)
 
     ladder = list(changes)
     if not ladder:
@@ -90,12 +89,12 @@ def _first_that_fits(architecture: Architecture, changes: Iterator[Change], fits
 
 
 def _combined(
-    architecture: Architecture, launch: Launch, kinds: list[Kind], fits: Fits
+    architecture: Architecture, launch: Launch, kinds: list[Kind], memory: int
 ) -> Iterator[Proposal]:
     """One change after the other on top of the ones before, until it fits."""
     settings: list[str] = []
     for kind in kinds:
-        proposal = _first_that_fits(architecture, kind(launch), fits)
+        proposal = _first_that_fits(architecture, kind(launch), memory)
         if proposal is None:
             continue
         launch = proposal.change.launch

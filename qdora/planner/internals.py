@@ -124,7 +124,7 @@ class StepTracker(MemTracker):
         super().__init__()
         self._ref_class = Part  # type: ignore[assignment]
         self._vocabulary = vocabulary
-        self._inside: Part | None = None
+        self._inside: Part | None = None  # kind of what is created now; found from its shape where None
         self._shapes_only = False
         self._phase = ""
         self._peaks: dict[str, dict[str, int]] = {}
@@ -171,7 +171,8 @@ class StepTracker(MemTracker):
             if isinstance(module, FSDPModule):
                 for group in module._get_fsdp_state()._fsdp_param_groups:
                     for name in ("unshard", "wait_for_unshard"):
-                        self._replace(group, name, self._creating(Part.GATHERED, getattr(group, name)))
+                        gathering = self._with("_inside", Part.GATHERED, getattr(group, name))
+                        self._replace(group, name, gathering)
                     self._replace(group, "post_backward", self._reducing(group))
 
     def follow_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -183,19 +184,19 @@ class StepTracker(MemTracker):
                 )
                 self._restore.callback(handle.remove)
 
-    def _creating(self, part: Part, function: Callable[P, R]) -> Callable[P, R]:
-        """The function, the tensors that it creates being of a kind."""
+    def _with(self, name: str, value: Any, function: Callable[P, R]) -> Callable[P, R]:
+        """The function, an attribute of this tracker having another value while it runs."""
 
         @wraps(function)
         def inner(*args: P.args, **kwargs: P.kwargs) -> R:
-            with replaced(self, "_inside", part):
+            with replaced(self, name, value):
                 return function(*args, **kwargs)
 
         return inner
 
     def _reducing(self, group: Any) -> Callable[..., Any]:
         """An FSDP group's `post_backward`, from gradients of gathered parameters to those of shards."""
-        reduce = self._creating(Part.GATHERED, group.post_backward)
+        reduce = self._with("_inside", Part.GATHERED, group.post_backward)
 
         @wraps(reduce)
         def inner(*args: Any, **kwargs: Any) -> Any:
@@ -213,23 +214,11 @@ class StepTracker(MemTracker):
         @wraps(tiles)
         def inner(*args: Any, **kwargs: Any) -> Iterator[R]:
             iterator = tiles(*args, **kwargs)
-            following = self._creating(Part.TILES, lambda: next(iterator, None))
+            following = self._with("_inside", Part.TILES, lambda: next(iterator, None))
             while (item := following()) is not None:
                 yield item
 
         return inner
-
-    def _pass_over_shapes(self) -> None:
-        """DTensor runs each operation on full fake tensors first, for the shape of its result."""
-        name = "_propagate_tensor_meta_non_cached"
-        original = getattr(ShardingPropagator, name)
-
-        @wraps(original)
-        def inner(*args: Any, **kwargs: Any) -> Any:
-            with replaced(self, "_shapes_only", True):
-                return original(*args, **kwargs)
-
-        self._replace(ShardingPropagator, name, inner)
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         self._restore.enter_context(replaced(owner, name, value))
@@ -239,7 +228,10 @@ class StepTracker(MemTracker):
         # `resize_` of a storage is no operation that a dispatch mode sees.
         self._track_resize()
         self._restore.callback(self._restore_resize)
-        self._pass_over_shapes()
+        # DTensor runs each operation on full fake tensors first, for the shape of its result.
+        name = "_propagate_tensor_meta_non_cached"
+        propagate = self._with("_shapes_only", True, getattr(ShardingPropagator, name))
+        self._replace(ShardingPropagator, name, propagate)
         for kind in set(QUANTIZATIONS.values()):
             self._replace(kind, "tiles", self._tiling(kind.tiles))
         TorchDispatchMode.__enter__(self)
@@ -286,7 +278,7 @@ class StepTracker(MemTracker):
 
 
 def _breakdown(parts: Mapping[str, int]) -> Breakdown:
-    return Breakdown.of({Part(part): count for part, count in parts.items() if part != _TOTAL})
+    return Breakdown({Part(part): count for part, count in parts.items() if part != _TOTAL})
 
 
 def _tensors(result: Any) -> list[torch.Tensor]:

@@ -369,4 +369,4 @@ def _shards(model: nn.Module) -> Breakdown:
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
                 sizes[Part.of(module, name, parameter)] += parameter.to_local().untyped_storage().nbytes()
-    return Breakdown.of(sizes)
+    return Breakdown(sizes)

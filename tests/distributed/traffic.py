@@ -97,7 +97,7 @@ def main(out: Path, model: str) -> None:
             record = record_real_step(loaded, launch, context)
         facts = {
             "peaks": {stretch: peak.total for stretch, peak in record.peaks.items()},
-            "at_rest": {part.value: size for part, size in record.at_rest},
+            "at_rest": {part.value: size for part, size in record.at_rest.items()},
             "exchanged": record.exchanged,
             "calls": calls.sent,
         }
