@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     device = resolve_device(arguments.device)
     dtype = compute_dtype(arguments.dtype, device)
-    keep_freed_memory()  # for the peers as well
+    keep_freed_memory()  # for PEFT's arms as well
     if arguments.tile_mib is not None:
         TILE_BYTES[device.type] = int(arguments.tile_mib * 2**20)
     machine = describe_machine(device)

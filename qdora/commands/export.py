@@ -57,7 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
     originals = None
     if arguments.onto == "original":
         if not adapted_layers(model):
-            raise InputError("--onto original: full fine-tuning leaves no adapter to put on other weights")
+            raise InputError(
+                "--onto original: full fine-tuning leaves no adapter to merge onto other weights"
+            )
         if checkpoint.quantization is not None:
             raise InputError(f"{settings.path}: holds no original weights, they are stored quantized")
         originals = merged_onto(model, checkpoint.tensors(), DTYPES[arguments.dtype])

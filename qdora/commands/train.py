@@ -84,7 +84,7 @@ def train(
     """Train as configured; nothing is written before everything has been checked.
 
     Args:
-        config: the whole run.
+        config: of the run.
         resume: None for a new run, `auto`, or a checkpoint folder.
         context: of the launch, when several runs share it.
     Raises: InputError: anything that the configuration or its files get wrong.
@@ -215,10 +215,7 @@ def _train(
 
 
 def _restore(
-    trainer: Trainer,
-    directory: RunDirectory,
-    resume: str | None,
-    settings: Mapping[str, Any],
+    trainer: Trainer, directory: RunDirectory, resume: str | None, settings: Mapping[str, Any]
 ) -> int:
     """Load the optimizer's state from a checkpoint; the steps already done."""
     if resume is None:
@@ -248,7 +245,7 @@ def _adapt(model: PreTrainedModel, config: RunConfig) -> InjectionReport:
 
 
 def _input_digests(model: PreTrainedModel, data: PreparedData) -> dict[str, str]:
-    """What all processes must have read alike, from whatever disks."""
+    """Short digests of what every rank must have read the same, each from its own disk."""
     named = {f"the {part} data": value[:16] for part, value in data.fingerprints.items()}
     return {**named, "the base model": str(base_fingerprint(model))[:16]}
 
@@ -281,14 +278,14 @@ def _manifest(
 
 
 def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> dict[str, Any]:
-    """Everything that a continued run must share with the one that wrote a checkpoint."""
-    tree = config.model_dump(mode="json")
-    flat = _flat({key: tree[key] for key in ("model", "adapter", "training")})
-    settings = {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
-    settings["data.train"] = data.fingerprints["train"]
-    settings["data.prompt"] = config.data.prompt
-    settings["base"] = base_fingerprint(model)
-    return settings
+    """What a resumed run must agree on with the one that wrote a checkpoint."""
+    flat = _flat(config.model_dump(mode="json", include={"model", "adapter", "training"}))
+    return {
+        **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
+        "data.train": data.fingerprints["train"],
+        "data.prompt": config.data.prompt,
+        "base": base_fingerprint(model),
+    }
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

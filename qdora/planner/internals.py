@@ -166,7 +166,7 @@ class StepTracker(MemTracker):
                 self._update_snap(_UpdateType.REF, info, old_reftype=before)
 
     def follow_fsdp(self, model: nn.Module) -> None:
-        """Tell the buffers of a sharded model's collectives from other tensors, until the end."""
+        """Distinguish the buffers of a sharded model's collectives from other tensors, until the end."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 for group in module._get_fsdp_state()._fsdp_param_groups:
@@ -176,7 +176,7 @@ class StepTracker(MemTracker):
                     self._replace(group, "post_backward", self._reducing(group))
 
     def follow_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Tell the gradients of parameters that are not sharded, until the end."""
+        """Distinguish the gradients of parameters that are not sharded, until the end."""
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
                 handle = parameter.register_post_accumulate_grad_hook(
