@@ -262,12 +262,7 @@ def record_worst_step(
     Args:
         tracker: entered, and following the model's collectives.
     """
-    trainer = _WorstBatch(model, launch, context, tracker)
-    trainer.prepare()
-    at_rest = tracker.current
-    tracker.restart()
-    trainer.run_step()
-    return StepRecord(tracker.peaks, at_rest, _shards(model), dict(tracker.exchanged))
+    return _WorstBatch(model, launch, context, tracker).record()
 
 
 def load_fakes(model: PreTrainedModel) -> None:
@@ -310,8 +305,8 @@ class _WorstBatch(Trainer):
             layer.register_forward_pre_hook(lambda *_, name=name: self._enter_forward(name))
             layer.register_forward_hook(lambda _, __, output, name=name: self._leave_forward(name, output))
 
-    def prepare(self) -> None:
-        """Make the optimizer's moments, as the first step does, and mark what stays between steps."""
+    def record(self) -> StepRecord:
+        """Run a step that finds the optimizer's moments, which the first one makes."""
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
         self.optimizer.step(0.0)
@@ -324,11 +319,11 @@ class _WorstBatch(Trainer):
             tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             for name, tensor in tensors:
                 self._tracker.mark([tensor], Part.of(module, name, tensor))
-
-    def run_step(self) -> None:
-        """One step, as `run` makes many."""
+        at_rest = self._tracker.current
+        self._tracker.restart()
         self.model.train()
         self._step(0, StopRequest())
+        return StepRecord(self._tracker.peaks, at_rest, _shards(self.model), dict(self._tracker.exchanged))
 
     def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
         with real_tensors():  # how long an example is, is read from its numbers
