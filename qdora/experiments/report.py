@@ -209,11 +209,11 @@ def paired_over_seeds(arm_SQ: Sequence[Sequence[bool]], reference_SQ: Sequence[S
 
     Raises: ValueError: they do not answer the same questions.
     """
+    if len(arm_SQ) == 1:
+        paired = paired_difference(arm_SQ[0], reference_SQ[0])
+        return Difference(100 * paired.difference, 100 * paired.stderr, paired.p_value)
     if np.shape(arm_SQ) != np.shape(reference_SQ):
         raise ValueError(f"answers of shape {np.shape(arm_SQ)} compared with {np.shape(reference_SQ)}")
     mean, stderr = mean_and_stderr(np.subtract(arm_SQ, reference_SQ, dtype=float).tolist())
-    if len(arm_SQ) == 1:
-        p_value = paired_difference(arm_SQ[0], reference_SQ[0]).p_value
-    else:
-        p_value = math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else float(mean == 0)
+    p_value = math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else float(mean == 0)
     return Difference(100 * mean, 100 * stderr, p_value)

@@ -104,30 +104,14 @@ def _padded(parameter: nn.Parameter, ranks: int) -> int:
     return rows * (parameter.numel() // parameter.shape[0])
 
 
-@dataclass(frozen=True)
-class Work:
-    """Multiplications and additions of one micro-batch on one rank.
-
-    Attributes:
-        forward: of the decoder's and the output layer's products, adapters and attention.
-        backward: the same for the gradients, and for what is computed again.
-    """
-
-    forward: float
-    backward: float
-
-    @property
-    def total(self) -> float:
-        """Of both."""
-        return self.forward + self.backward
-
-
-def work(architecture: Architecture, launch: Launch) -> Work:
-    """Of one micro-batch of examples of the greatest length.
+def work(architecture: Architecture, launch: Launch) -> tuple[int, int]:
+    """Multiplications and additions of one rank for a micro-batch of the longest examples.
 
     A product costs 2 operations a weight and token.  Frozen weights have the gradient of their input only,
     trained ones both.  Attention is causal: half of the scores.
 
+    Returns: those of forward (products of the decoder and the output layer, adapters, attention), and those
+        of backward, with what is computed again.
     Raises: InputError: the adapter does not fit the model.
     """
     tokens = launch.micro_batch_size * launch.max_length
@@ -140,7 +124,7 @@ def work(architecture: Architecture, launch: Launch) -> Work:
     again = inside if launch.checkpointing else 0
     head_work = tokens * 2 * head
     back = tokens * (2 * frozen + 4 * trained + 2 * attention) + head_work
-    return Work(inside + head_work, back + again)
+    return inside + head_work, back + again
 
 
 def _products(model: PreTrainedModel) -> tuple[int, int]:
@@ -184,30 +168,21 @@ LINKS = (
 )
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """A way of training to compare: what is stored, what is trained."""
-
-    name: str
-    architecture: Architecture
-    launch: Launch
-
-
-def schemes(architecture: Architecture, launch: Launch) -> list[Scheme]:
+def schemes(architecture: Architecture, launch: Launch) -> dict[str, tuple[Architecture, Launch]]:
     """The launch as it is, the same adapter on a 16-bit base, and every weight of the 16-bit model trained.
 
-    All with the same tokens a GPU, sharded.
+    All with the same tokens a GPU, sharded; by the name that tables and plots show.
     """
     launch = replace(launch, fsdp=launch.fsdp or FsdpSettings())
     dense = replace(architecture, quantization=Quantization("none"))
     quantized = architecture.quantization.name != "none"
     full = replace(launch.with_training(mode="full"), adapter=AdapterConfig(type="none", dora=False))
     name = f"{_bits(architecture.quantization)}-bit base + adapter" if quantized else "as configured"
-    return [
-        Scheme(name, architecture, launch),
-        Scheme("16-bit base + adapter", dense, launch),
-        Scheme("16-bit, all trained", dense, full),
-    ]
+    return {
+        name: (architecture, launch),
+        "16-bit base + adapter": (dense, launch),
+        "16-bit, all trained": (dense, full),
+    }
 
 
 def _bits(quantization: Quantization) -> int:
@@ -254,13 +229,13 @@ def scale(architecture: Architecture, launch: Launch, ranks: Sequence[int] = RAN
     Raises: InputError: the adapter does not fit the model.
     """
     points = []
-    for scheme in schemes(architecture, launch):
-        operations = work(scheme.architecture, scheme.launch).total
-        products = scheme.launch.training.gradient_accumulation * operations / (PEAK_FLOPS * UTILIZATION)
+    for name, (model, run) in schemes(architecture, launch).items():
+        operations = run.training.gradient_accumulation * sum(work(model, run))
+        products = operations / (PEAK_FLOPS * UTILIZATION)
         for count in ranks:
-            moved = traffic(scheme.architecture, at_ranks(scheme.launch, count))
+            moved = traffic(model, at_ranks(run, count))
             ratios = {link.name: products / collective_seconds(moved, link) for link in LINKS}
-            points.append(Point(scheme.name, moved, ratios))
+            points.append(Point(name, moved, ratios))
     return points
 
 
