@@ -100,8 +100,7 @@ def _combined(
         launch = proposal.change.launch
         settings.append(proposal.change.settings)
         if len(settings) > 1:
-            change = Change(" and ".join(settings), "all of these", launch)
-            yield replace(proposal, change=change)
+            yield replace(proposal, change=Change(" and ".join(settings), "all of these", launch))
         if proposal.fits:
             return
 
