@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qdora.config import RunConfig
-from qdora.config_file import apply_overrides, check_config, dump_config, load_config, set_key
+from qdora.config_file import apply_overrides, check_config, dump_config, load_config
 from qdora.errors import InputError
 from qdora.files import read_json, write_json, write_text
 
@@ -234,22 +234,18 @@ def resolve_target(arguments: argparse.Namespace, *, data: str | None, base_only
         directory = newest_run()
         if os.environ.get("RANK", "0") == "0":
             print(f"no --run given: {directory.path} is the newest run", file=sys.stderr)
-    if directory is None:
-        tree = _without_run(arguments.model)
-    else:
-        tree = directory.config().model_dump(mode="json")
-        if arguments.model:
-            set_key(tree, "model.path", arguments.model)
+    tree = _without_run() if directory is None else directory.config().model_dump(mode="json")
+    if arguments.model:
+        tree["model"]["path"] = arguments.model
     if data:
-        set_key(tree, "data.test", _data_file(data, tree["data"]["test"]))
+        tree["data"]["test"] = _data_file(data, tree["data"]["test"])
     apply_overrides(tree, arguments.set)
     config = check_config(tree, RunConfig, str(directory.path) if directory else "command line")
     adapter = None
-    if not base_only:
-        if arguments.adapter:
-            adapter = Path(arguments.adapter)
-        elif directory is not None:
-            adapter = directory.finished_adapter()
+    if arguments.adapter and not base_only:
+        adapter = Path(arguments.adapter)
+    elif directory is not None and not base_only:
+        adapter = directory.finished_adapter()
     return Target(config, adapter, directory)
 
 
@@ -261,11 +257,11 @@ def _data_file(path: str, test: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def _without_run(model: str) -> dict[str, Any]:
-    """A configuration whose training part is not used."""
+def _without_run() -> dict[str, Any]:
+    """A configuration whose training part is not used, before the model is named."""
     nothing = {"source": "synthetic", "count": 1}
     return {
-        "model": {"path": model},
+        "model": {},
         "data": {"train": nothing, "test": {**nothing, "split": "test"}},
         "training": {"max_steps": 1},
         "output": {"dir": "runs/unused"},

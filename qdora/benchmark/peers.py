@@ -71,7 +71,8 @@ def linear_4bit(
 
 
 def _adapt(model: nn.Module, config: AdapterConfig, targets: list[str], dora: bool) -> nn.Module:
-    settings = peft_module().LoraConfig(
+    peft = peft_module()
+    settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
@@ -79,7 +80,7 @@ def _adapt(model: nn.Module, config: AdapterConfig, targets: list[str], dora: bo
         target_modules=targets,
         use_dora=dora,
     )
-    adapted: nn.Module = peft_module().get_peft_model(model, settings)
+    adapted: nn.Module = peft.get_peft_model(model, settings)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

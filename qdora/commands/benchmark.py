@@ -14,16 +14,15 @@ from qdora.benchmark.layer import ARMS, LARGE, PAIRS, SMALL, benchmark_layer
 from qdora.benchmark.measure import describe_machine, gemm_rate
 from qdora.benchmark.peers import peft_module
 from qdora.benchmark.step import benchmark_step
+from qdora.commands.train import read_inputs
 from qdora.config import AdapterConfig, RunConfig
 from qdora.config_file import load_config
 from qdora.data.batches import Batch, BatchPlan, collate
 from qdora.errors import InputError
 from qdora.files import write_json
 from qdora.memory import keep_freed_memory
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import compute_dtype, resolve_device
 from qdora.quant.base import TILE_BYTES
-from qdora.tasks.prepare import prepare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     device = resolve_device(arguments.device)
     dtype = compute_dtype(arguments.dtype, device)
-    keep_freed_memory()  # for the peers as well
+    keep_freed_memory()  # for PEFT's arms as well
     if arguments.tile_mib is not None:
         TILE_BYTES[device.type] = int(arguments.tile_mib * 2**20)
     machine = describe_machine(device)
@@ -115,9 +114,6 @@ def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.devi
 
 def _first_batch(config: RunConfig) -> Batch:
     """The first batch of the run, as training would take it."""
-    tokenizer = open_checkpoint(config.model.path, config.model.revision).tokenizer()
-    if tokenizer is None:
-        raise InputError(f"{config.model.path}: has no tokenizer, so there is nothing to benchmark on")
-    data = prepare(config.data, tokenizer, None)
+    _, _, data = read_inputs(config)
     plan = BatchPlan([len(e.input_ids) for e in data.train], config.training.batch_size, config.training.seed)
     return collate([data.train[i] for i in plan.batch(0)], data.pad_id)

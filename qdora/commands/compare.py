@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from qdora.config_file import config_digest, dump_config, load_config, read_yaml
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
-from qdora.evaluation.scores import Scores, read_scores
+from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import ArmRun, CompareConfig, check_conditions, expand, resumed
 from qdora.experiments.report import markdown, write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
@@ -57,8 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     done = []
     for run in runs:
         directory = run.directory
-        if context.is_main:
-            print(f"\n== {run}: {directory.path}", file=sys.stderr)
+        context.say(f"\n== {run}: {directory.path}")
         if not context.gather([run.is_trained])[0]:
             train(run.config, resume="auto" if arguments.resume else None, context=context)
         scores = _score(run, directory.finished_adapter(), folder, directory.evaluation, context)
@@ -146,7 +144,7 @@ def _score(
             if context.is_main:
                 entry = {"inputs": inputs, "files": _digests(reports)}
                 write_json(folder / SCORED, record | {name: entry})
-    return [read_scores(path) for path in sorted(reports.glob("*.json"))]
+    return read_reports(reports)
 
 
 def _digests(folder: Path) -> dict[str, str]:

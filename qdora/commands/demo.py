@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from qdora.config_file import load_config
 from qdora.errors import InputError
-from qdora.evaluation.scores import Scores, read_scores
+from qdora.evaluation.scores import Scores, read_reports
 from qdora.run import QUICKSTART, RunDirectory
 from qdora.training.metrics import read_metrics
 
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def summary(directory: RunDirectory, export: Path, seconds: float) -> str:
     """The table that the demo ends with."""
-    before, after = _only_scores(directory.base_evaluation), _only_scores(directory.evaluation)
+    [before], [after] = read_reports(directory.base_evaluation), read_reports(directory.evaluation)
     manifest = directory.manifest()
     steps = read_metrics(directory.metrics_file)
     trained = manifest["trainable_parameters"]
@@ -77,11 +77,6 @@ def _step(title: str, command: list[str]) -> None:
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code:
         raise InputError(f"{title.lower()} ended with exit code {code}")
-
-
-def _only_scores(folder: Path) -> Scores:
-    [report] = [path for path in folder.glob("*.json") if not path.name.endswith(".predictions.json")]
-    return read_scores(report)
 
 
 def _percent(scores: Scores) -> str:

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     tree = _tree(launch, result, moved)
     if memory is not None:
         tree["proposals"] = _verdict(architecture, launch, result, memory, reserve)
-        tree |= {"memory": memory, "reserve": reserve, "fits": result.fits(memory, reserve)}
+        tree |= {"memory": memory, "reserve": reserve, "fits": result.peak.total <= memory - reserve}
     if arguments.scaling:
         points = scale(architecture, launch)
         print(_scaling(points, launch))
@@ -123,7 +123,7 @@ def _sharding(launch: Launch) -> str:
 def _parts(result: Estimate) -> str:
     rows = [
         (part.value, f"{size / 2**30:.3f}", f"{100 * size / result.peak.total:.1f}")
-        for part, size in result.peak
+        for part, size in result.peak.items()
     ]
     rows.append(("total", f"{result.peak.total / 2**30:.3f}", "100.0"))
     headers, aligned = ["at the peak", "GiB", "%"], ("left", "right", "right")
@@ -166,7 +166,7 @@ def _verdict(
         return []
     print(f"\ndoes not fit in {show_size(memory)}{aside}: {show_size(-left)} too much", flush=True)
     print("estimating what would change that ...", file=sys.stderr)
-    proposals = list(advise(architecture, launch, result, lambda e: e.fits(memory, reserve)))
+    proposals = list(advise(architecture, launch, result, memory - reserve))
     rows = [
         (
             p.change.settings,
@@ -218,4 +218,4 @@ def _tree(launch: Launch, result: Estimate, moved: Traffic) -> dict[str, Any]:
 
 
 def _bytes(breakdown: Breakdown) -> dict[str, int]:
-    return {**{part.value: size for part, size in breakdown}, "total": breakdown.total}
+    return {**{part.value: size for part, size in breakdown.items()}, "total": breakdown.total}

@@ -64,6 +64,4 @@ def _table(scores: list[Scores]) -> str:
         )
         for score in scores
     ]
-    return tabulate(
-        rows, headers=("task", "exact match", "std. error", "correct", "scorer"), tablefmt="simple"
-    )
+    return tabulate(rows, headers=("task", "exact match", "std. error", "correct", "scorer"))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers
-from qdora.config import ModelConfig
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.export.verify import verify_export
 from qdora.export.write import DTYPES, merge_and_export, merged_onto
-from qdora.models.formats import Checkpoint
 from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device
 from qdora.quant import QUANTIZATIONS, Quantization
@@ -53,42 +50,36 @@ def run(arguments: argparse.Namespace) -> None:
     settings = target.config.model
     checkpoint = open_checkpoint(settings.path, settings.revision)
     tokenizer = required_tokenizer(checkpoint)
+    context = DistributedContext(device=resolve_device("auto"))
     wanted = arguments.quantize or target.config.evaluation.quantization
-    model = _load(checkpoint, settings, target.adapter, None if wanted is None else Quantization(wanted))
+    quantize = None if wanted is None else Quantization(wanted)
+    model = load_with_adapter(checkpoint, settings, context, target.adapter, quantize)
     originals = None
     if arguments.onto == "original":
         if not adapted_layers(model):
-            raise InputError("--onto original: full fine-tuning leaves no adapter to put on other weights")
+            raise InputError(
+                "--onto original: full fine-tuning leaves no adapter to merge onto other weights"
+            )
         if checkpoint.quantization is not None:
             raise InputError(f"{settings.path}: holds no original weights, they are stored quantized")
         originals = merged_onto(model, checkpoint.tensors(), DTYPES[arguments.dtype])
+    output, dtype = arguments.output, arguments.dtype
     folder = merge_and_export(
-        model,
-        tokenizer,
-        arguments.output,
-        arguments.dtype,
-        tensors=originals,
-        overwrite=arguments.overwrite,
+        model, tokenizer, output, dtype, tensors=originals, overwrite=arguments.overwrite
     )
     print(f"merged weights: {folder}")
     if arguments.no_verify:
         return
     if arguments.onto == "original":
         # What the export must reproduce is the adapter on the unquantized base.
-        model = _load(checkpoint, settings.model_copy(update={"quantization": "none"}), target.adapter, None)
+        unquantized = settings.model_copy(update={"quantization": "none"})
+        model = load_with_adapter(checkpoint, unquantized, context, target.adapter)
     result = verify_export(folder, model, _tokens(model))
     print(
         f"verified: plain transformers loads it; logits differ by {result.relative_error:.1e} relative "
         f"(bound {result.bound:.0e}), the same next token at {100 * result.same_next_token:.1f}% of "
         f"{result.positions} positions"
     )
-
-
-def _load(
-    checkpoint: Checkpoint, settings: ModelConfig, adapter: Path, quantize: Quantization | None
-) -> PreTrainedModel:
-    context = DistributedContext(device=resolve_device("auto"))
-    return load_with_adapter(checkpoint, settings, context, adapter, quantize)
 
 
 def _tokens(model: PreTrainedModel) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.full import train_everything
-from qdora.adapters.inject import InjectionReport, initial_update_fingerprint, inject
+from qdora.adapters.full import adapt
+from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
 from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dotted, load_config
@@ -85,7 +84,7 @@ def train(
     """Train as configured; nothing is written before everything has been checked.
 
     Args:
-        config: the whole run.
+        config: of the run.
         resume: None for a new run, `auto`, or a checkpoint folder.
         context: of the launch, when several runs share it.
     Raises: InputError: anything that the configuration or its files get wrong.
@@ -98,25 +97,30 @@ def train(
     with context.raise_on_all_ranks():
         if resume is None:
             directory.refuse_if_used(config.output.overwrite)
-    say = _say if context.is_main else _silent
     reset_peak_memory(context.device)
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
-    _say_data(data, say)
+    _say_data(data, context)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
     context.refuse_disagreement(_input_digests(model, data))
     check_savable(model)
-    say(str(report))
+    context.say(str(report))
     trainer = Trainer(
         model, data.train, config.training, context, data.pad_id, evaluate_every=config.evaluation.every
     )
     settings = _settings(config, model, data)
-    start = _restore(trainer, directory, resume, settings, say)
-    fields = _manifest_fields(config, model, data, report, context)
+    start = _restore(trainer, directory, resume, settings)
+    manifest = _manifest(config, model, data, report, context)
     with context.raise_on_all_ranks():
         if context.is_main:
-            _open_directory(directory, config, start, resume, fields, context.world_size)
+            if resume is None:
+                directory.clear()
+            if start == 0:
+                directory.start(config, manifest)
+            else:
+                directory.record_resume(config, start)
+            keep_until(directory.metrics_file, start)
     _train(trainer, directory, config, settings, start, tokenizer, data)
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
@@ -158,8 +162,7 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
             # Whether that format holds every layer must not be found out after the training.
             checkpoint = open_checkpoint(config.model.path, config.model.revision)
             build_model(checkpoint, torch.float32, Quantization(config.evaluation.quantization))
-        fields = _manifest_fields(config, meta.model, data, report, context)
-        return make_manifest(config, world_size=context.world_size, fields=fields)
+        return _manifest(config, meta.model, data, report, context)
 
 
 def _train(
@@ -212,18 +215,14 @@ def _train(
 
 
 def _restore(
-    trainer: Trainer,
-    directory: RunDirectory,
-    resume: str | None,
-    settings: Mapping[str, Any],
-    say: Any,
+    trainer: Trainer, directory: RunDirectory, resume: str | None, settings: Mapping[str, Any]
 ) -> int:
-    """Steps already done, with the trainer put back to where they ended."""
+    """Load the optimizer's state from a checkpoint; the steps already done."""
     if resume is None:
         return 0
     context, state = trainer.context, trainer.optimizer.state()
     if resume == "auto":
-        found = newest_usable(directory.checkpoints, state, settings, context, say)
+        found = newest_usable(directory.checkpoints, state, settings, context, context.say)
     else:
         found = load_checkpoint(Path(resume), state, settings, context)
     if found is None:
@@ -233,44 +232,25 @@ def _restore(
                 f"{directory.checkpoints}: none of its checkpoints ({', '.join(left)}) can be used; look at "
                 f"them, or start anew without --resume and with --set output.overwrite=true"
             )
-        say(f"{directory.path}: no checkpoint; starting from the beginning")
+        context.say(f"{directory.path}: no checkpoint; starting from the beginning")
         return 0
     trainer.optimizer.load_state(found.tensors)
     writers = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
-    say(f"resuming after step {found.step}, written by {writers}")
+    context.say(f"resuming after step {found.step}, written by {writers}")
     return found.step
 
 
-def _open_directory(
-    directory: RunDirectory,
-    config: RunConfig,
-    start: int,
-    resume: str | None,
-    fields: dict[str, Any],
-    count: int,
-) -> None:
-    if resume is None:
-        directory.clear()
-    if start == 0:
-        directory.start(config, make_manifest(config, world_size=count, fields=fields))
-    else:
-        directory.record_resume(config, start)
-    keep_until(directory.metrics_file, start)
-
-
 def _adapt(model: PreTrainedModel, config: RunConfig) -> InjectionReport:
-    if config.training.mode == "full":
-        return train_everything(model)
-    return inject(model, config.adapter, seed=config.training.seed)
+    return adapt(model, config.adapter, config.training.mode, seed=config.training.seed)
 
 
 def _input_digests(model: PreTrainedModel, data: PreparedData) -> dict[str, str]:
-    """What all processes must have read alike, from whatever disks."""
+    """Short digests of what every rank must have read the same, each from its own disk."""
     named = {f"the {part} data": value[:16] for part, value in data.fingerprints.items()}
     return {**named, "the base model": str(base_fingerprint(model))[:16]}
 
 
-def _manifest_fields(
+def _manifest(
     config: RunConfig,
     model: PreTrainedModel,
     data: PreparedData,
@@ -279,7 +259,7 @@ def _manifest_fields(
 ) -> dict[str, Any]:
     training, lengths = config.training, [len(example.input_ids) for example in data.train]
     order = hashlib.sha256(repr((training.seed, training.batch_size, lengths)).encode())
-    return {
+    fields = {
         "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
         "data": {
             "fingerprints": data.fingerprints,
@@ -294,17 +274,18 @@ def _manifest_fields(
         "steps": count_steps(training, batches_per_epoch(len(lengths), training.batch_size)),
         "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
     }
+    return make_manifest(config, world_size=context.world_size, fields=fields)
 
 
 def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> dict[str, Any]:
-    """Everything that a continued run must share with the one that wrote a checkpoint."""
-    tree = config.model_dump(mode="json")
-    flat = _flat({key: tree[key] for key in ("model", "adapter", "training")})
-    settings = {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
-    settings["data.train"] = data.fingerprints["train"]
-    settings["data.prompt"] = config.data.prompt
-    settings["base"] = base_fingerprint(model)
-    return settings
+    """What a resumed run must agree on with the one that wrote a checkpoint."""
+    flat = _flat(config.model_dump(mode="json", include={"model", "adapter", "training"}))
+    return {
+        **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
+        "data.train": data.fingerprints["train"],
+        "data.prompt": config.data.prompt,
+        "base": base_fingerprint(model),
+    }
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,20 +307,12 @@ def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepM
     return tabulate(rows, tablefmt="plain")
 
 
-def _say_data(data: PreparedData, say: Any) -> None:
-    say(
+def _say_data(data: PreparedData, context: DistributedContext) -> None:
+    context.say(
         f"{len(data.train)} training examples, {len(data.test)} test examples; "
         f"{data.leaked} training examples removed because their question is a test question"
     )
     for row in data.skipped[:5]:
-        say(f"skipped {row.origin}: {row.reason}")
+        context.say(f"skipped {row.origin}: {row.reason}")
     if len(data.skipped) > 5:
-        say(f"... {len(data.skipped)} rows skipped in all")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _silent(text: str) -> None:
-    pass
+        context.say(f"... {len(data.skipped)} rows skipped in all")

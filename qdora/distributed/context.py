@@ -103,6 +103,11 @@ class DistributedContext:
         """Whether this rank writes files and shows progress."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print a line on standard error, on the main rank only."""
+        if self.is_main:
+            print(text, file=sys.stderr)
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extras: torch.Tensor) -> torch.Tensor:
         """Sum the gradients over the ranks, in place, and a small vector with them.
 

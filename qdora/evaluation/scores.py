@@ -203,6 +203,11 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
+def read_reports(folder: Path) -> list[Scores]:
+    """`read_scores` of every task that was evaluated into a folder, in order of their file names."""
+    return [read_scores(path) for path in sorted(folder.glob("*.json"))]
+
+
 def _parse(where: str, text: str) -> dict[str, Any]:
     try:
         tree = json.loads(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,12 +191,9 @@ def covers(keys: Iterable[str], key: str) -> bool:
 def differences(configs: Sequence[RunConfig]) -> dict[str, list[Any]]:
     """Values by dotted key, of the keys in which configurations differ; seed and output are left out."""
     flat = [dotted(config.model_dump(mode="json")) for config in configs]
-    found = {key: [one.get(key) for one in flat] for key in dict.fromkeys(key for one in flat for key in one)}
-    return {
-        key: values
-        for key, values in found.items()
-        if any(value != values[0] for value in values) and not covers(_OF_COMPARISON, key)
-    }
+    keys = [key for key in dict.fromkeys(chain.from_iterable(flat)) if not covers(_OF_COMPARISON, key)]
+    found = {key: [one.get(key) for one in flat] for key in keys}
+    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
 
 
 def check_conditions(runs: Iterable[ArmRun]) -> None:

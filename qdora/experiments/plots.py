@@ -7,16 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qdora.files import write_file
 from qdora.training.metrics import StepMetrics
-
-matplotlib.use("Agg")  # files only; no display is needed
-
 
 _COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060", "#1aa0a8", "#8c6d31", "#d873b8")
 _GREY = "#8a8a8a"
@@ -30,12 +26,11 @@ def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: st
         path: PNG to write.
         title: above the axes.
     """
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=130)
+    figure = Figure(figsize=(7, 4), dpi=130, layout="tight")
+    axes = figure.subplots()
     draw_loss(axes, curves)
     axes.set_title(title, fontsize=11)
-    figure.tight_layout()
     write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)
 
 
 def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]]) -> None:
@@ -69,7 +64,8 @@ def plot_comparison(
         path: PNG to write.
         title: above both.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), dpi=130, width_ratios=(3, 2))
+    figure = Figure(figsize=(10, 4), dpi=130, layout="tight")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     draw_loss(left, curves)
     labels, bars = [*bases, *scores], [*bases.values(), *scores.values()]
     right.barh(
@@ -86,9 +82,7 @@ def plot_comparison(
     right.set_xlim(0, 100)
     right.grid(axis="x", alpha=0.25)
     figure.suptitle(textwrap.fill(title, 100), fontsize=11)
-    figure.tight_layout()
     write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

@@ -191,7 +191,7 @@ class Difference:
     p_value: float
 
 
-def mean_and_stderr(correct_SQ: Sequence[Sequence[bool]]) -> tuple[float, float]:
+def mean_and_stderr(correct_SQ: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Exact match over seeds and questions, and its standard error over questions.
 
     Questions are the sample: the answers of several seeds to one question are not independent,
@@ -214,7 +214,6 @@ def paired_over_seeds(arm_SQ: Sequence[Sequence[bool]], reference_SQ: Sequence[S
         return Difference(100 * paired.difference, 100 * paired.stderr, paired.p_value)
     if np.shape(arm_SQ) != np.shape(reference_SQ):
         raise ValueError(f"answers of shape {np.shape(arm_SQ)} compared with {np.shape(reference_SQ)}")
-    delta_Q = np.mean(arm_SQ, axis=0) - np.mean(reference_SQ, axis=0)
-    mean, stderr = float(delta_Q.mean()), float(delta_Q.std() / math.sqrt(len(delta_Q)))
+    mean, stderr = mean_and_stderr(np.subtract(arm_SQ, reference_SQ, dtype=float).tolist())
     p_value = math.erfc(abs(mean) / stderr / math.sqrt(2)) if stderr else float(mean == 0)
     return Difference(100 * mean, 100 * stderr, p_value)

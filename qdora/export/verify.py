@@ -68,8 +68,7 @@ def verify_export(directory: str | Path, model: PreTrainedModel, input_ids_BT: t
 def _bound(directory: str | Path, model: PreTrainedModel) -> float:
     """The looser of the bounds for the exported weights' dtype and the adapted model's activations."""
     # From config.json: the loaded weights may have been widened.
-    stored = AutoConfig.from_pretrained(directory).dtype
-    stored = stored if isinstance(stored, torch.dtype) else getattr(torch, str(stored))
+    stored: torch.dtype = AutoConfig.from_pretrained(directory).dtype
     embedding = model.get_input_embeddings()
     activation = embedding(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     return max(BOUNDS[stored], BOUNDS.get(activation.dtype, 0.0))

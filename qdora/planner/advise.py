@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from qdora.config import AdapterConfig
 from qdora.distributed.launch import FsdpSettings
@@ -12,7 +11,6 @@ from qdora.errors import InputError
 from qdora.planner.report import Estimate
 from qdora.planner.simulate import Architecture, Launch, estimate
 
-Fits = Callable[[Estimate], bool]
 Kind = Callable[["Launch"], Iterator["Change"]]
 """The changes of one kind to a launch, from mild to strong."""
 
@@ -45,29 +43,27 @@ class Proposal:
     fits: bool
 
 
-def advise(architecture: Architecture, launch: Launch, now: Estimate, fits: Fits) -> Iterator[Proposal]:
-    """Changes that lower the peak, one by one, then in combination where none of them is enough.
-
-    In the order in which to try them: those that keep the run as it is come first.
+def advise(architecture: Architecture, launch: Launch, now: Estimate, memory: int) -> Iterator[Proposal]:
+    """Changes that lower the peak, in the order of `_KINDS`, then in combination where none is enough.
 
     Args:
         now: the estimate of the launch as it is.
-        fits: whether an estimate fits the device.
+        memory: bytes of the device that the peak may take.
     """
     enough = False
     useful: list[Kind] = []
-    for kind in (*_SAME_RUN, *_OTHER_RUN):
-        proposal = _first_that_fits(architecture, kind(launch), fits)
+    for kind in _KINDS:
+        proposal = _first_that_fits(architecture, kind(launch), memory)
         if proposal is not None and proposal.estimate.peak.total < now.peak.total:
             enough = enough or (proposal.fits and proposal.change.same_run)
-            if kind in _SAME_RUN and kind is not _more_gpus:
+            if proposal.change.same_run and kind is not _more_gpus:
                 useful.append(kind)
             yield proposal
     if not enough and len(useful) > 1:
-        yield from _combined(architecture, launch, useful, fits)
+        yield from _combined(architecture, launch, useful, memory)
 
 
-def _first_that_fits(architecture: Architecture, changes: Iterator[Change], fits: Fits) -> Proposal | None:
+def _first_that_fits(architecture: Architecture, changes: Iterator[Change], memory: int) -> Proposal | None:
     """Of changes from mild to strong: the mildest that fits, else the strongest; None of none.
 
     None as well of a change that training refuses: an init that FSDP does not know, say.
@@ -75,7 +71,7 @@ def _first_that_fits(architecture: Architecture, changes: Iterator[Change], fits
 
     def proposed(change: Change) -> Proposal:
         result = estimate(architecture, change.launch)
-        return Proposal(change, result, fits(result))
+        return Proposal(change, result, result.peak.total <= memory)
 
     ladder = list(changes)
     if not ladder:
@@ -93,26 +89,25 @@ def _first_that_fits(architecture: Architecture, changes: Iterator[Change], fits
 
 
 def _combined(
-    architecture: Architecture, launch: Launch, kinds: list[Kind], fits: Fits
+    architecture: Architecture, launch: Launch, kinds: list[Kind], memory: int
 ) -> Iterator[Proposal]:
     """One change after the other on top of the ones before, until it fits."""
     settings: list[str] = []
     for kind in kinds:
-        proposal = _first_that_fits(architecture, kind(launch), fits)
+        proposal = _first_that_fits(architecture, kind(launch), memory)
         if proposal is None:
             continue
         launch = proposal.change.launch
         settings.append(proposal.change.settings)
         if len(settings) > 1:
-            change = Change(" and ".join(settings), "all of these", launch)
-            yield replace(proposal, change=change)
+            yield replace(proposal, change=Change(" and ".join(settings), "all of these", launch))
         if proposal.fits:
             return
 
 
 def _checkpointing(launch: Launch) -> Iterator[Change]:
     if not launch.checkpointing:
-        changed = _with_training(launch, gradient_checkpointing=True)
+        changed = launch.with_training(gradient_checkpointing=True)
         yield Change("training.gradient_checkpointing=true", "each layer is computed twice", changed)
 
 
@@ -120,7 +115,7 @@ def _smaller_micro_batches(launch: Launch) -> Iterator[Change]:
     of_rank = launch.training.batch_size // launch.world_size
     for count in range(launch.training.gradient_accumulation + 1, of_rank + 1):
         if of_rank % count == 0:
-            changed = _with_training(launch, gradient_accumulation=count)
+            changed = launch.with_training(gradient_accumulation=count)
             price = "more gathers a step" if launch.fsdp else "smaller products"
             yield Change(f"training.gradient_accumulation={count}", price, changed)
 
@@ -138,7 +133,7 @@ def _more_gpus(launch: Launch) -> Iterator[Change]:
         accumulation = max(1, launch.training.gradient_accumulation >> doubling)
         if launch.training.batch_size % (world_size * accumulation):
             return
-        changed = _with_training(launch, gradient_accumulation=accumulation)
+        changed = launch.with_training(gradient_accumulation=accumulation)
         changed = replace(changed, world_size=world_size, fsdp=launch.fsdp or FsdpSettings())
         settings = f"{world_size} GPUs"
         if accumulation != launch.training.gradient_accumulation:
@@ -178,9 +173,8 @@ def _lower_rank(launch: Launch) -> Iterator[Change]:
         yield Change(f"adapter.r={r}", "another adapter", replace(launch, adapter=adapter), same_run=False)
 
 
-_SAME_RUN = (_checkpointing, _smaller_micro_batches, _sharding, _resharding, _more_gpus, _offload)
-_OTHER_RUN = (_shorter_examples, _lower_rank)
-
-
-def _with_training(launch: Launch, **changes: Any) -> Launch:
-    return replace(launch, training=launch.training.model_copy(update=changes))
+_KINDS: tuple[Kind, ...] = (
+    *(_checkpointing, _smaller_micro_batches, _sharding, _resharding, _more_gpus, _offload),
+    *(_shorter_examples, _lower_rank),
+)
+"""In the order in which to try them: those that keep the run as it is come first."""

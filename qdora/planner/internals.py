@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from qdora.distributed.context import DistributedContext
@@ -123,7 +124,7 @@ class StepTracker(MemTracker):
         super().__init__()
         self._ref_class = Part  # type: ignore[assignment]
         self._vocabulary = vocabulary
-        self._inside: Part | None = None
+        self._inside: Part | None = None  # kind of what is created now; found from its shape where None
         self._shapes_only = False
         self._phase = ""
         self._peaks: dict[str, dict[str, int]] = {}
@@ -165,16 +166,17 @@ class StepTracker(MemTracker):
                 self._update_snap(_UpdateType.REF, info, old_reftype=before)
 
     def follow_fsdp(self, model: nn.Module) -> None:
-        """Tell the buffers of a sharded model's collectives from other tensors, until the end."""
+        """Distinguish the buffers of a sharded model's collectives from other tensors, until the end."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 for group in module._get_fsdp_state()._fsdp_param_groups:
                     for name in ("unshard", "wait_for_unshard"):
-                        self._replace(group, name, self._creating(Part.GATHERED, getattr(group, name)))
+                        gathering = self._with("_inside", Part.GATHERED, getattr(group, name))
+                        self._replace(group, name, gathering)
                     self._replace(group, "post_backward", self._reducing(group))
 
     def follow_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Tell the gradients of parameters that are not sharded, until the end."""
+        """Distinguish the gradients of parameters that are not sharded, until the end."""
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
                 handle = parameter.register_post_accumulate_grad_hook(
@@ -182,19 +184,19 @@ class StepTracker(MemTracker):
                 )
                 self._restore.callback(handle.remove)
 
-    def _creating(self, part: Part, function: Callable[P, R]) -> Callable[P, R]:
-        """The function, the tensors that it creates being of a kind."""
+    def _with(self, name: str, value: Any, function: Callable[P, R]) -> Callable[P, R]:
+        """The function, an attribute of this tracker having another value while it runs."""
 
         @wraps(function)
         def inner(*args: P.args, **kwargs: P.kwargs) -> R:
-            with replaced(self, "_inside", part):
+            with replaced(self, name, value):
                 return function(*args, **kwargs)
 
         return inner
 
     def _reducing(self, group: Any) -> Callable[..., Any]:
         """An FSDP group's `post_backward`, from gradients of gathered parameters to those of shards."""
-        reduce = self._creating(Part.GATHERED, group.post_backward)
+        reduce = self._with("_inside", Part.GATHERED, group.post_backward)
 
         @wraps(reduce)
         def inner(*args: Any, **kwargs: Any) -> Any:
@@ -206,32 +208,17 @@ class StepTracker(MemTracker):
 
         return inner
 
-    def _follow_tiles(self) -> None:
-        """Tell the tiles of frozen weights, of every format."""
-        for kind in set(QUANTIZATIONS.values()):
-            self._replace(kind, "tiles", self._tiling(kind.tiles))
-
     def _tiling(self, tiles: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
+        """A frozen weight's `tiles`, what it creates being tiles."""
+
         @wraps(tiles)
         def inner(*args: Any, **kwargs: Any) -> Iterator[R]:
             iterator = tiles(*args, **kwargs)
-            following = self._creating(Part.TILES, lambda: next(iterator, None))
+            following = self._with("_inside", Part.TILES, lambda: next(iterator, None))
             while (item := following()) is not None:
                 yield item
 
         return inner
-
-    def _pass_over_shapes(self) -> None:
-        """DTensor runs each operation on full fake tensors first, for the shape of its result."""
-        name = "_propagate_tensor_meta_non_cached"
-        original = getattr(ShardingPropagator, name)
-
-        @wraps(original)
-        def inner(*args: Any, **kwargs: Any) -> Any:
-            with replaced(self, "_shapes_only", True):
-                return original(*args, **kwargs)
-
-        self._replace(ShardingPropagator, name, inner)
 
     def _replace(self, owner: Any, name: str, value: Any) -> None:
         self._restore.enter_context(replaced(owner, name, value))
@@ -241,8 +228,12 @@ class StepTracker(MemTracker):
         # `resize_` of a storage is no operation that a dispatch mode sees.
         self._track_resize()
         self._restore.callback(self._restore_resize)
-        self._pass_over_shapes()
-        self._follow_tiles()
+        # DTensor runs each operation on full fake tensors first, for the shape of its result.
+        name = "_propagate_tensor_meta_non_cached"
+        propagate = self._with("_shapes_only", True, getattr(ShardingPropagator, name))
+        self._replace(ShardingPropagator, name, propagate)
+        for kind in set(QUANTIZATIONS.values()):
+            self._replace(kind, "tiles", self._tiling(kind.tiles))
         TorchDispatchMode.__enter__(self)
         return self
 
@@ -260,30 +251,25 @@ class StepTracker(MemTracker):
             return func(*args, **kwargs or {})
         result = self._compute(func, args, kwargs or {})
         if func in _COLLECTIVES:
-            self._count(func, args)
+            name, position = _COLLECTIVES[func]
+            size = sum(tensor.nbytes for tensor in _tensors(args[position]))
+            self.exchanged[name] = self.exchanged.get(name, 0) + size
         for tensor in _tensors(result):
-            self._see(tensor)
+            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
+            part = self._inside or (Part.LOGITS if is_logits else Part.ACTIVATIONS)
+            self._track(part, tensor)  # type: ignore[arg-type]
         self._keep_peak()
         return result
 
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _aten._local_scalar_dense.default:
             return 1
-        if func is _aten.index.Tensor and _is_mask(args[1]):
-            return _all_of(args[0], args[1][0])
+        if func is _aten.index.Tensor:
+            tensor, (mask, *others) = args
+            if mask is not None and mask.dtype == torch.bool and not others:
+                # As much as a mask can select: every token of the worst batch has a label.
+                return tensor.reshape(-1, *tensor.shape[mask.dim() :]).clone()
         return func(*args, **kwargs)
-
-    def _see(self, tensor: torch.Tensor) -> None:
-        part = self._inside
-        if part is None:
-            is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary
-            part = Part.LOGITS if is_logits else Part.ACTIVATIONS
-        self._track(part, tensor)  # type: ignore[arg-type]
-
-    def _count(self, func: Any, args: tuple[Any, ...]) -> None:
-        name, position = _COLLECTIVES[func]
-        size = sum(t.numel() * t.element_size() for t in _tensors(args[position]))
-        self.exchanged[name] = self.exchanged.get(name, 0) + size
 
     def _keep_peak(self) -> None:
         now, peak = self._curr_mem_snap.get(CPU), self._peaks.get(self._phase)
@@ -292,26 +278,13 @@ class StepTracker(MemTracker):
 
 
 def _breakdown(parts: Mapping[str, int]) -> Breakdown:
-    return Breakdown.of({Part(part): count for part, count in parts.items() if part != _TOTAL})
+    return Breakdown({Part(part): count for part, count in parts.items() if part != _TOTAL})
 
 
-def _tensors(result: Any) -> Iterator[torch.Tensor]:
+def _tensors(result: Any) -> list[torch.Tensor]:
     """The tensors of an operation's result or argument."""
-    if isinstance(result, torch.Tensor):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for item in result:
-            yield from _tensors(item)
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
 def _gradients(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
-
-
-def _is_mask(indices: Any) -> bool:
-    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
-
-
-def _all_of(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """As much as a mask can select: every token of the worst batch has a label."""
-    return tensor.reshape(-1, *tensor.shape[mask.dim() :]).clone()

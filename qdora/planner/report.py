@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -52,31 +52,16 @@ class Part(StrEnum):
         return cls.WEIGHTS if isinstance(tensor, nn.Parameter) else cls.OTHER
 
 
-@dataclass(frozen=True)
-class Breakdown:
-    """Bytes by kind at one moment.
+class Breakdown(dict[Part, int]):
+    """Bytes by kind at one moment; every kind is a key, with 0 where it is not given."""
 
-    Attributes:
-        parts: every kind, also those with 0 bytes.
-    """
-
-    parts: Mapping[Part, int]
-
-    @classmethod
-    def of(cls, parts: Mapping[Part, int]) -> Breakdown:
-        """With 0 for the kinds that are not given."""
-        return cls({part: parts.get(part, 0) for part in Part})
+    def __init__(self, parts: Mapping[Part, int]) -> None:
+        super().__init__({part: parts.get(part, 0) for part in Part})
 
     @property
     def total(self) -> int:
         """Bytes of all kinds."""
-        return sum(self.parts.values())
-
-    def __getitem__(self, part: Part) -> int:
-        return self.parts[part]
-
-    def __iter__(self) -> Iterator[tuple[Part, int]]:
-        return iter(self.parts.items())
+        return sum(self.values())
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,7 @@ class StepRecord:
         """
 
         def breakdown(first: Breakdown, second: Breakdown) -> Breakdown:
-            return Breakdown(_line(first.parts, second.parts, layers))
+            return Breakdown(_line(first, second, layers))
 
         return StepRecord(
             {phase: breakdown(peak, deeper.peaks[phase]) for phase, peak in self.peaks.items()},
@@ -145,18 +130,14 @@ class Estimate:
         """
 
         def split(held: Breakdown) -> tuple[Breakdown, Breakdown]:
-            moved = dict(step.shards) | {p: held[p] for p in (Part.GRADIENTS, Part.OPTIMIZER)}
-            host = Breakdown.of(moved if offload else {})
-            return Breakdown({part: size - host[part] for part, size in held}), host
+            moved = step.shards | {p: held[p] for p in (Part.GRADIENTS, Part.OPTIMIZER)}
+            host = Breakdown(moved if offload else {})
+            return Breakdown({part: size - host[part] for part, size in held.items()}), host
 
         peaks = {phase: split(peak) for phase, peak in step.peaks.items()}
         moment = max(peaks, key=lambda phase: peaks[phase][0].total)
         host = max((host for _, host in peaks.values()), key=lambda host: host.total)
         return cls(peaks[moment][0], moment, split(step.at_rest)[0], host, step.exchanged)
-
-    def fits(self, memory: int, reserve: int) -> bool:
-        """Whether a device of so many bytes is enough, with some set aside."""
-        return self.peak.total + reserve <= memory
 
 
 _UNITS = {"B": 1} | {

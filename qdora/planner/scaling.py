@@ -20,9 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,11 +29,9 @@ from qdora.config import AdapterConfig
 from qdora.distributed.fsdp import frozen_vectors
 from qdora.distributed.launch import FsdpSettings
 from qdora.files import write_file
-from qdora.planner.simulate import Architecture, Launch, decoder_layers
+from qdora.planner.simulate import Architecture, Launch, adapted_model, decoder_layers
 from qdora.quant import Quantization
 from qdora.quant.base import FrozenWeight
-
-matplotlib.use("Agg")  # files only; no display is needed
 
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
@@ -78,8 +75,7 @@ def traffic(architecture: Architecture, launch: Launch) -> Traffic:
 
     Raises: InputError: the adapter does not fit the model.
     """
-    model = architecture.build()
-    launch.adapt(model)
+    model = adapted_model(architecture, launch)
     ranks, micro_batches = launch.world_size, launch.training.gradient_accumulation
     trained = [p for p in model.parameters() if p.requires_grad]
     if launch.fsdp is None:
@@ -108,36 +104,18 @@ def _padded(parameter: nn.Parameter, ranks: int) -> int:
     return rows * (parameter.numel() // parameter.shape[0])
 
 
-@dataclass(frozen=True)
-class Work:
-    """Multiplications and additions of one micro-batch on one rank.
-
-    Attributes:
-        forward: of the decoder's and the output layer's products, adapters and attention.
-        backward: the same for the gradients, and for what is computed again.
-    """
-
-    forward: float
-    backward: float
-
-    @property
-    def total(self) -> float:
-        """Of both."""
-        return self.forward + self.backward
-
-
-def work(architecture: Architecture, launch: Launch) -> Work:
-    """Of one micro-batch of examples of the greatest length.
+def work(architecture: Architecture, launch: Launch) -> tuple[int, int]:
+    """Multiplications and additions of one rank for a micro-batch of the longest examples.
 
     A product costs 2 operations a weight and token.  Frozen weights have the gradient of their input only,
     trained ones both.  Attention is causal: half of the scores.
 
+    Returns: those of forward (products of the decoder and the output layer, adapters, attention), and those
+        of backward, with what is computed again.
     Raises: InputError: the adapter does not fit the model.
     """
-    model = architecture.build()
-    launch.adapt(model)
     tokens = launch.micro_batch_size * launch.max_length
-    frozen, trained = _products(model)
+    frozen, trained = _products(adapted_model(architecture, launch))
     text = architecture.config.get_text_config()
     head = text.hidden_size * text.vocab_size
     # Scores and their sum over values: 2 products of T x hidden a token, half of them behind the mask.
@@ -146,7 +124,7 @@ def work(architecture: Architecture, launch: Launch) -> Work:
     again = inside if launch.checkpointing else 0
     head_work = tokens * 2 * head
     back = tokens * (2 * frozen + 4 * trained + 2 * attention) + head_work
-    return Work(inside + head_work, back + again)
+    return inside + head_work, back + again
 
 
 def _products(model: PreTrainedModel) -> tuple[int, int]:
@@ -190,34 +168,21 @@ LINKS = (
 )
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """A way of training to compare: what is stored, what is trained."""
-
-    name: str
-    architecture: Architecture
-    launch: Launch
-
-
-def schemes(architecture: Architecture, launch: Launch) -> list[Scheme]:
+def schemes(architecture: Architecture, launch: Launch) -> dict[str, tuple[Architecture, Launch]]:
     """The launch as it is, the same adapter on a 16-bit base, and every weight of the 16-bit model trained.
 
-    All with the same tokens a GPU, sharded.
+    All with the same tokens a GPU, sharded; by the name that tables and plots show.
     """
     launch = replace(launch, fsdp=launch.fsdp or FsdpSettings())
     dense = replace(architecture, quantization=Quantization("none"))
     quantized = architecture.quantization.name != "none"
-    full = replace(
-        launch,
-        adapter=AdapterConfig(type="none", dora=False),
-        training=launch.training.model_copy(update={"mode": "full"}),
-    )
+    full = replace(launch.with_training(mode="full"), adapter=AdapterConfig(type="none", dora=False))
     name = f"{_bits(architecture.quantization)}-bit base + adapter" if quantized else "as configured"
-    return [
-        Scheme(name, architecture, launch),
-        Scheme("16-bit base + adapter", dense, launch),
-        Scheme("16-bit, all trained", dense, full),
-    ]
+    return {
+        name: (architecture, launch),
+        "16-bit base + adapter": (dense, launch),
+        "16-bit, all trained": (dense, full),
+    }
 
 
 def _bits(quantization: Quantization) -> int:
@@ -230,8 +195,7 @@ def _bits(quantization: Quantization) -> int:
 def at_ranks(launch: Launch, ranks: int) -> Launch:
     """The same tokens a GPU on so many GPUs: a larger batch."""
     batch_size = launch.training.batch_size // launch.world_size * ranks
-    training = launch.training.model_copy(update={"batch_size": batch_size})
-    return replace(launch, world_size=ranks, training=training)
+    return replace(launch.with_training(batch_size=batch_size), world_size=ranks)
 
 
 def collective_seconds(moved: Traffic, link: Link) -> float:
@@ -265,13 +229,13 @@ def scale(architecture: Architecture, launch: Launch, ranks: Sequence[int] = RAN
     Raises: InputError: the adapter does not fit the model.
     """
     points = []
-    for scheme in schemes(architecture, launch):
-        operations = work(scheme.architecture, scheme.launch).total
-        products = scheme.launch.training.gradient_accumulation * operations / (PEAK_FLOPS * UTILIZATION)
+    for name, (model, run) in schemes(architecture, launch).items():
+        operations = run.training.gradient_accumulation * sum(work(model, run))
+        products = operations / (PEAK_FLOPS * UTILIZATION)
         for count in ranks:
-            moved = traffic(scheme.architecture, at_ranks(scheme.launch, count))
+            moved = traffic(model, at_ranks(run, count))
             ratios = {link.name: products / collective_seconds(moved, link) for link in LINKS}
-            points.append(Point(scheme.name, moved, ratios))
+            points.append(Point(name, moved, ratios))
     return points
 
 
@@ -282,7 +246,8 @@ def plot_efficiency(points: Sequence[Point], path: Path, title: str) -> None:
         path: PNG to write.
         title: above the panels.
     """
-    figure, panels = plt.subplots(1, len(LINKS), figsize=(11, 3.6), dpi=130, sharey=True)
+    figure = Figure(figsize=(11, 3.6), dpi=130, layout="tight")
+    panels = figure.subplots(1, len(LINKS), sharey=True)
     ranks = sorted({point.moved.ranks for point in points})
     for axes, link in zip(panels, LINKS, strict=True):
         for name in dict.fromkeys(point.scheme for point in points):
@@ -299,6 +264,4 @@ def plot_efficiency(points: Sequence[Point], path: Path, title: str) -> None:
     panels[0].set_ylim(0, 105)
     panels[-1].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
     write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
-    plt.close(figure)

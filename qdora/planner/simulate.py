@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.adapters.base import AdapterModule, SharedBuffers
-from qdora.adapters.full import train_everything
-from qdora.adapters.inject import InjectionReport, inject
+from qdora.adapters.full import adapt
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.batches import Batch
 from qdora.data.tokenize import TokenizedExample
@@ -100,12 +100,9 @@ class Launch:
     fsdp: FsdpSettings | None
     device: Literal["cpu", "cuda"] = "cuda"
 
-    def adapt(self, model: PreTrainedModel) -> InjectionReport:
-        """Make trainable what the run trains, in place.
-
-        Raises: InputError: the adapter does not fit the model, or everything of a quantized one is trained.
-        """
-        return train_everything(model) if self.training.mode == "full" else inject(model, self.adapter)
+    def with_training(self, **changes: Any) -> Launch:
+        """The same launch with other training settings."""
+        return replace(self, training=self.training.model_copy(update=changes))
 
     @property
     def micro_batch_size(self) -> int:
@@ -192,10 +189,7 @@ def shipped_architectures(configuration: Path) -> dict[str, Path]:
 
 def _read_folder(folder: Path) -> tuple[PreTrainedConfig, torch.dtype]:
     config = read_config(folder)
-    stored = getattr(config, "dtype", None)
-    if isinstance(stored, str):
-        stored = getattr(torch, stored, None)
-    return config, stored if isinstance(stored, torch.dtype) else torch.bfloat16
+    return config, config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
 def estimate(architecture: Architecture, launch: Launch) -> Estimate:
@@ -217,17 +211,25 @@ def record(architecture: Architecture, launch: Launch) -> StepRecord:
     return shallow.extended(deeper, architecture.depth - DEPTHS[0])
 
 
+def adapted_model(architecture: Architecture, launch: Launch) -> PreTrainedModel:
+    """The model on the meta device, with what the run trains trainable.
+
+    Raises: InputError: the adapter does not fit the model, or every weight of a quantized one is trained.
+    """
+    model = architecture.build()
+    adapt(model, launch.adapter, launch.training.mode)
+    return model
+
+
 def layers_alike(architecture: Architecture, launch: Launch) -> bool:
     """Whether every decoder layer has the same tensors, and the same adapters on them.
 
     Raises: InputError: the adapter does not fit the model.
     """
     kinds = getattr(architecture.config.get_text_config(), "layer_types", None) or ()
-    model = architecture.build()
-    launch.adapt(model)
     signatures = [
         [(name, t.shape, t.dtype, t.requires_grad) for name, t in (*x.named_parameters(), *x.named_buffers())]
-        for x in decoder_layers(model)
+        for x in decoder_layers(adapted_model(architecture, launch))
     ]
     same = len(signatures) == architecture.depth and all(s == signatures[0] for s in signatures)
     return same and len(set(kinds)) < 2
@@ -240,12 +242,9 @@ def record_step(model: PreTrainedModel, launch: Launch) -> StepRecord:
         model: on the meta device, nothing trainable; of `Architecture.build`.
     Raises: InputError: the batch does not divide over the ranks, or the adapter does not fit the model.
     """
-    with (
-        warnings.catch_warnings(),
-        fake_ranks(launch.world_size, launch.fsdp, launch.device) as context,
-    ):
-        warnings.simplefilter("ignore")  # of fake tensors, about themselves
-        launch.adapt(model)
+    ranks = fake_ranks(launch.world_size, launch.fsdp, launch.device)
+    with warnings.catch_warnings(action="ignore"), ranks as context:  # fake tensors warn about themselves
+        adapt(model, launch.adapter, launch.training.mode)
         shard_model(model, context)
         tracker = StepTracker(model.config.get_text_config().vocab_size)
         with fake_tensors(), tracker:
@@ -263,13 +262,7 @@ def record_worst_step(
     Args:
         tracker: entered, and following the model's collectives.
     """
-    trainer = _WorstBatch(model, launch, context, tracker)
-    trainer.make_optimizer_state()
-    trainer.mark_what_stays()
-    at_rest = tracker.current
-    tracker.restart()
-    trainer.run_step()
-    return StepRecord(tracker.peaks, at_rest, _shards(model), dict(tracker.exchanged))
+    return _WorstBatch(model, launch, context, tracker).record()
 
 
 def load_fakes(model: PreTrainedModel) -> None:
@@ -312,15 +305,13 @@ class _WorstBatch(Trainer):
             layer.register_forward_pre_hook(lambda *_, name=name: self._enter_forward(name))
             layer.register_forward_hook(lambda _, __, output, name=name: self._leave_forward(name, output))
 
-    def make_optimizer_state(self) -> None:
-        """The first step makes the moments; the worst moment is in a later one."""
+    def record(self) -> StepRecord:
+        """Run a step that finds the optimizer's moments, which the first one makes."""
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
         self.optimizer.step(0.0)
         self.optimizer.zero_grad()
-
-    def mark_what_stays(self) -> None:
-        """What is there before the step and is no part of the model are row norms, cached by the adapters."""
+        # What is no part of the model are row norms, cached by the adapters.
         self._tracker.mark_rest(Part.ADAPTERS)
         self._tracker.mark(self.optimizer.state().values(), Part.OPTIMIZER)
         # Last: a parameter that is its own master is a parameter.
@@ -328,11 +319,11 @@ class _WorstBatch(Trainer):
             tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             for name, tensor in tensors:
                 self._tracker.mark([tensor], Part.of(module, name, tensor))
-
-    def run_step(self) -> None:
-        """One step, as `run` makes many."""
+        at_rest = self._tracker.current
+        self._tracker.restart()
         self.model.train()
         self._step(0, StopRequest())
+        return StepRecord(self._tracker.peaks, at_rest, _shards(self.model), dict(self._tracker.exchanged))
 
     def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
         with real_tensors():  # how long an example is, is read from its numbers
@@ -368,10 +359,9 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def _shards(model: nn.Module) -> Breakdown:
     """Bytes of this rank's shards of the parameters; replicated ones are not among them."""
-    sizes = dict.fromkeys(Part, 0)
+    sizes: Counter[Part] = Counter()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(parameter, DTensor):
-                part = Part.of(module, name, parameter)
-                sizes[part] += parameter.to_local().untyped_storage().nbytes()
-    return Breakdown.of(sizes)
+                sizes[Part.of(module, name, parameter)] += parameter.to_local().untyped_storage().nbytes()
+    return Breakdown(sizes)

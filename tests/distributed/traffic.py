@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from qdora.adapters.full import adapt
 from qdora.config import AdapterConfig, ModelConfig, QuantizationName, TrainingConfig
 from qdora.distributed.context import end
 from qdora.distributed.launch import FsdpSettings
@@ -92,12 +94,13 @@ def main(out: Path, model: str) -> None:
         launch = launch_of(case, accelerator.num_processes)
         context = cpu_context(launch.fsdp)
         settings = ModelConfig(path=model, quantization=case.quantization, dtype="float32")
-        loaded, _ = load_model(open_checkpoint(model), settings, context, launch.adapt)
+        adapted = partial(adapt, adapter=launch.adapter, mode=launch.training.mode)
+        loaded, _ = load_model(open_checkpoint(model), settings, context, adapted)
         with CountedCalls() as calls:
             record = record_real_step(loaded, launch, context)
         facts = {
             "peaks": {stretch: peak.total for stretch, peak in record.peaks.items()},
-            "at_rest": {part.value: size for part, size in record.at_rest},
+            "at_rest": {part.value: size for part, size in record.at_rest.items()},
             "exchanged": record.exchanged,
             "calls": calls.sent,
         }

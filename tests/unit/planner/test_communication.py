@@ -70,22 +70,22 @@ def test_operations_by_hand():
     inside = 2 * linears + 2 * factors + 2 * HIDDEN * 10
     head = 2 * VOCABULARY * HIDDEN
     back = 2 * linears + 4 * factors + 4 * HIDDEN * 10
-    plain = work(architecture(1), run)
-    assert plain.forward == 30 * (inside + head)
-    assert plain.backward == 30 * (back + head)
+    forward, backward = work(architecture(1), run)
+    assert forward == 30 * (inside + head)
+    assert backward == 30 * (back + head)
     again = replace(run, training=run.training.model_copy(update={"gradient_checkpointing": True}))
-    assert work(architecture(1), again).total - plain.total == 30 * inside
+    assert sum(work(architecture(1), again)) - (forward + backward) == 30 * inside
 
 
 def test_the_schemes_differ_in_what_they_store_and_train():
     """Catches: a comparison of runs that differ in tokens, or of a 4-bit base with itself."""
     run = launch(2, adapter=Q)
-    four, sixteen, full = schemes(architecture(1), run)
+    compared = schemes(architecture(1), run).values()
     assert [
-        describe(s.architecture.quantization.name, s.launch.adapter, s.launch.training.mode)
-        for s in (four, sixteen, full)
+        describe(model.quantization.name, launched.adapter, launched.training.mode)
+        for model, launched in compared
     ] == ["nf4 + lora + dora", "none + lora + dora", "full"]
-    sent = [traffic(s.architecture, s.launch) for s in (four, sixteen, full)]
+    sent = [traffic(model, launched) for model, launched in compared]
     assert sent[0].gathered < sent[1].gathered
     assert sent[1].scattered == sent[0].scattered < sent[2].scattered
     assert at_ranks(run, 64).micro_batch_size == run.micro_batch_size

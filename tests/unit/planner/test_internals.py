@@ -34,7 +34,7 @@ from tests.tiny import tiny_config
 
 
 def held(tracker: StepTracker) -> dict[Part, int]:
-    return {part: size for part, size in tracker.current if size}
+    return {part: size for part, size in tracker.current.items() if size}
 
 
 def test_fake_tensors_have_no_numbers_and_a_device():
@@ -70,7 +70,7 @@ def test_the_tracker_follows_storages():
         assert held(tracker) == {Part.WEIGHTS: 40}
         assert {name: peak.total for name, peak in tracker.peaks.items()} == {"a": 660, "b": 660}
         del x, view
-        assert tracker.current == Breakdown.of({})
+        assert tracker.current == Breakdown({})
         tracker.restart()
         assert tracker.peaks == {}
     assert _UpdateType.REF.name == "REF"

@@ -25,8 +25,8 @@ def invented(architecture, launch: Launch) -> Estimate:
         Part.WEIGHTS: 0 if launch.offload else weights,
         Part.ADAPTERS: 10 * launch.adapter.r,
     }
-    nothing = Breakdown.of({})
-    return Estimate(Breakdown.of(parts), "somewhere", nothing, nothing, {})
+    nothing = Breakdown({})
+    return Estimate(Breakdown(parts), "somewhere", nothing, nothing, {})
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def invent(monkeypatch):
 
 def advice(run: Launch, memory: int):
     now = invented(None, run)
-    return {p.change.settings: p for p in advise(None, run, now, lambda e: e.fits(memory, 0))}
+    return {p.change.settings: p for p in advise(None, run, now, memory)}
 
 
 def test_changes_come_in_the_order_in_which_to_try_them(invent):
@@ -104,11 +104,11 @@ def test_what_training_refuses_is_not_proposed():
     model = architecture(1)
     run = launch(1, sequences=2, adapter={"targets": ("q_proj",), "init": "pissa"})
     now = estimate(model, run)
-    names = [p.change.settings for p in advise(model, run, now, lambda e: False)]
+    names = [p.change.settings for p in advise(model, run, now, 0)]
     assert "training.gradient_checkpointing=true" in names
     assert not [name for name in names if "GPUs" in name]
     run = launch(1, adapter={"targets": ("q_proj",), "init": "orthogonal", "r": 4})
-    names = [p.change.settings for p in advise(model, run, estimate(model, run), lambda e: False)]
+    names = [p.change.settings for p in advise(model, run, estimate(model, run), 0)]
     assert "adapter.r=2" in names
     assert "adapter.r=1" not in names
 
@@ -118,7 +118,7 @@ def test_a_proposal_is_the_estimate_of_its_launch():
     model = architecture(1)
     run = launch(2, length=64, adapter={"targets": ("q_proj",)})
     now = estimate(model, run)
-    first = next(advise(model, run, now, lambda e: e.fits(now.peak.total - 1, 0)))
+    first = next(advise(model, run, now, now.peak.total - 1))
     training = run.training.model_copy(update={"gradient_checkpointing": True})
     assert first.change.settings == "training.gradient_checkpointing=true"
     assert first.change.launch == replace(run, training=training)

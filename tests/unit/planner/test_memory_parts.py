@@ -45,7 +45,7 @@ def test_sizes_are_shown_in_the_unit_that_fits(count, text):
 
 def test_a_breakdown_knows_every_kind_and_adds_up():
     """Catches: a kind that is missing where nothing of it is there, a total without one."""
-    parts = Breakdown.of({Part.WEIGHTS: 5, Part.LOGITS: 2})
-    assert {part for part, _ in parts} == set(Part)
+    parts = Breakdown({Part.WEIGHTS: 5, Part.LOGITS: 2})
+    assert set(parts) == set(Part)
     assert parts[Part.TILES] == 0
     assert parts.total == 7

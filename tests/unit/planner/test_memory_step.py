@@ -120,8 +120,8 @@ def accumulated() -> StepRecord:
 def test_kinds_add_up_to_the_total(accumulated):
     """Catches: a tensor that belongs to two kinds or to none, a kind that falls below nothing."""
     for peak in accumulated.peaks.values():
-        assert peak.total == sum(size for _, size in peak)
-        assert all(size >= 0 for _, size in peak)
+        assert peak.total == sum(peak.values())
+        assert all(size >= 0 for size in peak.values())
     assert max(peak.total for peak in accumulated.peaks.values()) > accumulated.at_rest.total
 
 
