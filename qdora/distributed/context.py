@@ -106,26 +106,24 @@ class DistributedContext:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extras: torch.Tensor) -> torch.Tensor:
         """Sum the gradients over the ranks, in place, and a small vector with them.
 
-        A rank whose part of the batch was empty adds zeros.
+        A rank whose part of the batch was empty adds zeros. With FSDP backward has summed the gradients.
 
         Args:
             parameters: their gradients are float32.
             extras: (K,) float64 or float32 numbers.
         Returns: (K,) the summed extras, in float64.
         """
-        if self.world_size == 1:
-            return extras.double()
-        parameters = list(parameters)
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p, dtype=torch.float32)
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-        dist.all_reduce(flat)
-        offset = 0
-        for p in parameters:
-            assert p.grad is not None
-            p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
-            offset += p.numel()
+        if self.world_size > 1 and self.fsdp is None:
+            gradients = []
+            for p in parameters:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p, dtype=torch.float32)
+                gradients.append(p.grad)
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
         return self.sum(extras)
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:

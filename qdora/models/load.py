@@ -202,6 +202,8 @@ class _WeightLoader:
     def __init__(self, meta: MetaModel, context: DistributedContext) -> None:
         self.meta, self.model, self.checkpoint = meta, meta.model, meta.checkpoint
         self.context = context
+        modules = self.model.named_modules()
+        self.bases = {f"{name}.weight": m.base for name, m in modules if isinstance(m, AdaptedLinear)}
         self.samples: dict[str, torch.Tensor] = {}
 
     def run(self, progress: bool) -> None:
@@ -224,27 +226,17 @@ class _WeightLoader:
 
     def _load(self, name: str, plain: dict[str, nn.Parameter | torch.Tensor]) -> None:
         info = self.checkpoint.info(name)
-        base = self._frozen_weight(name)
+        base = self.bases.get(name)
         if base is not None:
             self._load_frozen(name, info, base)
         elif is_statistic(name) or name in self.meta.unused:
             with self.context.raise_on_all_ranks():
                 rows = self._local_rows(info)
-                self._sample(name, info, self._read(name, info, rows), rows.start)
+                self._sample(name, info, self.checkpoint.read(name, rows), rows.start)
         elif name in plain:  # other tensors are those that the architecture says may be there
             self._load_plain(name, info, plain[name])
         if info.dtype.itemsize * torch.Size(info.shape).numel() >= WORTH_TRIMMING:
             release_freed_memory()
-
-    def _frozen_weight(self, name: str) -> FrozenWeight | None:
-        module_name, _, leaf = name.rpartition(".")
-        if leaf != "weight":
-            return None
-        try:
-            module = self.model.get_submodule(module_name)
-        except AttributeError:
-            return None
-        return module.base if isinstance(module, AdaptedLinear) else None
 
     def _load_frozen(self, name: str, info: TensorInfo, base: FrozenWeight) -> None:
         """A linear layer: quantized here, or stored so."""
@@ -254,10 +246,10 @@ class _WeightLoader:
             if stored is not None:
                 tensors = stored.read(self.checkpoint.read, shard, self.context.device)
                 rows = self._local_rows(info)
-                self._sample(name, info, self._read(name, info, rows), rows.start)
+                self._sample(name, info, self.checkpoint.read(name, rows), rows.start)
             else:
                 rows = base.rows_to_read(shard)
-                w_RI = self._read(name, info, rows)
+                w_RI = self.checkpoint.read(name, rows)
                 self._sample(name, info, w_RI, rows.start)
                 w_RI = w_RI.to(self.context.device)
         if stored is None:
@@ -270,7 +262,7 @@ class _WeightLoader:
         with self.context.raise_on_all_ranks():
             sharded = self._shard_of(target) != FULL
             rows = self._local_rows(info) if sharded else None
-            tensor = self._read(name, info, rows)
+            tensor = self.checkpoint.read(name, rows)
             self._sample(name, info, tensor, rows.start if rows else 0)
             tensor = tensor.to(self.context.device, target.dtype)
         if isinstance(target, nn.Parameter):
@@ -290,22 +282,12 @@ class _WeightLoader:
     def _local_rows(self, info: TensorInfo) -> slice:
         return self.context.shard.rows(info.shape[0] if info.shape else 1)
 
-    def _read(self, name: str, info: TensorInfo, rows: slice | None) -> torch.Tensor:
-        return self.checkpoint.read(name, rows if info.shape else None)
-
     def _sample(self, name: str, info: TensorInfo, tensor: torch.Tensor, first_row: int) -> None:
         """Of this rank's rows: the ranks sample each row once, however much each of them reads."""
         self.samples[name] = sample_rows(tensor, info.shape, self._local_rows(info), first_row)
 
     def _fingerprint(self) -> str:
         of_ranks = self.context.gather([self.samples])
-        return combine(
-            {
-                name: sample_digest(
-                    name,
-                    self.checkpoint.info(name).shape,
-                    torch.cat([samples[name] for samples in of_ranks]),
-                )
-                for name in self.samples
-            }
-        )
+        full = {name: torch.cat([samples[name] for samples in of_ranks]) for name in self.samples}
+        digest_of = {n: sample_digest(n, self.checkpoint.info(n).shape, sample) for n, sample in full.items()}
+        return combine(digest_of)
