@@ -187,14 +187,10 @@ def _keep_frozen_dtypes(sharded: FSDPModule) -> None:
     for group in sharded._get_fsdp_state()._fsdp_param_groups:
         for parameter in group.fsdp_params:
             if not parameter.sharded_param.requires_grad:
-                initialize = parameter.init_dtype_attrs
-                parameter.init_dtype_attrs = partial(_without_param_dtype, initialize)  # type: ignore[method-assign]
-
-
-def _without_param_dtype(
-    initialize: Callable[[MixedPrecisionPolicy], None], policy: MixedPrecisionPolicy
-) -> None:
-    initialize(replace(policy, param_dtype=None))
+                parameter.init_dtype_attrs = partial(  # type: ignore[method-assign]
+                    lambda initialize, policy: initialize(replace(policy, param_dtype=None)),
+                    parameter.init_dtype_attrs,
+                )
 
 
 T = TypeVar("T")
@@ -282,7 +278,7 @@ def shard_like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
 
 MARGIN = 0.8
-"""Share of the free memory that a complete copy and its key-value cache may take."""
+"""Fraction of the free memory that a complete copy and its key-value cache may take."""
 
 
 @contextmanager
@@ -291,12 +287,13 @@ def for_generation(model: PreTrainedModel, context: DistributedContext, tokens: 
 
     Args:
         tokens: prompts and answers that are in memory at one time, for the key-value cache.
-    Yields: whether the processes must call the model equally often: it stays sharded.
+    Yields: whether the ranks must call the model equally often: it stays sharded.
     """
     if not isinstance(model, FSDPModule):
         yield False
         return
-    needed = gathered_bytes(model) + tokens * cache_bytes(model)
+    shards = [p for p in model.parameters() if isinstance(p, DTensor)]
+    needed = sum(p.numel() * p.dtype.itemsize for p in shards) + tokens * _cache_bytes(model)
     fits = all(context.gather([needed <= MARGIN * free_memory(context.device)]))
     settings = context.fsdp
     assert settings is not None
@@ -312,12 +309,7 @@ def for_generation(model: PreTrainedModel, context: DistributedContext, tokens: 
         model.reshard()
 
 
-def gathered_bytes(model: nn.Module) -> int:
-    """Bytes of all sharded parameters when they are whole."""
-    return sum(p.numel() * p.dtype.itemsize for p in model.parameters() if isinstance(p, DTensor))
-
-
-def cache_bytes(model: PreTrainedModel) -> int:
+def _cache_bytes(model: PreTrainedModel) -> int:
     """Bytes of one token's keys and values in all layers."""
     text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -326,7 +318,7 @@ def cache_bytes(model: PreTrainedModel) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take, its neighbours on the machine taking as much."""
+    """Bytes that this rank may still take, the others on the machine taking as much."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
