@@ -27,9 +27,9 @@ from qdora.quant.base import Shard
 
 
 class DistributedContext:
-    """This process's place in a run, and what the ranks do collectively; a process alone is world_size 1.
+    """This process's rank in a run, and the run's collectives; a process alone is world_size 1.
 
-    Without FSDP each rank holds the whole model. Adapters are small, so their gradients are summed in one
+    Without FSDP each rank holds the full model. Adapters are small, so their gradients are summed in one
     float32 vector after the last micro-batch; the frozen base never travels.
 
     Attributes:
@@ -191,8 +191,7 @@ class DistributedContext:
     def raise_on_all_ranks(self) -> Iterator[None]:
         """Run a block on every rank; an exception of one ends the block on all.
 
-        A bad disk under one rank, say, must not leave the others waiting for it. The ranks exchange their
-        errors at the end of the block, so inside it there may be no collective.
+        The ranks exchange their errors at the end of the block, so inside it there may be no collective.
 
         Raises: Exception: what the block raised on this rank.
             InputError: the block succeeded here and failed on other ranks; the message says where and why.
@@ -261,8 +260,8 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1].append(n)
         else:
             runs.append([n])
-    words = [f"{run[0]}-{run[-1]}" if len(run) > 2 else " and ".join(map(str, run)) for run in runs]
-    return ", ".join(words)
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else " and ".join(map(str, run)) for run in runs]
+    return ", ".join(texts)
 
 
 def lost_process(error: BaseException) -> str | None:
@@ -290,9 +289,8 @@ def lost_process(error: BaseException) -> str | None:
 def end(code: int) -> NoReturn:
     """End this process with an exit code, its work done or refused.
 
-    An ordinary exit after processes have met may abort in a thread of torch, whatever became of the work:
-    of a script that meets, gathers and exits, in 7 of 80 tries, and as often where the group is destroyed
-    first.
+    After a rendezvous an ordinary exit may abort in a thread of torch, whatever became of the work: in 7 of
+    80 runs of a script that gathers and exits, and as often where the group is destroyed first.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         leave(code)

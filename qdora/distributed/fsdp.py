@@ -43,7 +43,7 @@ from qdora.quant.base import FrozenWeight
 def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
     """Shard a model on the meta device, adapters included, in place; without FSDP there is nothing to do.
 
-    Each decoder layer is gathered as a whole, an untied embedding and an untied output layer by themselves.
+    Each decoder layer is gathered at a time, an untied embedding and an untied output layer by themselves.
     Frozen vectors are replicated on every rank: they are a few kilobytes of gigabytes.  A trained parameter's
     shard is float32, the optimizer's master; its gather rounds it to the dtype in which it is stored, and
     its gradient is summed, not averaged, over the ranks in float32.
@@ -97,11 +97,11 @@ def reset_adapters(model: PreTrainedModel, context: DistributedContext) -> None:
             module.materialize(context.device)
         elif isinstance(module, AdapterModule):
             _materialize(module, context)
-    layers = adapted_layers(model)
-    for layer in layers.values():
-        if context.fsdp is not None:
+    layers = list(adapted_layers(model).values())
+    if context.fsdp is not None:
+        for layer in layers:
             layer.watch_stored()
-    for of_group in _full_weights(model, list(layers.values())):
+    for of_group in _full_weights(model, layers):
         for layer in of_group:
             layer.reset_from_weight()
 
@@ -136,12 +136,12 @@ def _full_weights(model: nn.Module, layers: list[AdaptedLinear]) -> Iterator[lis
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules that are gathered each as a whole, the root first."""
+    """The modules whose parameters are gathered at a time, the root first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _gathered_modules(model: PreTrainedModel, settings: FsdpSettings) -> list[nn.Module]:
-    """The modules that are gathered each as a whole, the root apart."""
+    """The modules to shard, whose parameters are then gathered at a time; without the root."""
     if not settings.wrap:
         return []
     classes = {type(module).__name__ for module in model.modules()}
@@ -208,20 +208,15 @@ def as_forward(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]
         return partial(function, model)
     name = f"_qdora_{function.__name__.lstrip('_')}"
     if not hasattr(model, name):
-        object.__setattr__(model, name, MethodType(_with_wide_gradients(function), model))
+
+        def call(model: nn.Module, *args: Any, **kwargs: Any) -> T:
+            take_wide_gradients(model)  # of the root's own parameters: hooks run around `forward` alone
+            return function(model, *args, **kwargs)
+
+        object.__setattr__(model, name, MethodType(call, model))
         register_fsdp_forward_method(model, name)
     method: Callable[..., T] = getattr(model, name)
     return method
-
-
-def _with_wide_gradients(function: Callable[..., T]) -> Callable[..., T]:
-    """For what the root holds itself: forward hooks run around `forward` alone."""
-
-    def call(model: nn.Module, *args: Any, **kwargs: Any) -> T:
-        take_wide_gradients(model)
-        return function(model, *args, **kwargs)
-
-    return call
 
 
 @contextmanager
@@ -297,7 +292,7 @@ def for_generation(model: PreTrainedModel, context: DistributedContext, tokens: 
     fits = all(context.gather([needed <= MARGIN * free_memory(context.device)]))
     settings = context.fsdp
     assert settings is not None
-    groups = [group for group in sharded_modules(model) if group is not cast(FSDPModule, model)]
+    groups = sharded_modules(model)[1:]
     for group in groups:
         group.set_reshard_after_forward(settings.reshard_after_forward and not fits, recurse=False)
     try:

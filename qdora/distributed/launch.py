@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -263,29 +264,27 @@ def _rendezvous(environment: Mapping[str, str], world_size: int, timeout: timede
 
     In a thread: where something else listens on the port, torch waits for its answer without end.
     """
-    found: list[Store] = []
-    errors: list[Exception] = []
+    store: Future[Store] = Future()
 
-    def meet() -> None:
+    def join() -> None:
         try:
-            found.append(next(rendezvous("env://", timeout=timeout))[0])
+            store.set_result(next(rendezvous("env://", timeout=timeout))[0])
         except Exception as error:
-            errors.append(error)
+            store.set_exception(error)
 
-    thread = threading.Thread(target=meet, daemon=True)
-    thread.start()
-    thread.join(timeout.total_seconds() + 5)  # torch's own timeout comes first, with a better message
-    if not found:
-        raise InputError(_rendezvous_failure(environment, world_size, timeout, *errors))
-    return found[0]
+    threading.Thread(target=join, daemon=True).start()
+    try:
+        return store.result(timeout.total_seconds() + 5)  # torch's timeout comes first, with a better message
+    except Exception as error:
+        raise InputError(_rendezvous_failure(environment, world_size, timeout, error)) from None
 
 
 def _rendezvous_failure(
-    environment: Mapping[str, str], world_size: int, timeout: timedelta, error: Exception | None = None
+    environment: Mapping[str, str], world_size: int, timeout: timedelta, error: Exception
 ) -> str:
     address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     seconds = f"{timeout.total_seconds():g} s"
-    reason = "no answer" if error is None else str(error).partition("\n")[0].rstrip(".")
+    reason = str(error).partition("\n")[0].rstrip(".") or "no answer"
     if "EADDRINUSE" in reason:
         return (
             f"port {environment.get('MASTER_PORT')} of this machine is in use, by another run perhaps; set "

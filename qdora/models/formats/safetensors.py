@@ -36,7 +36,6 @@ SHARD_BYTES = 512 << 20
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_QUANTIZERS = ("bitsandbytes",)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -174,10 +173,10 @@ def _check_quantization(path: Path, tree: dict[str, Any]) -> None:
         return
     # Folders written before quant_method existed are bitsandbytes ones.
     method = str(quantization.get("quant_method", "bitsandbytes"))
-    if method not in _QUANTIZERS:
+    if method != "bitsandbytes":
         raise InputError(
-            f"{path}: weights quantized by {method!r} cannot be read; {suggest(method, _QUANTIZERS)} "
-            "(or give the unquantized model)"
+            f"{path}: weights quantized by {method!r} cannot be read; "
+            f"{suggest(method, ['bitsandbytes'])} (or give the unquantized model)"
         )
 
 
