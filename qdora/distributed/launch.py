@@ -29,27 +29,21 @@ _TRUE, _FALSE = ("true", "1", "yes", "y", "on", "t"), ("false", "0", "no", "n", 
 _CLASSES = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 _WRAPS = {"TRANSFORMER_BASED_WRAP": True, "NO_WRAP": False}
 _STATES: dict[str, Literal["sharded", "full"]] = {"SHARDED_STATE_DICT": "sharded", "FULL_STATE_DICT": "full"}
-# Fields with one supported meaning: the value where the launcher leaves it out, the supported ones, the hint.
-_ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "FSDP_VERSION": ("1", ("2",), "set `fsdp_version: 2` (accelerate takes 1 where it is not set)"),
+# Fields with one supported meaning: its spellings, and the hint where another is asked for.
+_ONLY: dict[str, tuple[tuple[str, ...], str]] = {
+    "FSDP_VERSION": (("2",), "set `fsdp_version: 2` (accelerate takes 1 where it is not set)"),
     "FSDP_SHARDING_STRATEGY": (
-        "FULL_SHARD",
         ("full_shard", "1"),
         "FULL_SHARD; to keep gathered layers after forward set `fsdp_reshard_after_forward: false`",
     ),
-    "FSDP_BACKWARD_PREFETCH": (
-        "NO_PREFETCH",
-        ("no_prefetch",),
-        "leave it out; version 2 prefetches by itself",
-    ),
-    "FSDP_FORWARD_PREFETCH": ("false", _FALSE, "false; version 2 prefetches by itself"),
-    "FSDP_USE_ORIG_PARAMS": ("true", _TRUE, "true; version 2 knows nothing else"),
+    "FSDP_BACKWARD_PREFETCH": (("no_prefetch",), "leave it out; version 2 prefetches by itself"),
+    "FSDP_FORWARD_PREFETCH": (_FALSE, "false; version 2 prefetches by itself"),
+    "FSDP_USE_ORIG_PARAMS": (_TRUE, "true; version 2 knows nothing else"),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (
-        "false",
         _FALSE,
         "false; `fsdp_activation_checkpointing: true` alone recomputes activations",
     ),
-    "FSDP_IGNORED_MODULES": ("", ("",), "leave it out; small frozen vectors are never sharded"),
+    "FSDP_IGNORED_MODULES": ((), "leave it out; small frozen vectors are never sharded"),
 }
 
 
@@ -127,9 +121,9 @@ def read_fsdp_settings(environment: Mapping[str, str]) -> FsdpSettings | None:
     """
     if not read_flag(environment, "ACCELERATE_USE_FSDP"):
         return None
-    for variable, (default, supported, hint) in _ONLY.items():
-        asked = _value(environment, variable) or default
-        if asked.lower() not in supported:
+    for variable, (supported, hint) in _ONLY.items():
+        asked = _value(environment, variable) or ("1" if variable == "FSDP_VERSION" else None)
+        if asked is not None and asked.lower() not in supported:
             raise _refusal(variable, asked, hint)
     wrap = _choice(environment, "FSDP_AUTO_WRAP_POLICY", _WRAPS, True)
     value = _value(environment, _CLASSES)

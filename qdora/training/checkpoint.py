@@ -179,7 +179,7 @@ def _refuse_other_shapes(
 
 
 class CheckpointWriter:
-    """Writes `directory/step-N`; a context manager that is left when the last one has its final name.
+    """Writes `directory/step-N`; a context manager, whose exit waits for the checkpoint in progress.
 
     An error on one rank is raised on all and leaves nothing behind; older checkpoints stay intact.
 
@@ -220,7 +220,7 @@ class CheckpointWriter:
         Args:
             step: optimizer steps done.
             tensors: the optimizer's state.
-            position: what stands beside the step in the metadata, for a reader.
+            position: further metadata of the step.
             save_adapter: writes the adapter into the folder that the main rank passes; the other ranks pass
                 None, and contribute their shards.
         Raises: InputError: no space left, or the folder cannot be written, on any rank.
@@ -300,7 +300,7 @@ class CheckpointWriter:
             text = json.dumps(metadata | {"sha256": dict(sorted(digests.items()))}, indent=2)
             (folder / METADATA).write_text(text + "\n", encoding="utf-8")
         replace_directory(folder, final)
-        # Later steps are of a past that this run has gone back behind.
+        # Later steps were written before this run was resumed from an earlier one.
         found = list_checkpoints(self.directory)
         later = [path for path in found if _step_of(path) > metadata["step"]]
         for old in later + found[len(later) :][self.keep :]:
