@@ -106,5 +106,5 @@ def _explain_hub(model_id: str, revision: str | None, error: Exception) -> str:
         return f"{model_id}: not (completely) in the local cache{at}, and the hub cannot be reached"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"{model_id}: the hub answered {error.response.status_code}"
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{model_id}: cannot be fetched from the hub: {type(error).__name__}: {first_line}"
+    reason = str(error).partition("\n")[0]
+    return f"{model_id}: cannot be fetched from the hub: {type(error).__name__}: {reason}"

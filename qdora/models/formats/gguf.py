@@ -259,16 +259,13 @@ class _HeaderReader:
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY:
-            return self.array(self.scalar("I"), self.scalar("Q"))
-        return self.scalar(self.code(kind))
-
-    def array(self, kind: int, count: int) -> list[Any]:
+        if kind != _ARRAY:
+            return self.scalar(self.code(kind))
+        kind, count = self.scalar("I"), self.scalar("Q")
         if kind == _STRING:
             return [self.string() for _ in range(count)]
         code = self.code(kind)
-        values: list[Any] = np.frombuffer(self.take(count * struct.calcsize(code)), dtype=f"<{code}").tolist()
-        return values
+        return np.frombuffer(self.take(count * struct.calcsize(code)), dtype=f"<{code}").tolist()
 
     def code(self, kind: int) -> str:
         if kind not in _SCALARS:

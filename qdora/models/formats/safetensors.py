@@ -80,8 +80,7 @@ class SafetensorsFolder(Checkpoint):
             CheckpointError: no weights, a shard missing, truncated or at odds with the index.
             InputError: no usable config.json; weights only as pickle; an unknown model type.
         """
-        config = read_config(folder)
-        return cls(origin, folder, config, _read_headers(folder))
+        return cls(origin, folder, read_config(folder), _read_headers(folder))
 
     def names(self) -> list[str]:
         """As `Checkpoint.names`."""
