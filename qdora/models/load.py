@@ -210,12 +210,8 @@ class _WeightLoader:
 
     def run(self, progress: bool) -> None:
         names = self.checkpoint.names()
-        with tqdm(
-            total=len(names), desc="Loading", unit="tensor", leave=False, mininterval=1, disable=not progress
-        ) as bar:
-            for name in names:
-                self._load(name)
-                bar.update()
+        for name in tqdm(names, "Loading", unit="tensor", leave=False, mininterval=1, disable=not progress):
+            self._load(name)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
