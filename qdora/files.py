@@ -110,7 +110,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def temporary_directory(path: Path) -> Path:
-    """Make a hidden directory beside `path`, to be filled and given to `replace_directory`.
+    """Make a hidden directory beside `path`, for files that `replace_directory` then publishes.
 
     Raises: InputError: it cannot be made.
     """

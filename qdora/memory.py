@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
-from collections.abc import Callable
 from functools import cache
 
 # Parameters of mallopt, from malloc.h, and the largest threshold that glibc takes on 64 bits.
@@ -22,9 +20,8 @@ def release_freed_memory() -> None:
     By default glibc keeps those, and a process that holds a 4-bit model grows to the size of the
     16-bit one.
     """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    if hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
@@ -33,21 +30,11 @@ def keep_freed_memory() -> None:
     By default glibc returns large blocks to the system and gets them back zeroed, page by page: thousands
     of page faults a step.  The peak stays the same.  Without effect where the C library cannot.
     """
-    library = _libc()
-    if library is not None and hasattr(library, "mallopt"):
-        library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if hasattr(_libc(), "mallopt"):
+        _libc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        _libc().mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    trim: Callable[[int], int] | None = getattr(_libc(), "malloc_trim", None)
-    return trim
-
-
-@cache
-def _libc() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(ctypes.util.find_library("c"))
-    except OSError:
-        return None
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)  # the symbols of this process, which is linked to the C library

@@ -27,9 +27,9 @@ from qdora.quant.base import Shard
 
 
 class DistributedContext:
-    """This process's place in a run, and what the ranks do collectively; a process alone is world_size 1.
+    """This process's rank in a run, and the run's collectives; a process alone is world_size 1.
 
-    Without FSDP each rank holds the whole model. Adapters are small, so their gradients are summed in one
+    Without FSDP each rank holds the full model. Adapters are small, so their gradients are summed in one
     float32 vector after the last micro-batch; the frozen base never travels.
 
     Attributes:
@@ -111,26 +111,24 @@ class DistributedContext:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extras: torch.Tensor) -> torch.Tensor:
         """Sum the gradients over the ranks, in place, and a small vector with them.
 
-        A rank whose part of the batch was empty adds zeros.
+        A rank whose part of the batch was empty adds zeros. With FSDP backward has summed the gradients.
 
         Args:
             parameters: their gradients are float32.
             extras: (K,) float64 or float32 numbers.
         Returns: (K,) the summed extras, in float64.
         """
-        if self.world_size == 1:
-            return extras.double()
-        parameters = list(parameters)
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p, dtype=torch.float32)
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-        dist.all_reduce(flat)
-        offset = 0
-        for p in parameters:
-            assert p.grad is not None
-            p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
-            offset += p.numel()
+        if self.world_size > 1 and self.fsdp is None:
+            gradients = []
+            for p in parameters:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p, dtype=torch.float32)
+                gradients.append(p.grad)
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            dist.all_reduce(flat)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
         return self.sum(extras)
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
@@ -198,8 +196,7 @@ class DistributedContext:
     def raise_on_all_ranks(self) -> Iterator[None]:
         """Run a block on every rank; an exception of one ends the block on all.
 
-        A bad disk under one rank, say, must not leave the others waiting for it. The ranks exchange their
-        errors at the end of the block, so inside it there may be no collective.
+        The ranks exchange their errors at the end of the block, so inside it there may be no collective.
 
         Raises: Exception: what the block raised on this rank.
             InputError: the block succeeded here and failed on other ranks; the message says where and why.
@@ -268,8 +265,8 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs[-1].append(n)
         else:
             runs.append([n])
-    words = [f"{run[0]}-{run[-1]}" if len(run) > 2 else " and ".join(map(str, run)) for run in runs]
-    return ", ".join(words)
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else " and ".join(map(str, run)) for run in runs]
+    return ", ".join(texts)
 
 
 def lost_process(error: BaseException) -> str | None:
@@ -297,9 +294,8 @@ def lost_process(error: BaseException) -> str | None:
 def end(code: int) -> NoReturn:
     """End this process with an exit code, its work done or refused.
 
-    An ordinary exit after processes have met may abort in a thread of torch, whatever became of the work:
-    of a script that meets, gathers and exits, in 7 of 80 tries, and as often where the group is destroyed
-    first.
+    After a rendezvous an ordinary exit may abort in a thread of torch, whatever became of the work: in 7 of
+    80 runs of a script that gathers and exits, and as often where the group is destroyed first.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         leave(code)

@@ -43,7 +43,7 @@ from qdora.quant.base import FrozenWeight
 def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
     """Shard a model on the meta device, adapters included, in place; without FSDP there is nothing to do.
 
-    Each decoder layer is gathered as a whole, an untied embedding and an untied output layer by themselves.
+    Each decoder layer is gathered at a time, an untied embedding and an untied output layer by themselves.
     Frozen vectors are replicated on every rank: they are a few kilobytes of gigabytes.  A trained parameter's
     shard is float32, the optimizer's master; its gather rounds it to the dtype in which it is stored, and
     its gradient is summed, not averaged, over the ranks in float32.
@@ -97,11 +97,11 @@ def reset_adapters(model: PreTrainedModel, context: DistributedContext) -> None:
             module.materialize(context.device)
         elif isinstance(module, AdapterModule):
             _materialize(module, context)
-    layers = adapted_layers(model)
-    for layer in layers.values():
-        if context.fsdp is not None:
+    layers = list(adapted_layers(model).values())
+    if context.fsdp is not None:
+        for layer in layers:
             layer.watch_stored()
-    for of_group in _full_weights(model, list(layers.values())):
+    for of_group in _full_weights(model, layers):
         for layer in of_group:
             layer.reset_from_weight()
 
@@ -136,12 +136,12 @@ def _full_weights(model: nn.Module, layers: list[AdaptedLinear]) -> Iterator[lis
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules that are gathered each as a whole, the root first."""
+    """The modules whose parameters are gathered at a time, the root first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _gathered_modules(model: PreTrainedModel, settings: FsdpSettings) -> list[nn.Module]:
-    """The modules that are gathered each as a whole, the root apart."""
+    """The modules to shard, whose parameters are then gathered at a time; without the root."""
     if not settings.wrap:
         return []
     classes = {type(module).__name__ for module in model.modules()}
@@ -187,14 +187,10 @@ def _keep_frozen_dtypes(sharded: FSDPModule) -> None:
     for group in sharded._get_fsdp_state()._fsdp_param_groups:
         for parameter in group.fsdp_params:
             if not parameter.sharded_param.requires_grad:
-                initialize = parameter.init_dtype_attrs
-                parameter.init_dtype_attrs = partial(_without_param_dtype, initialize)  # type: ignore[method-assign]
-
-
-def _without_param_dtype(
-    initialize: Callable[[MixedPrecisionPolicy], None], policy: MixedPrecisionPolicy
-) -> None:
-    initialize(replace(policy, param_dtype=None))
+                parameter.init_dtype_attrs = partial(  # type: ignore[method-assign]
+                    lambda initialize, policy: initialize(replace(policy, param_dtype=None)),
+                    parameter.init_dtype_attrs,
+                )
 
 
 T = TypeVar("T")
@@ -212,20 +208,15 @@ def as_forward(model: nn.Module, function: Callable[..., T]) -> Callable[..., T]
         return partial(function, model)
     name = f"_qdora_{function.__name__.lstrip('_')}"
     if not hasattr(model, name):
-        object.__setattr__(model, name, MethodType(_with_wide_gradients(function), model))
+
+        def call(model: nn.Module, *args: Any, **kwargs: Any) -> T:
+            take_wide_gradients(model)  # of the root's own parameters: hooks run around `forward` alone
+            return function(model, *args, **kwargs)
+
+        object.__setattr__(model, name, MethodType(call, model))
         register_fsdp_forward_method(model, name)
     method: Callable[..., T] = getattr(model, name)
     return method
-
-
-def _with_wide_gradients(function: Callable[..., T]) -> Callable[..., T]:
-    """For what the root holds itself: forward hooks run around `forward` alone."""
-
-    def call(model: nn.Module, *args: Any, **kwargs: Any) -> T:
-        take_wide_gradients(model)
-        return function(model, *args, **kwargs)
-
-    return call
 
 
 @contextmanager
@@ -282,7 +273,7 @@ def shard_like(old: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
 
 MARGIN = 0.8
-"""Share of the free memory that a complete copy and its key-value cache may take."""
+"""Fraction of the free memory that a complete copy and its key-value cache may take."""
 
 
 @contextmanager
@@ -291,16 +282,17 @@ def for_generation(model: PreTrainedModel, context: DistributedContext, tokens: 
 
     Args:
         tokens: prompts and answers that are in memory at one time, for the key-value cache.
-    Yields: whether the processes must call the model equally often: it stays sharded.
+    Yields: whether the ranks must call the model equally often: it stays sharded.
     """
     if not isinstance(model, FSDPModule):
         yield False
         return
-    needed = gathered_bytes(model) + tokens * cache_bytes(model)
+    shards = [p for p in model.parameters() if isinstance(p, DTensor)]
+    needed = sum(p.numel() * p.dtype.itemsize for p in shards) + tokens * _cache_bytes(model)
     fits = all(context.gather([needed <= MARGIN * free_memory(context.device)]))
     settings = context.fsdp
     assert settings is not None
-    groups = [group for group in sharded_modules(model) if group is not cast(FSDPModule, model)]
+    groups = sharded_modules(model)[1:]
     for group in groups:
         group.set_reshard_after_forward(settings.reshard_after_forward and not fits, recurse=False)
     try:
@@ -312,12 +304,7 @@ def for_generation(model: PreTrainedModel, context: DistributedContext, tokens: 
         model.reshard()
 
 
-def gathered_bytes(model: nn.Module) -> int:
-    """Bytes of all sharded parameters when they are whole."""
-    return sum(p.numel() * p.dtype.itemsize for p in model.parameters() if isinstance(p, DTensor))
-
-
-def cache_bytes(model: PreTrainedModel) -> int:
+def _cache_bytes(model: PreTrainedModel) -> int:
     """Bytes of one token's keys and values in all layers."""
     text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -326,7 +313,7 @@ def cache_bytes(model: PreTrainedModel) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take, its neighbours on the machine taking as much."""
+    """Bytes that this rank may still take, the others on the machine taking as much."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)

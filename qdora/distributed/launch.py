@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -28,27 +29,21 @@ _TRUE, _FALSE = ("true", "1", "yes", "y", "on", "t"), ("false", "0", "no", "n", 
 _CLASSES = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 _WRAPS = {"TRANSFORMER_BASED_WRAP": True, "NO_WRAP": False}
 _STATES: dict[str, Literal["sharded", "full"]] = {"SHARDED_STATE_DICT": "sharded", "FULL_STATE_DICT": "full"}
-# Fields with one supported meaning: the value where the launcher leaves it out, the supported ones, the hint.
-_ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "FSDP_VERSION": ("1", ("2",), "set `fsdp_version: 2` (accelerate takes 1 where it is not set)"),
+# Fields with one supported meaning: its spellings, and the hint where another is asked for.
+_ONLY: dict[str, tuple[tuple[str, ...], str]] = {
+    "FSDP_VERSION": (("2",), "set `fsdp_version: 2` (accelerate takes 1 where it is not set)"),
     "FSDP_SHARDING_STRATEGY": (
-        "FULL_SHARD",
         ("full_shard", "1"),
         "FULL_SHARD; to keep gathered layers after forward set `fsdp_reshard_after_forward: false`",
     ),
-    "FSDP_BACKWARD_PREFETCH": (
-        "NO_PREFETCH",
-        ("no_prefetch",),
-        "leave it out; version 2 prefetches by itself",
-    ),
-    "FSDP_FORWARD_PREFETCH": ("false", _FALSE, "false; version 2 prefetches by itself"),
-    "FSDP_USE_ORIG_PARAMS": ("true", _TRUE, "true; version 2 knows nothing else"),
+    "FSDP_BACKWARD_PREFETCH": (("no_prefetch",), "leave it out; version 2 prefetches by itself"),
+    "FSDP_FORWARD_PREFETCH": (_FALSE, "false; version 2 prefetches by itself"),
+    "FSDP_USE_ORIG_PARAMS": (_TRUE, "true; version 2 knows nothing else"),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (
-        "false",
         _FALSE,
         "false; `fsdp_activation_checkpointing: true` alone recomputes activations",
     ),
-    "FSDP_IGNORED_MODULES": ("", ("",), "leave it out; small frozen vectors are never sharded"),
+    "FSDP_IGNORED_MODULES": ((), "leave it out; small frozen vectors are never sharded"),
 }
 
 
@@ -126,9 +121,9 @@ def read_fsdp_settings(environment: Mapping[str, str]) -> FsdpSettings | None:
     """
     if not read_flag(environment, "ACCELERATE_USE_FSDP"):
         return None
-    for variable, (default, supported, hint) in _ONLY.items():
-        asked = _value(environment, variable) or default
-        if asked.lower() not in supported:
+    for variable, (supported, hint) in _ONLY.items():
+        asked = _value(environment, variable) or ("1" if variable == "FSDP_VERSION" else None)
+        if asked is not None and asked.lower() not in supported:
             raise _refusal(variable, asked, hint)
     wrap = _choice(environment, "FSDP_AUTO_WRAP_POLICY", _WRAPS, True)
     value = _value(environment, _CLASSES)
@@ -263,29 +258,27 @@ def _rendezvous(environment: Mapping[str, str], world_size: int, timeout: timede
 
     In a thread: where something else listens on the port, torch waits for its answer without end.
     """
-    found: list[Store] = []
-    errors: list[Exception] = []
+    store: Future[Store] = Future()
 
-    def meet() -> None:
+    def join() -> None:
         try:
-            found.append(next(rendezvous("env://", timeout=timeout))[0])
+            store.set_result(next(rendezvous("env://", timeout=timeout))[0])
         except Exception as error:
-            errors.append(error)
+            store.set_exception(error)
 
-    thread = threading.Thread(target=meet, daemon=True)
-    thread.start()
-    thread.join(timeout.total_seconds() + 5)  # torch's own timeout comes first, with a better message
-    if not found:
-        raise InputError(_rendezvous_failure(environment, world_size, timeout, *errors))
-    return found[0]
+    threading.Thread(target=join, daemon=True).start()
+    try:
+        return store.result(timeout.total_seconds() + 5)  # torch's timeout comes first, with a better message
+    except Exception as error:
+        raise InputError(_rendezvous_failure(environment, world_size, timeout, error)) from None
 
 
 def _rendezvous_failure(
-    environment: Mapping[str, str], world_size: int, timeout: timedelta, error: Exception | None = None
+    environment: Mapping[str, str], world_size: int, timeout: timedelta, error: Exception
 ) -> str:
     address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
     seconds = f"{timeout.total_seconds():g} s"
-    reason = "no answer" if error is None else str(error).partition("\n")[0].rstrip(".")
+    reason = str(error).partition("\n")[0].rstrip(".") or "no answer"
     if "EADDRINUSE" in reason:
         return (
             f"port {environment.get('MASTER_PORT')} of this machine is in use, by another run perhaps; set "

@@ -23,7 +23,6 @@ from qdora.adapters.layer import AdaptedLinear, OutputLinear
 from qdora.errors import CheckpointError, InputError
 from qdora.models.formats import Checkpoint, TensorInfo
 from qdora.quant import Quantization
-from qdora.quant.base import FrozenWeight
 from qdora.quant.stored import STORED_TYPES, StoredWeight, is_statistic, parse_state, state_name
 
 
@@ -99,15 +98,24 @@ def _freeze_structure(
     for name, module in list(model.named_modules()):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             full = f"{name}.{leaf}" if name else leaf
-            kept = _kept_dtype(dtypes.get(full, compute), parameter.dim(), compute)
-            empty = torch.empty(parameter.shape, dtype=kept, device="meta")
+            stored_dtype = dtypes.get(full, compute)
+            # Matrices stay 16-bit where the compute dtype is wider; vectors cost nothing and are widened.
+            keep = parameter.dim() > 1 and compute == torch.float32 and stored_dtype.is_floating_point
+            empty = torch.empty(parameter.shape, dtype=stored_dtype if keep else compute, device="meta")
             module.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
     for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding) and module.weight.dtype != compute:
+            # A 16-bit table of a model that computes in float32 hands out float32 rows.
+            module.register_forward_hook(lambda module, args, output: output.to(compute))
         if not isinstance(module, nn.Linear):
             continue
         if name != output:
-            weight = _frozen_weight(name, module, quantization, stored.get(f"{name}.weight"))
-            model.set_submodule(name, AdaptedLinear(weight, module.bias))
+            kept, shape = stored.get(f"{name}.weight"), (module.out_features, module.in_features)
+            try:
+                base = kept.on_meta() if kept else quantization.on_meta(shape, module.weight.dtype)
+            except ValueError as error:
+                raise InputError(f"{name}: {error}") from None
+            model.set_submodule(name, AdaptedLinear(base, module.bias))
             continue
         head = OutputLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
         head.weight, head.bias = module.weight, module.bias
@@ -116,7 +124,6 @@ def _freeze_structure(
             assert isinstance(embedding, nn.Embedding)
             head.weight = embedding.weight
         model.set_submodule(name, head)
-    _widen_embeddings(model, compute)
     model.requires_grad_(False)
     model.eval()
 
@@ -174,43 +181,34 @@ def _stored_quantization(checkpoint: Checkpoint, quantization: Quantization) -> 
 def _stored_layers(
     checkpoint: Checkpoint, names: frozenset[str], model: PreTrainedModel
 ) -> dict[str, StoredWeight]:
-    stored: dict[str, StoredWeight] = {}
-    for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        if isinstance(module, nn.Linear) and weight in names:
-            found = _stored_weight(checkpoint, names, weight, (module.out_features, module.in_features))
-            if found is not None:
-                stored[weight] = found
-    return stored
-
-
-def _stored_weight(
-    checkpoint: Checkpoint, names: frozenset[str], weight: str, shape: tuple[int, int]
-) -> StoredWeight | None:
-    """How a linear layer's weight is stored; None where it is not quantized.
+    """The linear layers that are stored quantized, by the name of their weight.
 
     Raises: CheckpointError: a statistic is missing or cannot be used.
     """
-    state = state_name(weight, names)
-    if state is None and checkpoint.info(weight).dtype != torch.uint8:
-        return None
-    try:
-        if state is None:
-            raise ValueError("the tensor with its quantization state is missing")
-        stated = checkpoint.quantization or {}
-        allowed = [str(stated.get("bnb_4bit_quant_type", "nf4"))]
-        stored = parse_state(weight, checkpoint.read(state), shape, allowed)
-        for name, (count, dtype) in stored.expected().items():
-            if name not in names:
-                raise ValueError(f"tensor {name} is missing")
-            info = checkpoint.info(name)
-            if math.prod(info.shape) != count or info.dtype.itemsize != dtype.itemsize:
-                raise ValueError(
-                    f"tensor {name} is {info.dtype} of shape {tuple(info.shape)}, expected {count} x {dtype}"
-                )
-        return stored
-    except (ValueError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{weight}: unusable quantization statistics: {error}") from None
+    stored: dict[str, StoredWeight] = {}
+    for module_name, module in model.named_modules():
+        weight = f"{module_name}.weight"
+        if not isinstance(module, nn.Linear) or weight not in names:
+            continue
+        state = state_name(weight, names)
+        if state is None and checkpoint.info(weight).dtype != torch.uint8:
+            continue
+        try:
+            if state is None:
+                raise ValueError("the tensor with its quantization state is missing")
+            allowed = [str((checkpoint.quantization or {}).get("bnb_4bit_quant_type", "nf4"))]
+            shape = (module.out_features, module.in_features)
+            stored[weight] = parse_state(weight, checkpoint.read(state), shape, allowed)
+            for name, (count, dtype) in stored[weight].expected().items():
+                if name not in names:
+                    raise ValueError(f"tensor {name} is missing")
+                found = checkpoint.info(name)
+                if math.prod(found.shape) != count or found.dtype.itemsize != dtype.itemsize:
+                    got = f"{found.dtype} of shape {tuple(found.shape)}"
+                    raise ValueError(f"tensor {name} is {got}, expected {count} x {dtype}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{weight}: unusable quantization statistics: {error}") from None
+    return stored
 
 
 def _check_places(
@@ -240,38 +238,6 @@ def _check_places(
         raise CheckpointError(
             f"{checkpoint.origin}: {len(missing)} tensors are missing: {', '.join(missing[:3])}"
         )
-
-
-def _kept_dtype(stored: torch.dtype, dim: int, compute: torch.dtype) -> torch.dtype:
-    """Matrices stay 16-bit where the compute dtype is wider; vectors cost nothing and are widened."""
-    keep = dim > 1 and compute == torch.float32 and stored.is_floating_point
-    return stored if keep else compute
-
-
-def _frozen_weight(
-    name: str, linear: nn.Linear, quantization: Quantization, stored: StoredWeight | None
-) -> FrozenWeight:
-    try:
-        if stored is not None:
-            return stored.on_meta()
-        return quantization.on_meta((linear.out_features, linear.in_features), linear.weight.dtype)
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from None
-
-
-class _Cast:
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
-        return output.to(self.dtype)
-
-
-def _widen_embeddings(model: nn.Module, compute: torch.dtype) -> None:
-    """A 16-bit table of a model that computes in float32 hands out float32 rows."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight.dtype != compute:
-            module.register_forward_hook(_Cast(compute))
 
 
 @contextmanager

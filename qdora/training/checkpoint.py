@@ -179,7 +179,7 @@ def _refuse_other_shapes(
 
 
 class CheckpointWriter:
-    """Writes `directory/step-N`; a context manager that is left when the last one has its final name.
+    """Writes `directory/step-N`; a context manager, whose exit waits for the checkpoint in progress.
 
     An error on one rank is raised on all and leaves nothing behind; older checkpoints stay intact.
 
@@ -220,13 +220,25 @@ class CheckpointWriter:
         Args:
             step: optimizer steps done.
             tensors: the optimizer's state.
-            position: what stands beside the step in the metadata, for a reader.
+            position: further metadata of the step.
             save_adapter: writes the adapter into the folder that the main rank passes; the other ranks pass
                 None, and contribute their shards.
         Raises: InputError: no space left, or the folder cannot be written, on any rank.
         """
         self.finish()
-        folder = self._new_folder(step)
+        folder = None
+        with self.context.raise_on_all_ranks():
+            if self.context.is_main:
+                clear_leftovers(self.directory, "step-*")
+                folder = temporary_directory(self.directory / f"step-{step}")
+        folder = Path(self.context.gather([folder])[0])
+        metadata = {
+            "format": FORMAT,
+            "step": step,
+            **position,
+            "processes": self.context.world_size,
+            "settings": self.settings,
+        }
         with self._removed_on_error(folder):
             with self.context.raise_on_all_ranks():
                 save_adapter(folder / "adapter" if self.context.is_main else None)
@@ -234,9 +246,9 @@ class CheckpointWriter:
                 tensors, main=self.context.is_main, full=self.full_tensors, copy=self._thread is not None
             )
             if self._thread is None:
-                self._write(folder, step, position, shards)
+                self._write(folder, metadata, shards)
             else:
-                self._pending = self._thread.submit(self._write, folder, step, position, shards)
+                self._pending = self._thread.submit(self._write, folder, metadata, shards)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -259,14 +271,6 @@ class CheckpointWriter:
             if self._writing.group is not None:
                 dist.destroy_process_group(self._writing.group)
 
-    def _new_folder(self, step: int) -> Path:
-        folder = None
-        with self.context.raise_on_all_ranks():
-            if self.context.is_main:
-                clear_leftovers(self.directory, "step-*")
-                folder = temporary_directory(self.directory / f"step-{step}")
-        return Path(self.context.gather([str(folder)])[0])
-
     @contextmanager
     def _removed_on_error(self, folder: Path) -> Iterator[None]:
         try:
@@ -276,7 +280,7 @@ class CheckpointWriter:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def _write(self, folder: Path, step: int, position: Mapping[str, int], shards: Shards) -> None:
+    def _write(self, folder: Path, metadata: dict[str, Any], shards: Shards) -> None:
         """Write the shards of all ranks, then the metadata, and give the folder its final name."""
         context, digests = self._writing, {}
         with self._removed_on_error(folder):
@@ -285,26 +289,19 @@ class CheckpointWriter:
             of_ranks = context.gather([digests])
             with context.raise_on_all_ranks():
                 if context.is_main:
-                    self._publish(folder, step, position, {k: v for d in of_ranks for k, v in d.items()})
+                    self._publish(folder, metadata, {k: v for d in of_ranks for k, v in d.items()})
 
-    def _publish(self, folder: Path, step: int, position: Mapping[str, int], digests: dict[str, str]) -> None:
-        final = self.directory / f"step-{step}"
+    def _publish(self, folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
+        final = self.directory / f"step-{metadata['step']}"
         with wrap_os_errors(final):
             for path in (folder / "adapter").rglob("*"):
                 if path.is_file():
                     digests[path.relative_to(folder).as_posix()] = file_digest(path)
-            metadata = {
-                "format": FORMAT,
-                "step": step,
-                **position,
-                "processes": self.context.world_size,
-                "settings": self.settings,
-                "sha256": dict(sorted(digests.items())),
-            }
-            (folder / METADATA).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(metadata | {"sha256": dict(sorted(digests.items()))}, indent=2)
+            (folder / METADATA).write_text(text + "\n", encoding="utf-8")
         replace_directory(folder, final)
-        # Later steps are of a past that this run has gone back behind.
+        # Later steps were written before this run was resumed from an earlier one.
         found = list_checkpoints(self.directory)
-        later = [path for path in found if _step_of(path) > step]
+        later = [path for path in found if _step_of(path) > metadata["step"]]
         for old in later + found[len(later) :][self.keep :]:
             shutil.rmtree(old)

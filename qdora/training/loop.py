@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -130,7 +130,9 @@ class Trainer:
         started, cpu_started = time.perf_counter(), time.process_time()
         batch = [self.examples[i] for i in self.plan.batch(step)]
         labels = sum(len(e.input_ids) - e.prompt_length for e in batch)
-        torch.manual_seed(_step_seed(self.config.seed, step, self.context.rank))
+        # A generator takes 63 bits; a seed may be any number, a time in milliseconds for example.
+        seed = ((self.config.seed * 1_000_003 + step) * 1_009 + self.context.rank) % 2**63
+        torch.manual_seed(seed)
         self.optimizer.zero_grad()
         loss = 0.0
         for micro_batch in self._own_micro_batches(batch):
@@ -142,8 +144,9 @@ class Trainer:
             loss += float(part.detach())
         # A signal to one rank stops all ranks, after the same step.
         extras = torch.tensor([loss, float(stop.number is not None)], dtype=torch.float64)
-        loss, stopping = self._sum_gradients(extras).tolist()
-        grad_norm = _clip(self.parameters.values(), self.config.clip_norm or math.inf)
+        loss, stopping = self.context.sum_gradients(self.parameters.values(), extras).tolist()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm or math.inf)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             origins = ", ".join(e.origin for e in batch)
             raise DivergedError(
@@ -170,12 +173,6 @@ class Trainer:
                 tqdm.write(f"step {step + 1}: {slow}", file=sys.stderr)
         return metrics, (stop.number or int(signal.SIGTERM)) if stopping else None
 
-    def _sum_gradients(self, extras: torch.Tensor) -> torch.Tensor:
-        """Sum extras over the ranks; the gradients too, unless they are shards, which backward has summed."""
-        if self.context.fsdp is not None:
-            return self.context.sum(extras)
-        return self.context.sum_gradients(self.parameters.values(), extras)
-
     def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
         """This rank's micro-batches; sequences of about one length in each, so that little is padding."""
         ordered = sorted(batch, key=lambda e: len(e.input_ids))
@@ -188,12 +185,6 @@ class Trainer:
             # Forward and backward of a sharded model are collectives: every rank runs as many of them.
             for _ in range(-(-len(chunks) // self.context.world_size) - len(own)):
                 yield without_labels(collate(ordered[:1], self.pad_id))
-
-
-def _clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Scale the gradients down to a global norm; the norm before, of the full gradients."""
-    norm = nn.utils.clip_grad_norm_(parameters, largest)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def micro_batch_size(config: TrainingConfig, world_size: int) -> int:
@@ -219,11 +210,6 @@ def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
         return config.max_steps
     assert config.epochs is not None
     return max(1, math.ceil(config.epochs * steps_per_epoch))
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    # A generator takes 63 bits; a seed may be any number, a time in milliseconds for example.
-    return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -83,7 +83,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start the peak anew: a process may hold several runs.  Without effect where the system cannot."""
+    """Reset the peak: a process may hold several runs.  Without effect where the system cannot."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

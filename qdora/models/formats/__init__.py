@@ -56,7 +56,7 @@ class Checkpoint(ABC):
         """Read a tensor, or consecutive rows of one, to the CPU.
 
         Args:
-            rows: along the first dimension; all where None.
+            rows: along the first dimension; all where None, and of a scalar.
         Raises: CheckpointError: the file became shorter since it was opened.
         """
 

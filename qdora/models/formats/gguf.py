@@ -91,7 +91,11 @@ class GGUFFile(Checkpoint):
         Raises: CheckpointError: not GGUF, truncated or corrupt.
             InputError: an architecture, encoding or tensor that is not supported.
         """
-        metadata, tensors = _read_header(path)
+        try:
+            with path.open("rb") as file:
+                metadata, tensors = _HeaderReader(path, file, path.stat().st_size).header()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from None
         by_name = {tensor.name: tensor for tensor in tensors}
         factors = _read_tensor(path, by_name.pop(_ROPE_FACTORS)) if _ROPE_FACTORS in by_name else None
         if _EMBEDDING not in by_name:
@@ -147,13 +151,10 @@ class GGUFFile(Checkpoint):
 
     def _in_head_order(self, name: str, w_OI: torch.Tensor) -> torch.Tensor:
         """Reorder the rows of each head: llama.cpp rotates neighbouring rows, `transformers` halves."""
-        if self.config.model_type != "llama":
-            return w_OI
-        if name.endswith("q_proj.weight"):
-            heads = self.config.num_attention_heads
-        elif name.endswith("k_proj.weight"):
-            heads = self.config.num_key_value_heads
-        else:
+        layer, _, leaf = name.rpartition(".")
+        counts = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        heads = counts.get(layer.rpartition(".")[2])
+        if heads is None or leaf != "weight" or self.config.model_type != "llama":
             return w_OI
         out, features = w_OI.shape
         if out % (2 * heads):
@@ -207,25 +208,12 @@ def _split_digits(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
-    """Read and check the header of a GGUF file.
-
-    Returns: its metadata, its tensors in file order.
-    Raises: CheckpointError: not a GGUF file, truncated or corrupt.
-        InputError: a version, byte order or encoding that cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return _HeaderReader(path, file, path.stat().st_size).header()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-
-
 class _HeaderReader:
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
 
     def header(self) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
+        """Metadata, and tensors in file order."""
         if self.size < 4 or self.take(4) != b"GGUF":
             raise CheckpointError(f"{self.path}: not a GGUF file (it does not begin with 'GGUF')")
         version = self.scalar("I")
@@ -271,16 +259,13 @@ class _HeaderReader:
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
-        if kind == _ARRAY:
-            return self.array(self.scalar("I"), self.scalar("Q"))
-        return self.scalar(self.code(kind))
-
-    def array(self, kind: int, count: int) -> list[Any]:
+        if kind != _ARRAY:
+            return self.scalar(self.code(kind))
+        kind, count = self.scalar("I"), self.scalar("Q")
         if kind == _STRING:
             return [self.string() for _ in range(count)]
         code = self.code(kind)
-        values: list[Any] = np.frombuffer(self.take(count * struct.calcsize(code)), dtype=f"<{code}").tolist()
-        return values
+        return np.frombuffer(self.take(count * struct.calcsize(code)), dtype=f"<{code}").tolist()
 
     def code(self, kind: int) -> str:
         if kind not in _SCALARS:

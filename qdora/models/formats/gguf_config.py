@@ -50,12 +50,35 @@ def gguf_config(
         InputError: an architecture, a mixture of experts or a rope scaling that is not supported.
         CheckpointError: a key is missing, or its value is impossible.
     """
-    reader = _Metadata(path, _architecture(path, metadata), metadata)
-    _refuse_unsupported(reader)
+    architecture = str(metadata.get("general.architecture"))
+    if architecture not in _ARCHITECTURES:
+        raise InputError(
+            f"{path}: architecture {architecture!r} cannot be read from GGUF; "
+            f"{suggest(architecture, _ARCHITECTURES)} (or give the model's safetensors folder)"
+        )
+    prefix = f"{architecture}."
+    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    # Stored as float32: the shortest decimal that rounds to it is the number that was meant.
+    own |= {key: float(str(np.float32(value))) for key, value in own.items() if isinstance(value, float)}
+    _refuse_unsupported(path, metadata.get("split.count", 1), own)
+    for key in _SHAPE_KEYS.values():
+        if own.get(key) is None:
+            raise CheckpointError(f"{path}: corrupt: its metadata lack {architecture}.{key}")
+    fields = {field: own[key] for field, key in _SHAPE_KEYS.items()}
+    fields |= {field: metadata.get(f"tokenizer.ggml.{key}") for field, key in _TOKEN_KEYS.items()}
     try:
-        config = _build(reader, vocab_size, tied)
-    except CheckpointError:
-        raise
+        if architecture == "llama":
+            head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+            fields["head_dim"] = own.get("attention.key_length", own.get("rope.dimension_count", head_dim))
+        config: PreTrainedConfig = AutoConfig.for_model(
+            architecture,
+            **fields,
+            num_key_value_heads=own.get("attention.head_count_kv", fields["num_attention_heads"]),
+            vocab_size=vocab_size,
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)},
+            architectures=[_ARCHITECTURES[architecture]],
+        )
     except Exception as error:  # configuration classes have errors of their own for impossible values
         raise CheckpointError(f"{path}: its metadata cannot be used: {error}") from error
     if rope_factors is not None:
@@ -63,65 +86,17 @@ def gguf_config(
     return config
 
 
-class _Metadata:
-    """The metadata of one architecture: its keys begin with the architecture's name."""
-
-    def __init__(self, path: Path, architecture: str, metadata: dict[str, Any]) -> None:
-        self.path, self.architecture, self.metadata = path, architecture, metadata
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.metadata.get(f"{self.architecture}.{key}", default)
-        # Stored as float32: the shortest decimal that rounds to it is the number that was meant.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    def need(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise CheckpointError(f"{self.path}: corrupt: its metadata lack {self.architecture}.{key}")
-        return value
-
-
-def _architecture(path: Path, metadata: dict[str, Any]) -> str:
-    architecture = str(metadata.get("general.architecture"))
-    if architecture not in _ARCHITECTURES:
-        raise InputError(
-            f"{path}: architecture {architecture!r} cannot be read from GGUF; "
-            f"{suggest(architecture, _ARCHITECTURES)} (or give the model's safetensors folder)"
-        )
-    if metadata.get("split.count", 1) > 1:
-        raise InputError(
-            f"{path}: one of {metadata['split.count']} parts; merge the parts into one GGUF file"
-        )
-    return architecture
-
-
-def _refuse_unsupported(reader: _Metadata) -> None:
-    if reader.get("expert_count", 0):
-        raise InputError(f"{reader.path}: a mixture of {reader.get('expert_count')} experts is not supported")
-    scaling = reader.get("rope.scaling.type", "none")
+def _refuse_unsupported(path: Path, parts: int, own: dict[str, Any]) -> None:
+    if parts > 1:
+        raise InputError(f"{path}: one of {parts} parts; merge the parts into one GGUF file")
+    if own.get("expert_count", 0):
+        raise InputError(f"{path}: a mixture of {own['expert_count']} experts is not supported")
+    scaling = own.get("rope.scaling.type", "none")
     if scaling != "none":
         raise InputError(
-            f"{reader.path}: rope scaling {scaling!r} in a GGUF file is not supported; "
+            f"{path}: rope scaling {scaling!r} in a GGUF file is not supported; "
             "give the model's safetensors folder"
         )
-
-
-def _build(reader: _Metadata, vocab_size: int, tied: bool) -> PreTrainedConfig:
-    fields = {field: reader.need(key) for field, key in _SHAPE_KEYS.items()}
-    fields |= {field: reader.metadata.get(f"tokenizer.ggml.{key}") for field, key in _TOKEN_KEYS.items()}
-    if reader.architecture == "llama":
-        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
-        fields["head_dim"] = reader.get("attention.key_length", reader.get("rope.dimension_count", head_dim))
-    config: PreTrainedConfig = AutoConfig.for_model(
-        reader.architecture,
-        **fields,
-        num_key_value_heads=reader.get("attention.head_count_kv", fields["num_attention_heads"]),
-        vocab_size=vocab_size,
-        tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": reader.get("rope.freq_base", 10000.0)},
-        architectures=[_ARCHITECTURES[reader.architecture]],
-    )
-    return config
 
 
 def _llama3_scaling(path: Path, config: PreTrainedConfig, factors: torch.Tensor) -> dict[str, Any]:

@@ -36,7 +36,6 @@ SHARD_BYTES = 512 << 20
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_QUANTIZERS = ("bitsandbytes",)
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -81,8 +80,7 @@ class SafetensorsFolder(Checkpoint):
             CheckpointError: no weights, a shard missing, truncated or at odds with the index.
             InputError: no usable config.json; weights only as pickle; an unknown model type.
         """
-        config = read_config(folder)
-        return cls(origin, folder, config, _read_headers(folder))
+        return cls(origin, folder, read_config(folder), _read_headers(folder))
 
     def names(self) -> list[str]:
         """As `Checkpoint.names`."""
@@ -174,10 +172,10 @@ def _check_quantization(path: Path, tree: dict[str, Any]) -> None:
         return
     # Folders written before quant_method existed are bitsandbytes ones.
     method = str(quantization.get("quant_method", "bitsandbytes"))
-    if method not in _QUANTIZERS:
+    if method != "bitsandbytes":
         raise InputError(
-            f"{path}: weights quantized by {method!r} cannot be read; {suggest(method, _QUANTIZERS)} "
-            "(or give the unquantized model)"
+            f"{path}: weights quantized by {method!r} cannot be read; "
+            f"{suggest(method, ['bitsandbytes'])} (or give the unquantized model)"
         )
 
 
