@@ -34,6 +34,9 @@ class Skipped:
     origin: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
@@ -68,9 +71,9 @@ def settle(skipped: Sequence[Skipped], bad_rows: BadRows) -> None:
     """
     if bad_rows == "skip" or not skipped:
         return
-    first, others = skipped[0], len(skipped) - 1
+    others = len(skipped) - 1
     more = f"; {others} more bad row{'s' if others > 1 else ''} after it" if others else ""
-    raise DataError(f"{first.origin}: {first.reason}{more} (data.bad_rows: skip leaves such rows out)")
+    raise DataError(f"{skipped[0]}{more} (data.bad_rows: skip leaves such rows out)")
 
 
 @dataclass(frozen=True, slots=True)

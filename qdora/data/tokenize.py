@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,11 +53,18 @@ def tokenize_examples(
         prompts = prompt_ids(tokenizer, prompt, [example.question for example in chunk])
         completions = _completion_ids(tokenizer, chunk)
         for example, before, after in zip(chunk, prompts, completions, strict=True):
-            reason = _problem(len(before), len(after), max_length)
-            if reason is not None:
-                skipped.append(Skipped(example.origin, reason))
+            ids = [*before, *after, eos]
+            if before and after and len(ids) <= max_length:
+                kept.append(TokenizedExample(ids, len(before), example.origin))
+                continue
+            if not before or not after:
+                reason = f"no tokens: the prompt has {len(before)}, the completion {len(after)}"
             else:
-                kept.append(TokenizedExample([*before, *after, eos], len(before), example.origin))
+                reason = (
+                    f"{len(ids)} tokens (prompt {len(before)}, completion {len(after)}, EOS 1), "
+                    f"longer than data.max_length {max_length}"
+                )
+            skipped.append(Skipped(example.origin, reason))
     settle(skipped, bad_rows)
     return kept, skipped
 
@@ -95,20 +103,7 @@ def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
 def _completion_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
     texts = [example.completion for example in examples]
     encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _problem(prompt: int, completion: int, max_length: int) -> str | None:
-    if not prompt or not completion:
-        return f"no tokens: the prompt has {prompt}, the completion {completion}"
-    total = prompt + completion + 1
-    if total > max_length:
-        return (
-            f"{total} tokens (prompt {prompt}, completion {completion}, EOS 1), "
-            f"longer than data.max_length {max_length}"
-        )
-    return None
+    return cast("list[list[int]]", encoded["input_ids"])
 
 
 # Tokens that model families reserve for padding, or for nothing; the first one found is used.

@@ -112,11 +112,7 @@ def evaluate_adapter(
         test = load_test(config.data, tokenizer)
         examples = _of_task(test.examples, task)
     if test.skipped and context.is_main:
-        first = test.skipped[0]
-        print(
-            f"{len(test.skipped)} test rows left out, the first: {first.origin}: {first.reason}",
-            file=sys.stderr,
-        )
+        print(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}", file=sys.stderr)
     wanted = config.evaluation.quantization
     quantize = None if wanted is None or adapter is None else Quantization(wanted)
     model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)

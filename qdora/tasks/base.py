@@ -121,10 +121,10 @@ class Task:
             output: what the model generated, without the prompt.
             example: the question's gold answer and reference solution.
         """
-        if self.gold == "solution":
-            return score_answer(output, example.completion, kind=self.kind, words=self.words)
-        verdicts = score_answer(output, example.answer, kind=self.kind, words=self.words)
-        if "published" in verdicts:
+        worked = self.gold == "solution"
+        answer = example.completion if worked else example.answer
+        verdicts = score_answer(output, answer, kind=self.kind, words=self.words)
+        if "published" in verdicts and not worked:
             gold = published_gold(example.answer, example.completion)
             verdicts["published"] = score_published(output, gold)
         return verdicts

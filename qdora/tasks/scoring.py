@@ -25,13 +25,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from qdora.config import AnswerKind
 from qdora.errors import InputError, suggest
 from qdora.tasks.numbers import Number, find_numbers, plain, same_value
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,13 +89,9 @@ def score_normalized(output: str, answer: str) -> Verdict:
     if letter:
         chosen = chosen_letter(output)
         return Verdict(chosen, letter[1].upper(), chosen == letter[1].upper())
-    gold = stated_number(answer)
-    found = stated_number(output)
-    return Verdict(
-        None if found is None else found.text,
-        None if gold is None else gold.text,
-        gold is not None and found is not None and same_value(found, gold),
-    )
+    found, gold = stated_number(output), stated_number(answer)
+    same = found is not None and gold is not None and same_value(found, gold)
+    return Verdict(found.text if found else None, gold.text if gold else None, same)
 
 
 def score_choice(output: str, answer: str, words: Sequence[str]) -> Verdict:
@@ -113,7 +106,8 @@ def score_choice(output: str, answer: str, words: Sequence[str]) -> Verdict:
 
 def score_text(output: str, answer: str) -> Verdict:
     """Equality of the first lines, apart from case and surrounding space."""
-    extracted, gold = _first_line(output), _first_line(answer)
+    lines = [text.strip().splitlines() for text in (output, answer)]
+    extracted, gold = (found[0].strip() if found else None for found in lines)
     same = extracted is not None and gold is not None and extracted.casefold() == gold.casefold()
     return Verdict(extracted, gold, same)
 
@@ -131,7 +125,7 @@ _PUBLISHED_NUMBER = re.compile(rf"[$€£]?{_PUBLISHED_DIGITS}(?::{_PUBLISHED_DI
 
 def last_number_string(text: str) -> str | None:
     """The last number or ratio as the Orca-Math runs cut it out, or None."""
-    return _last(_PUBLISHED_NUMBER.findall(text))
+    return next(reversed(_PUBLISHED_NUMBER.findall(text)), None)
 
 
 def published_gold(answer: str, solution: str) -> str:
@@ -172,13 +166,13 @@ _BRACKETED_LETTER = re.compile(r"\(([A-E])\)")
 def stated_number(text: str) -> Number | None:
     """The number that a text gives as its answer, or None; see the module's docstring for the order."""
     text = _before_next_question(plain(text))
-    return _hash_number(text) or _marked_number(text) or _last(find_numbers(text))
+    return _hash_number(text) or _marked_number(text) or next(reversed(find_numbers(text)), None)
 
 
 def gold_number(solution: str) -> str | None:
     """The number that a worked solution gives as its answer, read as in an output; None without one."""
     number = stated_number(solution)
-    return None if number is None else number.bare
+    return number.bare if number else None
 
 
 def chosen_letter(text: str) -> str | None:
@@ -189,7 +183,7 @@ def chosen_letter(text: str) -> str | None:
         if letter:
             return next(group for group in letter.groups() if group).upper()
     alone = _LONE_LETTER.fullmatch(text.strip())
-    return alone[1] if alone else _last(_BRACKETED_LETTER.findall(text))
+    return alone[1] if alone else next(reversed(_BRACKETED_LETTER.findall(text)), None)
 
 
 def _before_next_question(text: str) -> str:
@@ -231,12 +225,3 @@ def _said_after_markers(text: str) -> Iterator[str]:
     """What stands after each answer marker, the last marker first."""
     for marker in reversed(list(_MARKER.finditer(text))):
         yield _MARKUP.sub("", text[marker.end() : marker.end() + _REACH], count=1)
-
-
-def _first_line(text: str) -> str | None:
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else None
-
-
-def _last(found: list[T]) -> T | None:
-    return found[-1] if found else None

@@ -32,20 +32,15 @@ LARGEST = 100
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of problem: a chain of operations on small numbers, and several ways to word it.
+    """One kind of problem: operations on numbers small enough for a 135M model, and several phrasings.
 
-    Numbers are small enough for a 135M model to compute, every number in a problem is needed, and a
-    question names them in the order in which the solution takes them up, wherever the story allows it.
+    `synthetic.yaml` says what the fields mean; `ranges` are the values of a, b and c.
     """
 
     name: str
     operations: tuple[str, ...]
-    """Applied from left to right: `+ - * /`, or `from`, which subtracts what there is so far from
-    the next number."""
-    ranges: tuple[Sequence[int], ...]
-    """The values of a, b and c; combinations without an exact result in 1 to LARGEST are left out."""
+    ranges: tuple[range, ...]
     phrasings: tuple[str, ...]
-    """Questions over {a} {b} {c}, {name} {other}, {items} {item} and {boxes} {box}."""
 
 
 _WORDING = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -114,19 +109,12 @@ def _cores() -> dict[str, list[list[Core]]]:
     """The cores of each split, kind by kind."""
     by_split: dict[str, list[list[Core]]] = {split: [[] for _ in KINDS] for split in Task.splits}
     for i, kind in enumerate(KINDS):
-        for core in _cores_of(kind):
-            by_split[_split_of(core)][i].append(core)
+        solvable = [numbers for numbers in product(*kind.ranges) if solve(kind.operations, numbers)]
+        for core in (Core(kind, j, numbers) for j in range(len(kind.phrasings)) for numbers in solvable):
+            digest = hashlib.blake2b(core.key.encode(), digest_size=8).digest()
+            split = "train" if int.from_bytes(digest, "big") % _TEST_EVERY else "test"
+            by_split[split][i].append(core)
     return by_split
-
-
-def _cores_of(kind: Kind) -> list[Core]:
-    numbers = [n for n in product(*kind.ranges) if solve(kind.operations, n) is not None]
-    return [Core(kind, i, n) for i in range(len(kind.phrasings)) for n in numbers]
-
-
-def _split_of(core: Core) -> str:
-    digest = hashlib.blake2b(core.key.encode(), digest_size=8).digest()
-    return "train" if int.from_bytes(digest, "big") % _TEST_EVERY else "test"
 
 
 def solve(operations: Sequence[str], numbers: Sequence[int]) -> tuple[list[str], int] | None:
