@@ -149,10 +149,9 @@ def _syntax_error(error: ValueError | RecursionError) -> str:
 
 def _elements(text: str, start: int, path: Path) -> Iterator[Row]:
     position = _skip_space(text, start + 1)
+    separator = text[position : position + 1]
     line, counted = 1, 0
-    if text[position : position + 1] == "]":
-        return _expect_end(text, position + 1, path)
-    while True:
+    while separator != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = _DECODER.raw_decode(text, position)
@@ -162,15 +161,11 @@ def _elements(text: str, start: int, path: Path) -> Iterator[Row]:
         yield _json_row(value, f"{path}:{line}")
         position = _skip_space(text, position)
         separator = text[position : position + 1]
-        if separator == "]":
-            return _expect_end(text, position + 1, path)
-        if separator != ",":
+        if separator == ",":
+            position = _skip_space(text, position + 1)
+        elif separator != "]":
             raise DataError(f"{path}:{_line_of(text, position)}: not valid JSON: expected ',' or ']'")
-        position = _skip_space(text, position + 1)
-
-
-def _expect_end(text: str, position: int, path: Path) -> None:
-    position = _skip_space(text, position)
+    position = _skip_space(text, position + 1)
     if position != len(text):
         raise DataError(f"{path}:{_line_of(text, position)}: not valid JSON: text behind the array")
 

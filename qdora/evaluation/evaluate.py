@@ -41,18 +41,6 @@ class Decoding(TypedDict):
 
 
 @dataclass(frozen=True)
-class _Setup:
-    """What stays the same over the tasks of one evaluation."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    decoding: Decoding
-    context: DistributedContext
-    synced: bool
-    show_progress: bool
-
-
-@dataclass(frozen=True)
 class _Group:
     """The examples of one task, and the token ids of their prompts."""
 
@@ -163,8 +151,11 @@ def evaluate(
     tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"])
     with for_generation(model, context, tokens) as sharded:
         synced = sharded and context.world_size > 1
-        setup = _Setup(model, tokenizer, decoding, context, synced, show_progress and context.is_main)
-        return [_evaluate_task(setup, group) for group in groups]
+        show_progress = show_progress and context.is_main
+        return [
+            _evaluate_task(model, tokenizer, group, context, decoding, synced, show_progress)
+            for group in groups
+        ]
 
 
 def _of_task(examples: list[Example], task: str | None) -> list[Example]:
@@ -207,58 +198,59 @@ def _with_answer_words(task: Task, examples: Sequence[Example]) -> Task:
     return replace(task, words=tuple(sorted(words, key=lambda word: (-len(word), word))))
 
 
-def _evaluate_task(setup: _Setup, group: _Group) -> Scores:
+def _evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    group: _Group,
+    context: DistributedContext,
+    decoding: Decoding,
+    synced: bool,
+    show_progress: bool,
+) -> Scores:
+    """Generate on every rank its part of the answers, gather them on all ranks, score."""
+    task, examples, prompts = group.task, group.examples, group.prompts
+    chosen = _rank_indices([len(ids) for ids in prompts], context.rank, context.world_size)
     started = time.perf_counter()
-    generations = _generate_all(setup, group)
-    seconds = max(setup.context.gather([time.perf_counter() - started]))
-    predictions = [
-        _prediction(setup.tokenizer, group.task, example, ids, generation)
-        for example, ids, generation in zip(group.examples, group.prompts, generations, strict=True)
-    ]
-    decoding = {
-        "method": "greedy",
-        **setup.decoding,
-        "processes": setup.context.world_size,
-        "eos_token_ids": eos_token_ids(setup.model, setup.tokenizer),
-    }
-    return summarize(group.task, predictions, decoding, seconds)
-
-
-def _generate_all(setup: _Setup, group: _Group) -> list[Generation]:
-    """Every example's generation, on every rank."""
-    context = setup.context
-    chosen = _rank_indices([len(ids) for ids in group.prompts], context.rank, context.world_size)
-    with tqdm(
-        total=len(chosen), desc=group.task.name, unit="question", disable=not setup.show_progress
-    ) as bar:
+    with tqdm(total=len(chosen), desc=task.name, unit="question", disable=not show_progress) as bar:
         correct = done = 0
 
         def progress(batch: Mapping[int, Generation]) -> None:
             nonlocal correct, done
             for position, generation in batch.items():
-                verdicts = group.task.score(generation.text, group.examples[chosen[position]])
-                correct += verdicts[group.task.scorers[0]].correct
+                verdicts = task.score(generation.text, examples[chosen[position]])
+                correct += verdicts[task.scorers[0]].correct
             done += len(batch)
             bar.set_postfix_str(f"exact match {correct / done:.1%}", refresh=False)
             bar.update(len(batch))
 
         generations = generate(
-            setup.model,
-            setup.tokenizer,
-            [group.prompts[index] for index in chosen],
-            pad_id=choose_pad_token(setup.tokenizer),
-            max_new_tokens=setup.decoding["max_new_tokens"],
-            batch_size=setup.decoding["batch_size"],
+            model,
+            tokenizer,
+            [prompts[index] for index in chosen],
+            pad_id=choose_pad_token(tokenizer),
+            max_new_tokens=decoding["max_new_tokens"],
+            batch_size=decoding["batch_size"],
             progress=progress,
-            synced=setup.synced,
+            synced=synced,
         )
     # An example that stands in several ranks' lists has the same greedy answer in all.
     by_index = dict(context.gather(list(zip(chosen, generations, strict=True))))
-    if len(by_index) != len(group.examples):
+    seconds = max(context.gather([time.perf_counter() - started]))
+    if len(by_index) != len(examples):
         raise RuntimeError(
-            f"{len(by_index)} of {len(group.examples)} examples were generated on {context.world_size} ranks"
+            f"{len(by_index)} of {len(examples)} examples were generated on {context.world_size} ranks"
         )
-    return [by_index[index] for index in range(len(group.examples))]
+    predictions = [
+        _prediction(tokenizer, task, example, ids, by_index[index])
+        for index, (example, ids) in enumerate(zip(examples, prompts, strict=True))
+    ]
+    how = {
+        "method": "greedy",
+        **decoding,
+        "processes": context.world_size,
+        "eos_token_ids": eos_token_ids(model, tokenizer),
+    }
+    return summarize(task, predictions, how, seconds)
 
 
 def _rank_indices(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
