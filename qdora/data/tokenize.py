@@ -9,7 +9,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from qdora.data.rows import BadRows, Example, Skipped, settle
+from qdora.data.rows import BadRows, Example, Skipped, raise_for_skipped
 from qdora.data.templates import prompt_ids
 from qdora.errors import InputError
 
@@ -65,7 +65,7 @@ def tokenize_examples(
                     f"longer than data.max_length {max_length}"
                 )
             skipped.append(Skipped(example.origin, reason))
-    settle(skipped, bad_rows)
+    raise_for_skipped(skipped, bad_rows)
     return kept, skipped
 
 
@@ -92,7 +92,7 @@ def fitting_prompts(
             else:
                 reason = f"the prompt alone has {len(ids)} tokens, data.max_length is {max_length}"
                 skipped.append(Skipped(example.origin, reason))
-    settle(skipped, bad_rows)
+    raise_for_skipped(skipped, bad_rows)
     return kept, skipped
 
 
@@ -132,9 +132,9 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises: InputError: the tokenizer has no EOS token.
     """
     eos = eos_id(tokenizer)
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != eos:
+    if tokenizer.pad_token_id not in (None, eos):
         return int(tokenizer.pad_token_id)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != eos:
+    if tokenizer.unk_token_id not in (None, eos):
         tokenizer.pad_token = tokenizer.unk_token
     else:
         tokenizer.pad_token = _reserved_token(tokenizer, eos) or tokenizer.eos_token

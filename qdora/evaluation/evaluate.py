@@ -101,8 +101,8 @@ def evaluate_adapter(
         examples = _of_task(test.examples, task)
     if test.skipped and context.is_main:
         print(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}", file=sys.stderr)
-    wanted = config.evaluation.quantization
-    quantize = None if wanted is None or adapter is None else Quantization(wanted)
+    quantization = config.evaluation.quantization
+    quantize = Quantization(quantization) if quantization and adapter else None
     model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
     scores = evaluate_configured(model, tokenizer, examples, config, context)
     if context.is_main and folder is not None:
@@ -129,7 +129,7 @@ def evaluate(
 
     Args:
         kind: how answers of the user's own data are compared; registered tasks have theirs.
-        context: rank and world size; a process alone where not given.
+        context: rank and world size; a single process where not given.
         show_progress: a bar per task on stderr, on the main rank.
         decoding: prompt template, `max_new_tokens`, `batch_size`.
     Returns: one `Scores` per task, in the order of their first example.
@@ -233,7 +233,7 @@ def _evaluate_task(
             progress=progress,
             synced=synced,
         )
-    # An example that stands in several ranks' lists has the same greedy answer in all.
+    # An example that several ranks generate has the same greedy answer on all of them.
     by_index = dict(context.gather(list(zip(chosen, generations, strict=True))))
     seconds = max(context.gather([time.perf_counter() - started]))
     if len(by_index) != len(examples):
@@ -254,7 +254,7 @@ def _evaluate_task(
 
 
 def _rank_indices(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The examples that a rank generates: dealt out by length, so that all ranks have similar work.
+    """The examples that a rank generates: assigned by length, so that all ranks have similar work.
 
     All ranks get equally many, the last ones the longest example again: ranks of a sharded model must
     call it equally often.

@@ -18,8 +18,8 @@ from qdora.data.rows import (
     Example,
     Row,
     Skipped,
-    optional_text_of,
-    settle,
+    as_text,
+    raise_for_skipped,
     text_of,
 )
 from qdora.errors import InputError
@@ -111,7 +111,7 @@ class Task:
                 converted[i] = self.example(config, rows[i])
             except BadRowError as error:
                 skipped.append(Skipped(rows[i].origin, str(error)))
-        settle(skipped, bad_rows)
+        raise_for_skipped(skipped, bad_rows)
         return Dataset([converted[i] for i in order if i in converted][: config.limit], skipped)
 
     def score(self, output: str, example: Example) -> dict[str, Verdict]:
@@ -166,7 +166,7 @@ def question_of(row: Row, column: str) -> str:
     Raises: BadRowError: the question is missing or empty, or the input is not text.
     """
     question = text_of(row, column)
-    extra = optional_text_of(row, "input") if column == "instruction" else ""
+    extra = as_text(row.values.get("input"), "input").strip() if column == "instruction" else ""
     return f"{question}\n{extra}" if extra else question
 
 

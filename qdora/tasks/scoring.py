@@ -141,13 +141,13 @@ def published_gold(answer: str, solution: str) -> str:
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*#{0,4}[ \t]*(?:question|problem|instruction|q)[ \t]*[0-9]*[ \t]*[:.]", re.IGNORECASE
 )
-_HASH_LINE = re.compile(r"^[ \t]*####(?P<said>[^\n]{0,80})$", re.MULTILINE)
+_HASH_LINE = re.compile(r"^[ \t]*####([^\n]{0,80})$", re.MULTILINE)
 _MARKER = re.compile(
     r"\\boxed\s*\{"
     r"|\banswer\b[*_\s]*(?:(?:to|for)\b[^.:\n]{0,80}?)?(?:\b(?:is|was|are|equals|(?:would|will) be)\b|[:=])",
     re.IGNORECASE,
 )
-# How much of a text a marker speaks for; a bound, or a model that repeats a marker costs quadratic time.
+# Characters read after a marker; without a bound a model that repeats a marker costs quadratic time.
 _REACH = 300
 _MARKUP = re.compile(r"[\s*_:]*(?:\\[(\[]\s*)?")
 _SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s|$|[A-Z*])|(?=\n)|$)")
@@ -178,9 +178,8 @@ def gold_number(solution: str) -> str | None:
 def chosen_letter(text: str) -> str | None:
     """The letter A-E that a text chooses: after the last marker, alone, or the last one in brackets."""
     text = _before_next_question(text)
-    for said in _said_after_markers(text):
-        letter = _LETTER.match(said)
-        if letter:
+    for after in _after_markers(text):
+        if letter := _LETTER.match(after):
             return next(group for group in letter.groups() if group).upper()
     alone = _LONE_LETTER.fullmatch(text.strip())
     return alone[1] if alone else next(reversed(_BRACKETED_LETTER.findall(text)), None)
@@ -194,34 +193,28 @@ def _before_next_question(text: str) -> str:
 
 def _hash_number(text: str) -> Number | None:
     """The first `#### N`; a heading such as `#### Step 1` or `#### 1. Cost` is none."""
-    for line in _HASH_LINE.finditer(text):
-        said = line["said"].strip()
-        numbers = find_numbers(said)
-        if len(numbers) != 1 or not said.startswith(numbers[0].text):
+    for line in map(str.strip, _HASH_LINE.findall(text)):
+        numbers = find_numbers(line)
+        if len(numbers) != 1 or not line.startswith(numbers[0].text):
             continue
-        if _UNIT_WORDS.fullmatch(said[len(numbers[0].text) :]):
+        if _UNIT_WORDS.fullmatch(line, len(numbers[0].text)):
             return numbers[0]
     return None
 
 
 def _marked_number(text: str) -> Number | None:
-    """The number in the last sentence that says what the answer is."""
-    for said in _said_after_markers(text):
-        sentence = _SENTENCE.match(said)
-        number = _result(sentence.group()) if sentence else None
-        if number:
-            return number
+    """The number in the last sentence that states an answer; of `is 5 * 3 = 15 apples` that of the result."""
+    for after in _after_markers(text):
+        sentence = _SENTENCE.match(after)
+        assert sentence is not None  # the pattern ends at the end of the line at the latest
+        calculation, _, result = sentence.group().rpartition("=")
+        numbers = _OPERATION.search(calculation) and find_numbers(result)
+        if numbers := numbers or find_numbers(sentence.group()):
+            return numbers[0]
     return None
 
 
-def _result(sentence: str) -> Number | None:
-    """The first number, or in a calculation such as `is 5 * 3 = 15 apples` the first of its result."""
-    calculation, _, result = sentence.rpartition("=")
-    numbers = (_OPERATION.search(calculation) and find_numbers(result)) or find_numbers(sentence)
-    return numbers[0] if numbers else None
-
-
-def _said_after_markers(text: str) -> Iterator[str]:
-    """What stands after each answer marker, the last marker first."""
+def _after_markers(text: str) -> Iterator[str]:
+    """The text after each answer marker, the last marker first."""
     for marker in reversed(list(_MARKER.finditer(text))):
         yield _MARKUP.sub("", text[marker.end() : marker.end() + _REACH], count=1)
