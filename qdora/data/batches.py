@@ -116,5 +116,5 @@ def collate(examples: Sequence[TokenizedExample], pad_id: int) -> Batch:
 
 
 def without_labels(batch: Batch) -> Batch:
-    """The same inputs with nothing to learn from: a loss of exactly 0 and gradients of 0."""
+    """The batch with all labels ignored: a loss of exactly 0 and gradients of 0."""
     return replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORED_LABEL))

@@ -123,7 +123,7 @@ def read_json(path: Path) -> list[Row]:
 
 
 def read_json_lines(path: Path) -> list[Row]:
-    """One JSON object a line; blank lines are passed over, an unreadable line is a bad row.
+    """One JSON object a line; blank lines are skipped, an unreadable line is a bad row.
 
     Raises: InputError: the file cannot be read.
     """

@@ -35,12 +35,12 @@ def tokenize_examples(
 ) -> tuple[list[TokenizedExample], list[Skipped]]:
     """Tokenize for training.
 
-    Prompt and completion are tokenized apart, so that training sees the prompt ids that
-    generation will see, whatever the tokenizer would merge across the seam.
+    Prompt and completion are tokenized separately, so that training sees the prompt ids that generation
+    will see, whatever the tokenizer would merge across their boundary.
 
     Args:
         prompt: name of the template.
-        max_length: of prompt, completion and EOS in all; nothing is ever cut.
+        max_length: of prompt, completion and EOS in all; nothing is truncated.
         bad_rows: what to do with an example that is longer, or has no tokens.
     Raises:
         InputError: no EOS token, unknown or unusable template.
@@ -49,8 +49,7 @@ def tokenize_examples(
     eos = eos_id(tokenizer)
     kept: list[TokenizedExample] = []
     skipped: list[Skipped] = []
-    for chunk in _chunks(examples):
-        prompts = prompt_ids(tokenizer, prompt, [example.question for example in chunk])
+    for chunk, prompts in _chunks(examples, tokenizer, prompt):
         completions = _completion_ids(tokenizer, chunk)
         for example, before, after in zip(chunk, prompts, completions, strict=True):
             ids = [*before, *after, eos]
@@ -84,8 +83,7 @@ def fitting_prompts(
     """
     kept: list[Example] = []
     skipped: list[Skipped] = []
-    for chunk in _chunks(examples):
-        prompts = prompt_ids(tokenizer, prompt, [example.question for example in chunk])
+    for chunk, prompts in _chunks(examples, tokenizer, prompt):
         for example, ids in zip(chunk, prompts, strict=True):
             if len(ids) < max_length:
                 kept.append(example)
@@ -96,8 +94,13 @@ def fitting_prompts(
     return kept, skipped
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    return (examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK))
+def _chunks(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> Iterator[tuple[Sequence[Example], list[list[int]]]]:
+    """Chunks of the examples, with the ids of their prompts."""
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        yield chunk, prompt_ids(tokenizer, prompt, [example.question for example in chunk])
 
 
 def _completion_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:

@@ -98,7 +98,10 @@ def evaluate_adapter(
         tokenizer = required_tokenizer(checkpoint)
         choose_pad_token(tokenizer)
         test = load_test(config.data, tokenizer)
-        examples = _of_task(test.examples, task)
+        examples = [example for example in test.examples if task in (None, example.task)]
+        if not examples:
+            names = {example.task for example in test.examples}
+            raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
     if test.skipped and context.is_main:
         print(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}", file=sys.stderr)
     quantization = config.evaluation.quantization
@@ -156,16 +159,6 @@ def evaluate(
             _evaluate_task(model, tokenizer, group, context, decoding, synced, show_progress)
             for group in groups
         ]
-
-
-def _of_task(examples: list[Example], task: str | None) -> list[Example]:
-    if task is None:
-        return examples
-    chosen = [example for example in examples if example.task == task]
-    if not chosen:
-        names = {example.task for example in examples}
-        raise InputError(f"--task {task!r}: the test set has none; {suggest(task, names)}")
-    return chosen
 
 
 def _by_task(

@@ -1,4 +1,4 @@
-"""How sure a score is: standard error, interval, and the paired comparison of two scores."""
+"""Uncertainty of a score: standard error, interval, and the paired comparison of two scores."""
 
 from __future__ import annotations
 

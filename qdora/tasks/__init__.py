@@ -55,7 +55,7 @@ def find_task(config: DatasetConfig) -> Task:
 
 
 def check_data(config: DataConfig) -> None:
-    """Refuse, before anything is loaded, a source that there is not and keys that do not fit.
+    """Check both sources and their keys before anything is loaded.
 
     Raises: InputError: as `find_task`; names the section.
     """

@@ -28,7 +28,7 @@ from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_answer, 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: a subclass in a file of its own reads its rows, an instance stands in the registry.
+    """One task: a subclass in a file of its own reads its rows, an instance is in the registry.
 
     Attributes:
         name: `source` in a configuration, and `Example.task`.
@@ -36,7 +36,7 @@ class Task:
         licence: of the questions.
         kind: how answers are compared; decides the scorers.
         words: `choice`: the words looked for in an output, in the published order.
-        gold: where the gold answer stands: in a column of its own, or in the worked `solution`, out of
+        gold: where the gold answer is: in a column of its own, or in the worked `solution`, out of
             which `Example.answer` is read.
     """
 

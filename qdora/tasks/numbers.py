@@ -88,7 +88,7 @@ class Number:
 
 
 def find_numbers(text: str) -> list[Number]:
-    """All numbers in the text, in order; strings of digits too long to be one are passed over."""
+    """All numbers in the text, in order; strings of digits too long to be one are skipped."""
     return [number for match in _NUMBER.finditer(plain(text)) if (number := _read(match))]
 
 

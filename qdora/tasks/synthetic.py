@@ -34,26 +34,18 @@ LARGEST = 100
 class Kind:
     """One kind of problem: operations on numbers small enough for a 135M model, and several phrasings.
 
-    `synthetic.yaml` says what the fields mean; `ranges` are the values of a, b and c.
+    `synthetic.yaml` says what the fields mean.
     """
 
     name: str
-    operations: tuple[str, ...]
-    ranges: tuple[range, ...]
-    phrasings: tuple[str, ...]
+    operations: list[str]
+    ranges: list[list[int]]
+    phrasings: list[str]
 
 
 _WORDING = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
-KINDS: tuple[Kind, ...] = tuple(
-    Kind(
-        kind["name"],
-        tuple(kind["operations"]),
-        tuple(range(first, last + 1, *step) for first, last, *step in kind["ranges"]),
-        tuple(kind["phrasings"]),
-    )
-    for kind in _WORDING["kinds"]
-)
+KINDS = tuple(Kind(**kind) for kind in _WORDING["kinds"])
 """All kinds of problems, in the order of `synthetic.yaml`."""
 
 
@@ -109,7 +101,8 @@ def _cores() -> dict[str, list[list[Core]]]:
     """The cores of each split, kind by kind."""
     by_split: dict[str, list[list[Core]]] = {split: [[] for _ in KINDS] for split in Task.splits}
     for i, kind in enumerate(KINDS):
-        solvable = [numbers for numbers in product(*kind.ranges) if solve(kind.operations, numbers)]
+        ranges = (range(first, last + 1, *step) for first, last, *step in kind.ranges)
+        solvable = [numbers for numbers in product(*ranges) if solve(kind.operations, numbers)]
         for core in (Core(kind, j, numbers) for j in range(len(kind.phrasings)) for numbers in solvable):
             digest = hashlib.blake2b(core.key.encode(), digest_size=8).digest()
             split = "train" if int.from_bytes(digest, "big") % _TEST_EVERY else "test"
