@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from qdora.data.tokenize import TokenizedExample
 
@@ -104,17 +105,16 @@ def collate(examples: Sequence[TokenizedExample], pad_id: int) -> Batch:
     """
     if not examples:
         raise ValueError("cannot collate a batch of no examples")
-    shape = (len(examples), max(len(example.input_ids) for example in examples))
-    input_ids_BT = torch.full(shape, pad_id, dtype=torch.int64)
-    labels_BT = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
-    for b, example in enumerate(examples):
-        start, end = example.prompt_length, len(example.input_ids)
-        ids_T = torch.tensor(example.input_ids, dtype=torch.int64)
-        input_ids_BT[b, :end] = ids_T
-        labels_BT[b, start:end] = ids_T[start:]
-    return Batch(input_ids_BT, labels_BT)
+    ids = [torch.tensor(example.input_ids) for example in examples]
+    labels = [ids_T.clone() for ids_T in ids]
+    for labels_T, example in zip(labels, examples, strict=True):
+        labels_T[: example.prompt_length] = IGNORED_LABEL
+    return Batch(
+        pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    )
 
 
 def without_labels(batch: Batch) -> Batch:
-    """The same inputs with nothing to learn from: a loss of exactly 0 and gradients of 0."""
+    """The batch with all labels ignored: a loss of exactly 0 and gradients of 0."""
     return replace(batch, labels_BT=torch.full_like(batch.labels_BT, IGNORED_LABEL))

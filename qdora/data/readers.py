@@ -1,7 +1,8 @@
-"""Readers of json, jsonl, csv and parquet files and of hub datasets: rows that know where they stood."""
+"""Readers of json, jsonl, csv and parquet files and of hub datasets: rows with their origin."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import io
@@ -38,13 +39,12 @@ def require(path: Path, expected: str) -> None:
 
     Raises: InputError: it does not; names what was expected and what is there.
     """
-    if path.exists():
-        return
-    raise InputError(f"{path}: no such file or folder; expected {expected}; {_nearby(path)}")
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected {expected}; {_nearby(path)}")
 
 
 def _nearby(path: Path) -> str:
-    """What stands where the path was expected; the folder may be large, so only the nearest names."""
+    """What is in the folder where the path was expected, or the nearest names."""
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either"
     names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
@@ -93,7 +93,6 @@ def read_bytes(path: Path) -> bytes:
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -114,9 +113,9 @@ def read_json(path: Path) -> list[Row]:
     """
     text = read_text(path)
     start = _skip_space(text, 0)
-    if text[start : start + 1] == "{":
+    if text.startswith("{", start):
         return read_json_lines(path)
-    if text[start : start + 1] != "[":
+    if not text.startswith("[", start):
         raise DataError(
             f"{path}:{_line_of(text, start)}: expected a JSON array of objects, or one object a line"
         )
@@ -124,12 +123,12 @@ def read_json(path: Path) -> list[Row]:
 
 
 def read_json_lines(path: Path) -> list[Row]:
-    """One JSON object a line; blank lines are passed over, an unreadable line is a bad row.
+    """One JSON object a line; blank lines are skipped, an unreadable line is a bad row.
 
     Raises: InputError: the file cannot be read.
     """
     # Split bytes at \n only: str.splitlines would also split at U+2028, which JSON allows in a string.
-    lines = read_bytes(path).removeprefix(_BYTE_ORDER_MARK).split(b"\n")
+    lines = read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n")
     return [_parse_line(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -149,10 +148,9 @@ def _syntax_error(error: ValueError | RecursionError) -> str:
 
 def _elements(text: str, start: int, path: Path) -> Iterator[Row]:
     position = _skip_space(text, start + 1)
+    separator = text[position : position + 1]
     line, counted = 1, 0
-    if text[position : position + 1] == "]":
-        return _expect_end(text, position + 1, path)
-    while True:
+    while separator != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = _DECODER.raw_decode(text, position)
@@ -162,15 +160,11 @@ def _elements(text: str, start: int, path: Path) -> Iterator[Row]:
         yield _json_row(value, f"{path}:{line}")
         position = _skip_space(text, position)
         separator = text[position : position + 1]
-        if separator == "]":
-            return _expect_end(text, position + 1, path)
-        if separator != ",":
+        if separator == ",":
+            position = _skip_space(text, position + 1)
+        elif separator != "]":
             raise DataError(f"{path}:{_line_of(text, position)}: not valid JSON: expected ',' or ']'")
-        position = _skip_space(text, position + 1)
-
-
-def _expect_end(text: str, position: int, path: Path) -> None:
-    position = _skip_space(text, position)
+    position = _skip_space(text, position + 1)
     if position != len(text):
         raise DataError(f"{path}:{_line_of(text, position)}: not valid JSON: text behind the array")
 

@@ -34,6 +34,9 @@ class Skipped:
     origin: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}"
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
@@ -60,17 +63,16 @@ class BadRowError(Exception):
     """A row cannot become an example; the message is the reason, without the row's origin."""
 
 
-def settle(skipped: Sequence[Skipped], bad_rows: BadRows) -> None:
-    """Stop at the first bad row if the configuration says so.
+def raise_for_skipped(skipped: Sequence[Skipped], bad_rows: BadRows) -> None:
+    """Raise for the first bad row if `bad_rows` is `stop`.
 
-    Raises: DataError: `bad_rows` is `stop` and a row is bad; names file and line, the reason,
-        and how many more there are.
+    Raises: DataError: names file and line, the reason, and how many more bad rows there are.
     """
     if bad_rows == "skip" or not skipped:
         return
-    first, others = skipped[0], len(skipped) - 1
+    others = len(skipped) - 1
     more = f"; {others} more bad row{'s' if others > 1 else ''} after it" if others else ""
-    raise DataError(f"{first.origin}: {first.reason}{more} (data.bad_rows: skip leaves such rows out)")
+    raise DataError(f"{skipped[0]}{more} (data.bad_rows: skip leaves such rows out)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +95,17 @@ def text_of(row: Row, column: str) -> str:
         raise BadRowError(row.problem)
     if column not in row.values:
         raise BadRowError(f"column {column!r} is missing; {suggest(column, map(str, row.values))}")
-    text = _as_text(row.values[column], column).strip()
+    text = as_text(row.values[column], column).strip()
     if not text:
         raise BadRowError(f"column {column!r} is empty")
     return text
 
 
-def optional_text_of(row: Row, column: str) -> str:
-    """As `text_of`, but empty where the column is missing or empty.
+def as_text(value: object, column: str) -> str:
+    """A value of a column as text; None becomes empty.
 
-    Raises: BadRowError: the column is not text.
+    Raises: BadRowError: the value is not text.
     """
-    return _as_text(row.values.get(column), column).strip()
-
-
-def _as_text(value: object, column: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):

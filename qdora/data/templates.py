@@ -16,34 +16,26 @@ from qdora.errors import InputError, suggest
 class PromptTemplate:
     """A declared template."""
 
-    name: str
     text: str | None
     """The prompt, with {question}; None: the tokenizer's own chat template."""
     provenance: str
 
 
 PROMPTS: Mapping[str, PromptTemplate] = {
-    template.name: template
-    for template in (
-        PromptTemplate(
-            "question_answer",
-            "###Question:\n{question}\n###Answer:\n",
-            "The published Orca-Math runs, fsdp_qlora train.py and experiments/orca_math/evaluate.ipynb.",
-        ),
-        PromptTemplate(
-            "alpaca",
-            "Below is an instruction that describes a task. Write a response that appropriately completes "
-            "the request.\n\n### Instruction:\n{question}\n\n### Response:\n",
-            "Stanford Alpaca's wording, which LLM-Adapters uses.  LLM-Adapters' code indents every line "
-            "by 16 spaces and trains, but does not evaluate, with a stray code comment in the first line; "
-            "neither is repeated here.",
-        ),
-        PromptTemplate(
-            "chat",
-            None,
-            "The tokenizer's chat template: one user turn and the header of the assistant's.",
-        ),
-    )
+    "question_answer": PromptTemplate(
+        "###Question:\n{question}\n###Answer:\n",
+        "The published Orca-Math runs, fsdp_qlora train.py and experiments/orca_math/evaluate.ipynb.",
+    ),
+    "alpaca": PromptTemplate(
+        "Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\n{question}\n\n### Response:\n",
+        "Stanford Alpaca's wording, which LLM-Adapters uses.  LLM-Adapters' code indents every line by 16 "
+        "spaces and trains, but does not evaluate, with a stray code comment in the first line; neither is "
+        "repeated here.",
+    ),
+    "chat": PromptTemplate(
+        None, "The tokenizer's chat template: one user turn and the header of the assistant's."
+    ),
 }
 
 
@@ -64,12 +56,8 @@ def prompt_ids(
     # replace, not format: a question may hold braces, and format would read a template's own.
     texts = [template.text.replace("{question}", question) for question in questions]
     encoded: list[list[int]] = tokenizer(texts, padding=False, truncation=False)["input_ids"]
-    return [_without_eos(ids, tokenizer.eos_token_id) for ids in encoded]
-
-
-def _without_eos(ids: list[int], eos_id: int | None) -> list[int]:
     # Some tokenizers are set to close every text with EOS; after that there is nothing to answer.
-    return ids[:-1] if ids and ids[-1] == eos_id else ids
+    return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[list[int]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from qdora.data.rows import BadRows, Example, Skipped, settle
+from qdora.data.rows import BadRows, Example, Skipped, raise_for_skipped
 from qdora.data.templates import prompt_ids
 from qdora.errors import InputError
 
@@ -34,12 +35,12 @@ def tokenize_examples(
 ) -> tuple[list[TokenizedExample], list[Skipped]]:
     """Tokenize for training.
 
-    Prompt and completion are tokenized apart, so that training sees the prompt ids that
-    generation will see, whatever the tokenizer would merge across the seam.
+    Prompt and completion are tokenized separately, so that training sees the prompt ids that generation
+    will see, whatever the tokenizer would merge across their boundary.
 
     Args:
         prompt: name of the template.
-        max_length: of prompt, completion and EOS in all; nothing is ever cut.
+        max_length: of prompt, completion and EOS in all; nothing is truncated.
         bad_rows: what to do with an example that is longer, or has no tokens.
     Raises:
         InputError: no EOS token, unknown or unusable template.
@@ -48,16 +49,22 @@ def tokenize_examples(
     eos = eos_id(tokenizer)
     kept: list[TokenizedExample] = []
     skipped: list[Skipped] = []
-    for chunk in _chunks(examples):
-        prompts = prompt_ids(tokenizer, prompt, [example.question for example in chunk])
+    for chunk, prompts in _chunks(examples, tokenizer, prompt):
         completions = _completion_ids(tokenizer, chunk)
         for example, before, after in zip(chunk, prompts, completions, strict=True):
-            reason = _problem(len(before), len(after), max_length)
-            if reason is not None:
-                skipped.append(Skipped(example.origin, reason))
+            ids = [*before, *after, eos]
+            if before and after and len(ids) <= max_length:
+                kept.append(TokenizedExample(ids, len(before), example.origin))
+                continue
+            if not before or not after:
+                reason = f"no tokens: the prompt has {len(before)}, the completion {len(after)}"
             else:
-                kept.append(TokenizedExample([*before, *after, eos], len(before), example.origin))
-    settle(skipped, bad_rows)
+                reason = (
+                    f"{len(ids)} tokens (prompt {len(before)}, completion {len(after)}, EOS 1), "
+                    f"longer than data.max_length {max_length}"
+                )
+            skipped.append(Skipped(example.origin, reason))
+    raise_for_skipped(skipped, bad_rows)
     return kept, skipped
 
 
@@ -76,39 +83,30 @@ def fitting_prompts(
     """
     kept: list[Example] = []
     skipped: list[Skipped] = []
-    for chunk in _chunks(examples):
-        prompts = prompt_ids(tokenizer, prompt, [example.question for example in chunk])
+    for chunk, prompts in _chunks(examples, tokenizer, prompt):
         for example, ids in zip(chunk, prompts, strict=True):
             if len(ids) < max_length:
                 kept.append(example)
             else:
                 reason = f"the prompt alone has {len(ids)} tokens, data.max_length is {max_length}"
                 skipped.append(Skipped(example.origin, reason))
-    settle(skipped, bad_rows)
+    raise_for_skipped(skipped, bad_rows)
     return kept, skipped
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    return (examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK))
+def _chunks(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> Iterator[tuple[Sequence[Example], list[list[int]]]]:
+    """Chunks of the examples, with the ids of their prompts."""
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        yield chunk, prompt_ids(tokenizer, prompt, [example.question for example in chunk])
 
 
 def _completion_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
     texts = [example.completion for example in examples]
     encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _problem(prompt: int, completion: int, max_length: int) -> str | None:
-    if not prompt or not completion:
-        return f"no tokens: the prompt has {prompt}, the completion {completion}"
-    total = prompt + completion + 1
-    if total > max_length:
-        return (
-            f"{total} tokens (prompt {prompt}, completion {completion}, EOS 1), "
-            f"longer than data.max_length {max_length}"
-        )
-    return None
+    return cast("list[list[int]]", encoded["input_ids"])
 
 
 # Tokens that model families reserve for padding, or for nothing; the first one found is used.
@@ -137,9 +135,9 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises: InputError: the tokenizer has no EOS token.
     """
     eos = eos_id(tokenizer)
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != eos:
+    if tokenizer.pad_token_id not in (None, eos):
         return int(tokenizer.pad_token_id)
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != eos:
+    if tokenizer.unk_token_id not in (None, eos):
         tokenizer.pad_token = tokenizer.unk_token
     else:
         tokenizer.pad_token = _reserved_token(tokenizer, eos) or tokenizer.eos_token

@@ -41,18 +41,6 @@ class Decoding(TypedDict):
 
 
 @dataclass(frozen=True)
-class _Setup:
-    """What stays the same over the tasks of one evaluation."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    decoding: Decoding
-    context: DistributedContext
-    synced: bool
-    show_progress: bool
-
-
-@dataclass(frozen=True)
 class _Group:
     """The examples of one task, and the token ids of their prompts."""
 
@@ -110,15 +98,14 @@ def evaluate_adapter(
         tokenizer = required_tokenizer(checkpoint)
         choose_pad_token(tokenizer)
         test = load_test(config.data, tokenizer)
-        examples = _of_task(test.examples, task)
+        examples = [example for example in test.examples if task in (None, example.task)]
+        if not examples:
+            names = {example.task for example in test.examples}
+            raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
     if test.skipped and context.is_main:
-        first = test.skipped[0]
-        print(
-            f"{len(test.skipped)} test rows left out, the first: {first.origin}: {first.reason}",
-            file=sys.stderr,
-        )
-    wanted = config.evaluation.quantization
-    quantize = None if wanted is None or adapter is None else Quantization(wanted)
+        print(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}", file=sys.stderr)
+    quantization = config.evaluation.quantization
+    quantize = Quantization(quantization) if quantization and adapter else None
     model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
     scores = evaluate_configured(model, tokenizer, examples, config, context)
     if context.is_main and folder is not None:
@@ -145,7 +132,7 @@ def evaluate(
 
     Args:
         kind: how answers of the user's own data are compared; registered tasks have theirs.
-        context: rank and world size; a process alone where not given.
+        context: rank and world size; a single process where not given.
         show_progress: a bar per task on stderr, on the main rank.
         decoding: prompt template, `max_new_tokens`, `batch_size`.
     Returns: one `Scores` per task, in the order of their first example.
@@ -167,18 +154,11 @@ def evaluate(
     tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"])
     with for_generation(model, context, tokens) as sharded:
         synced = sharded and context.world_size > 1
-        setup = _Setup(model, tokenizer, decoding, context, synced, show_progress and context.is_main)
-        return [_evaluate_task(setup, group) for group in groups]
-
-
-def _of_task(examples: list[Example], task: str | None) -> list[Example]:
-    if task is None:
-        return examples
-    chosen = [example for example in examples if example.task == task]
-    if not chosen:
-        names = {example.task for example in examples}
-        raise InputError(f"--task {task!r}: the test set has none; {suggest(task, names)}")
-    return chosen
+        show_progress = show_progress and context.is_main
+        return [
+            _evaluate_task(model, tokenizer, group, context, decoding, synced, show_progress)
+            for group in groups
+        ]
 
 
 def _by_task(
@@ -211,62 +191,63 @@ def _with_answer_words(task: Task, examples: Sequence[Example]) -> Task:
     return replace(task, words=tuple(sorted(words, key=lambda word: (-len(word), word))))
 
 
-def _evaluate_task(setup: _Setup, group: _Group) -> Scores:
+def _evaluate_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    group: _Group,
+    context: DistributedContext,
+    decoding: Decoding,
+    synced: bool,
+    show_progress: bool,
+) -> Scores:
+    """Generate on every rank its part of the answers, gather them on all ranks, score."""
+    task, examples, prompts = group.task, group.examples, group.prompts
+    chosen = _rank_indices([len(ids) for ids in prompts], context.rank, context.world_size)
     started = time.perf_counter()
-    generations = _generate_all(setup, group)
-    seconds = max(setup.context.gather([time.perf_counter() - started]))
-    predictions = [
-        _prediction(setup.tokenizer, group.task, example, ids, generation)
-        for example, ids, generation in zip(group.examples, group.prompts, generations, strict=True)
-    ]
-    decoding = {
-        "method": "greedy",
-        **setup.decoding,
-        "processes": setup.context.world_size,
-        "eos_token_ids": eos_token_ids(setup.model, setup.tokenizer),
-    }
-    return summarize(group.task, predictions, decoding, seconds)
-
-
-def _generate_all(setup: _Setup, group: _Group) -> list[Generation]:
-    """Every example's generation, on every rank."""
-    context = setup.context
-    chosen = _rank_indices([len(ids) for ids in group.prompts], context.rank, context.world_size)
-    with tqdm(
-        total=len(chosen), desc=group.task.name, unit="question", disable=not setup.show_progress
-    ) as bar:
+    with tqdm(total=len(chosen), desc=task.name, unit="question", disable=not show_progress) as bar:
         correct = done = 0
 
         def progress(batch: Mapping[int, Generation]) -> None:
             nonlocal correct, done
             for position, generation in batch.items():
-                verdicts = group.task.score(generation.text, group.examples[chosen[position]])
-                correct += verdicts[group.task.scorers[0]].correct
+                verdicts = task.score(generation.text, examples[chosen[position]])
+                correct += verdicts[task.scorers[0]].correct
             done += len(batch)
             bar.set_postfix_str(f"exact match {correct / done:.1%}", refresh=False)
             bar.update(len(batch))
 
         generations = generate(
-            setup.model,
-            setup.tokenizer,
-            [group.prompts[index] for index in chosen],
-            pad_id=choose_pad_token(setup.tokenizer),
-            max_new_tokens=setup.decoding["max_new_tokens"],
-            batch_size=setup.decoding["batch_size"],
+            model,
+            tokenizer,
+            [prompts[index] for index in chosen],
+            pad_id=choose_pad_token(tokenizer),
+            max_new_tokens=decoding["max_new_tokens"],
+            batch_size=decoding["batch_size"],
             progress=progress,
-            synced=setup.synced,
+            synced=synced,
         )
-    # An example that stands in several ranks' lists has the same greedy answer in all.
+    # An example that several ranks generate has the same greedy answer on all of them.
     by_index = dict(context.gather(list(zip(chosen, generations, strict=True))))
-    if len(by_index) != len(group.examples):
+    seconds = max(context.gather([time.perf_counter() - started]))
+    if len(by_index) != len(examples):
         raise RuntimeError(
-            f"{len(by_index)} of {len(group.examples)} examples were generated on {context.world_size} ranks"
+            f"{len(by_index)} of {len(examples)} examples were generated on {context.world_size} ranks"
         )
-    return [by_index[index] for index in range(len(group.examples))]
+    predictions = [
+        _prediction(tokenizer, task, example, ids, by_index[index])
+        for index, (example, ids) in enumerate(zip(examples, prompts, strict=True))
+    ]
+    how = {
+        "method": "greedy",
+        **decoding,
+        "processes": context.world_size,
+        "eos_token_ids": eos_token_ids(model, tokenizer),
+    }
+    return summarize(task, predictions, how, seconds)
 
 
 def _rank_indices(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """The examples that a rank generates: dealt out by length, so that all ranks have similar work.
+    """The examples that a rank generates: assigned by length, so that all ranks have similar work.
 
     All ranks get equally many, the last ones the longest example again: ranks of a sharded model must
     call it equally often.

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.errors import InputError
@@ -69,11 +71,12 @@ def generate(
         pad_token_id=pad_id,
         eos_token_id=eos_ids or None,
     )
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     done: dict[int, Generation] = {}
     with _generation_mode(model, config), torch.no_grad():
-        for indices in _batches(prompts, batch_size):
-            batch = [prompts[index] for index in indices]
-            outputs = _generate_batch(model, batch, pad_id, synced)
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            outputs = _generate_batch(model, [prompts[i] for i in indices], pad_id, synced)
             read = {i: _read(ids, eos_ids, tokenizer) for i, ids in zip(indices, outputs, strict=True)}
             done.update(read)
             if progress is not None:
@@ -129,27 +132,17 @@ def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterat
             module.training = training
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
 def _generate_batch(
     model: PreTrainedModel, batch: Sequence[Sequence[int]], pad_id: int, synced: bool
 ) -> list[list[int]]:
     """The generated ids of each row, EOS and the padding after it included."""
-    longest = max(len(prompt) for prompt in batch)
-    padding = [longest - len(prompt) for prompt in batch]
-    ids_BP = [[pad_id] * pad + list(prompt) for pad, prompt in zip(padding, batch, strict=True)]
-    mask_BP = [[0] * pad + [1] * (longest - pad) for pad in padding]
+    pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
+    prompts = [torch.tensor(prompt) for prompt in batch]
+    ids_BP = pad_left(prompts, padding_value=pad_id).to(model.device)
+    mask_BP = pad_left([torch.ones_like(prompt) for prompt in prompts]).to(model.device)
     call = cast("Callable[..., torch.Tensor]", model.generate)
-    ids_BT = call(
-        input_ids=torch.tensor(ids_BP, device=model.device),
-        attention_mask=torch.tensor(mask_BP, device=model.device),
-        synced_gpus=synced,
-    )
-    rows: list[list[int]] = ids_BT[:, longest:].tolist()
+    ids_BT = call(input_ids=ids_BP, attention_mask=mask_BP, synced_gpus=synced)
+    rows: list[list[int]] = ids_BT[:, ids_BP.shape[1] :].tolist()
     return rows
 
 

@@ -41,7 +41,7 @@ class ScorerResult:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One question, what the model made of it, and how it was judged.
+    """One question with the model's output and its verdicts.
 
     Attributes:
         origin: `Example.origin`, by which predictions of two models are paired.
@@ -112,7 +112,7 @@ class Scores:
 def summarize(
     task: Task, predictions: Sequence[Prediction], decoding: Mapping[str, object], seconds: float
 ) -> Scores:
-    """Add up the predictions of one task.
+    """Compute the scores of one task from its predictions.
 
     Raises: ValueError: there are none.
     """
@@ -153,7 +153,7 @@ def write_scores(scores: Scores, directory: str | Path) -> Path:
     A `TASK.json` that exists always has its own predictions beside it.
 
     Args:
-        directory: made where it is missing.
+        directory: created where it is missing.
     Returns: the path of `TASK.json`; what a file name cannot hold is percent-encoded (`org%2Fname.json`).
     Raises: InputError: they cannot be written; on a full disk those of an earlier evaluation stay.
     """
@@ -181,7 +181,7 @@ def read_scores(path: str | Path) -> Scores:
     """Read one task's scores and predictions back.
 
     Args:
-        path: `TASK.json`; the predictions lie beside it.
+        path: `TASK.json`; the predictions are in the same folder.
     Raises: InputError: a file is missing, is not what `write_scores` writes, or the two disagree.
     """
     path = Path(path)

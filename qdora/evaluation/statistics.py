@@ -1,11 +1,10 @@
-"""How sure a score is: standard error, interval, and the paired comparison of two scores."""
+"""Uncertainty of a score: standard error, interval, and the paired comparison of two scores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     Raises: ValueError: not 0 <= correct <= total, or total is 0.
     Source: Wilson, JASA 22 (1927) 209.
     """
-    interval = _binomial_test(correct, total).proportion_ci(method="wilson")
+    from scipy.stats import binomtest  # half a second to import
+
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -54,6 +55,8 @@ def paired_difference(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> P
     Raises: ValueError: lengths differ, or there are no questions.
     Source: McNemar, Psychometrika 12 (1947) 153, in its exact (binomial) form.
     """
+    from scipy.stats import binomtest
+
     total = len(correct_a)
     if total != len(correct_b):
         raise ValueError(f"paired comparison of {total} with {len(correct_b)} answers")
@@ -65,12 +68,6 @@ def paired_difference(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> P
     return PairedDifference(
         difference=float(differences.mean()),
         stderr=float(differences.std() / math.sqrt(total)),
-        p_value=float(_binomial_test(only_a, discordant).pvalue) if discordant else 1.0,
+        p_value=float(binomtest(only_a, discordant).pvalue) if discordant else 1.0,
         total=total,
     )
-
-
-def _binomial_test(successes: int, total: int) -> Any:
-    from scipy.stats import binomtest  # half a second to import
-
-    return binomtest(successes, total)

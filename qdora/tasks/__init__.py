@@ -46,19 +46,16 @@ def find_task(config: DatasetConfig) -> Task:
     if task is None:
         raise InputError(f"unknown source {config.source!r}; {suggest(config.source, TASKS)}")
     task.check(config)
-    owners: dict[str, list[str]] = {}
-    for owner in TASKS.values():
-        for key in (*owner.required, *owner.optional):
-            owners.setdefault(key, []).append(owner.name)
-    for key, names in owners.items():
-        if task.name not in names and getattr(config, key) != DatasetConfig.model_fields[key].default:
+    for key, field in DatasetConfig.model_fields.items():
+        names = [name for name, owner in TASKS.items() if key in (*owner.required, *owner.optional)]
+        if names and task.name not in names and getattr(config, key) != field.default:
             belongs = f"{key} belong{'' if key.endswith('s') else 's'}"
             raise InputError(f"{belongs} to source {' or '.join(map(repr, names))}, not to {task.name!r}")
     return task
 
 
 def check_data(config: DataConfig) -> None:
-    """Refuse, before anything is loaded, a source that there is not and keys that do not fit.
+    """Check both sources and their keys before anything is loaded.
 
     Raises: InputError: as `find_task`; names the section.
     """
@@ -83,7 +80,7 @@ def load_dataset(config: DatasetConfig, bad_rows: BadRows) -> Dataset:
     dataset = find_task(config).load(config, bad_rows)
     if not dataset.examples:
         where = f"source {config.source!r}" + (f" at {config.path}" if config.path else "")
-        reason = f"{len(dataset.skipped)} bad rows, the first: " if dataset.skipped else "it has no rows"
-        first = f"{dataset.skipped[0].origin}: {dataset.skipped[0].reason}" if dataset.skipped else ""
-        raise InputError(f"{where}, split {config.split!r}: no usable row; {reason}{first}")
+        bad = dataset.skipped
+        reason = f"{len(bad)} bad rows, the first: {bad[0]}" if bad else "it has no rows"
+        raise InputError(f"{where}, split {config.split!r}: no usable row; {reason}")
     return dataset

@@ -18,8 +18,8 @@ from qdora.data.rows import (
     Example,
     Row,
     Skipped,
-    optional_text_of,
-    settle,
+    as_text,
+    raise_for_skipped,
     text_of,
 )
 from qdora.errors import InputError
@@ -28,7 +28,7 @@ from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_answer, 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: a subclass in a file of its own reads its rows, an instance stands in the registry.
+    """One task: a subclass in a file of its own reads its rows, an instance is in the registry.
 
     Attributes:
         name: `source` in a configuration, and `Example.task`.
@@ -36,7 +36,7 @@ class Task:
         licence: of the questions.
         kind: how answers are compared; decides the scorers.
         words: `choice`: the words looked for in an output, in the published order.
-        gold: where the gold answer stands: in a column of its own, or in the worked `solution`, out of
+        gold: where the gold answer is: in a column of its own, or in the worked `solution`, out of
             which `Example.answer` is read.
     """
 
@@ -111,7 +111,7 @@ class Task:
                 converted[i] = self.example(config, rows[i])
             except BadRowError as error:
                 skipped.append(Skipped(rows[i].origin, str(error)))
-        settle(skipped, bad_rows)
+        raise_for_skipped(skipped, bad_rows)
         return Dataset([converted[i] for i in order if i in converted][: config.limit], skipped)
 
     def score(self, output: str, example: Example) -> dict[str, Verdict]:
@@ -121,10 +121,10 @@ class Task:
             output: what the model generated, without the prompt.
             example: the question's gold answer and reference solution.
         """
-        if self.gold == "solution":
-            return score_answer(output, example.completion, kind=self.kind, words=self.words)
-        verdicts = score_answer(output, example.answer, kind=self.kind, words=self.words)
-        if "published" in verdicts:
+        worked = self.gold == "solution"
+        answer = example.completion if worked else example.answer
+        verdicts = score_answer(output, answer, kind=self.kind, words=self.words)
+        if "published" in verdicts and not worked:
             gold = published_gold(example.answer, example.completion)
             verdicts["published"] = score_published(output, gold)
         return verdicts
@@ -166,7 +166,7 @@ def question_of(row: Row, column: str) -> str:
     Raises: BadRowError: the question is missing or empty, or the input is not text.
     """
     question = text_of(row, column)
-    extra = optional_text_of(row, "input") if column == "instruction" else ""
+    extra = as_text(row.values.get("input"), "input").strip() if column == "instruction" else ""
     return f"{question}\n{extra}" if extra else question
 
 

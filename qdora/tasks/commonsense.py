@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 from qdora.config import DatasetConfig
@@ -67,10 +67,8 @@ class Mixture(Task):
         """Train: all shuffled.  Test: from each task in turn, so that a limit takes equally from each."""
         if config.split == "train":
             return super().order(config, rows)
-        by_task: dict[str, list[int]] = {}
-        for i, row in enumerate(rows):
-            by_task.setdefault(row.task, []).append(i)
-        return [i for turn in zip_longest(*by_task.values()) for i in turn if i is not None]
+        by_task = [list(of_task) for _, of_task in groupby(range(len(rows)), lambda i: rows[i].task)]
+        return [i for turn in zip_longest(*by_task) for i in turn if i is not None]
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """As the row's own task has it."""

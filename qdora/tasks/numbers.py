@@ -9,6 +9,7 @@ magnitude words (`2 million` is 2), a decimal comma, unit conversion.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -46,19 +47,8 @@ _MACROS = (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("\\!", ""), ("\\,", ""))
 _FRACTION_MACRO = re.compile(r"\\[dt]?frac\s*\{\s*([0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}")
 _SPACED_THOUSANDS = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 _VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
-_CHARACTERS = str.maketrans(
-    {
-        "\u2212": "-",  # minus sign
-        "\u2010": "-",
-        "\u2011": "-",
-        "\u2013": "-",
-        "\uff0d": "-",
-        "\u2044": "/",  # fraction slash
-        "\u00a0": " ",
-        "\u2009": " ",
-        "\u202f": " ",
-    }
-)
+# Minus sign, hyphens, en dash, full-width hyphen; fraction slash; no-break, thin and narrow spaces.
+_CHARACTERS = str.maketrans("\u2212\u2010\u2011\u2013\uff0d\u2044\u00a0\u2009\u202f", "-----/   ")
 
 # A looping model can emit thousands of digits; Python refuses to convert those, and no answer has them.
 _LONGEST = 100
@@ -92,17 +82,14 @@ class Number:
         """Whether a shorter decimal can at best be its rounding: 1/3, or 0.3333333333."""
         if self.places is not None:
             return self.places >= _FULL_PRECISION
+        # A decimal is finite where its denominator divides a power of ten; this power is large enough.
         denominator = self.value[0].denominator
-        for prime in (2, 5):
-            while denominator % prime == 0:
-                denominator //= prime
-        return denominator != 1
+        return pow(10, denominator.bit_length(), denominator) != 0
 
 
 def find_numbers(text: str) -> list[Number]:
-    """All numbers in the text, in order; strings of digits too long to be one are passed over."""
-    numbers = (_read(match) for match in _NUMBER.finditer(plain(text)))
-    return [number for number in numbers if number is not None]
+    """All numbers in the text, in order; strings of digits too long to be one are skipped."""
+    return [number for match in _NUMBER.finditer(plain(text)) if (number := _read(match))]
 
 
 def same_value(one: Number, other: Number) -> bool:
@@ -119,7 +106,7 @@ def same_value(one: Number, other: Number) -> bool:
         return True
     if len(one.value) > 1 or len(other.value) > 1:
         return False
-    short, long = sorted((one, other), key=_precision)
+    short, long = sorted((one, other), key=lambda n: math.inf if n.places is None else n.places)
     if short.places is None or short.places < 2 or not long.unending:
         return False
     difference = abs(short.value[0] - long.value[0])
@@ -134,15 +121,9 @@ def plain(text: str) -> str:
         text = text.replace(macro, meaning)
     text = _FRACTION_MACRO.sub(r" \1/\2 ", text)
     text = _SPACED_THOUSANDS.sub(",", text)
-    return _VULGAR_FRACTION.sub(_spelled_out, text.translate(_CHARACTERS))
-
-
-def _spelled_out(match: re.Match[str]) -> str:
-    return " " + unicodedata.normalize("NFKC", match.group()).translate(_CHARACTERS)
-
-
-def _precision(number: Number) -> float:
-    return float("inf") if number.places is None else number.places
+    # NFKC spells ½ as 1⁄2, with a fraction slash.
+    text = _VULGAR_FRACTION.sub(lambda match: " " + unicodedata.normalize("NFKC", match.group()), text)
+    return text.translate(_CHARACTERS)
 
 
 def _read(match: re.Match[str]) -> Number | None:
@@ -154,20 +135,17 @@ def _read(match: re.Match[str]) -> Number | None:
         parts = [_exact(part) for part in match["ratio"].split(":")]
         return Number(text, (sign * parts[0], *parts[1:]), None)
     if match["numerator"]:
-        value = _fraction(match)
-        return None if value is None else Number(text, (sign * value,), None)
+        denominator = _exact(match["denominator"])
+        if denominator == 0:
+            return None
+        value = _exact(match["numerator"]) / denominator
+        # "the 12 8/4 boards" is no mixed number: its fraction would be a proper one.
+        if match["whole"] and value < 1:
+            value += _exact(match["whole"])
+        return Number(text, (sign * value,), None)
     power = int(match["exponent"] or match["power"] or 0)
     places = max(0, len(match["decimal"].partition(".")[2]) - power)
     return Number(text, (sign * _exact(match["decimal"]) * Fraction(10) ** power,), places)
-
-
-def _fraction(match: re.Match[str]) -> Fraction | None:
-    denominator = _exact(match["denominator"])
-    if denominator == 0:
-        return None
-    value = _exact(match["numerator"]) / denominator
-    # "the 12 8/4 boards" is no mixed number: its fraction would be a proper one.
-    return value + _exact(match["whole"]) if match["whole"] and value < 1 else value
 
 
 def _exact(digits: str) -> Fraction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _PUNCTUATION = re.compile(r"(?!(?<=\d)\.\d)(?!-\s*\d)[^\w+*/=<>^%]|_")
 
 
-def remove_leaked(train: Iterable[Example], test: Iterable[Example]) -> tuple[list[Example], int]:
+def remove_leaked(train: Sequence[Example], test: Iterable[Example]) -> tuple[list[Example], int]:
     """The training examples whose question is not a test question, and how many were removed.
 
     The full questions are compared (for the commonsense tasks: the instruction with its answer choices)
@@ -104,7 +104,6 @@ def remove_leaked(train: Iterable[Example], test: Iterable[Example]) -> tuple[li
     training question that stands there several times is removed, and counted, each time.
     """
     questions = {normalize(example.question) for example in test}
-    train = list(train)
     kept = [example for example in train if normalize(example.question) not in questions]
     return kept, len(train) - len(kept)
 

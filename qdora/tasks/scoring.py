@@ -25,13 +25,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from qdora.config import AnswerKind
 from qdora.errors import InputError, suggest
 from qdora.tasks.numbers import Number, find_numbers, plain, same_value
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,13 +89,9 @@ def score_normalized(output: str, answer: str) -> Verdict:
     if letter:
         chosen = chosen_letter(output)
         return Verdict(chosen, letter[1].upper(), chosen == letter[1].upper())
-    gold = stated_number(answer)
-    found = stated_number(output)
-    return Verdict(
-        None if found is None else found.text,
-        None if gold is None else gold.text,
-        gold is not None and found is not None and same_value(found, gold),
-    )
+    found, gold = stated_number(output), stated_number(answer)
+    same = found is not None and gold is not None and same_value(found, gold)
+    return Verdict(found.text if found else None, gold.text if gold else None, same)
 
 
 def score_choice(output: str, answer: str, words: Sequence[str]) -> Verdict:
@@ -113,7 +106,8 @@ def score_choice(output: str, answer: str, words: Sequence[str]) -> Verdict:
 
 def score_text(output: str, answer: str) -> Verdict:
     """Equality of the first lines, apart from case and surrounding space."""
-    extracted, gold = _first_line(output), _first_line(answer)
+    lines = [text.strip().splitlines() for text in (output, answer)]
+    extracted, gold = (found[0].strip() if found else None for found in lines)
     same = extracted is not None and gold is not None and extracted.casefold() == gold.casefold()
     return Verdict(extracted, gold, same)
 
@@ -131,7 +125,7 @@ _PUBLISHED_NUMBER = re.compile(rf"[$€£]?{_PUBLISHED_DIGITS}(?::{_PUBLISHED_DI
 
 def last_number_string(text: str) -> str | None:
     """The last number or ratio as the Orca-Math runs cut it out, or None."""
-    return _last(_PUBLISHED_NUMBER.findall(text))
+    return next(reversed(_PUBLISHED_NUMBER.findall(text)), None)
 
 
 def published_gold(answer: str, solution: str) -> str:
@@ -147,13 +141,13 @@ def published_gold(answer: str, solution: str) -> str:
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*#{0,4}[ \t]*(?:question|problem|instruction|q)[ \t]*[0-9]*[ \t]*[:.]", re.IGNORECASE
 )
-_HASH_LINE = re.compile(r"^[ \t]*####(?P<said>[^\n]{0,80})$", re.MULTILINE)
+_HASH_LINE = re.compile(r"^[ \t]*####([^\n]{0,80})$", re.MULTILINE)
 _MARKER = re.compile(
     r"\\boxed\s*\{"
     r"|\banswer\b[*_\s]*(?:(?:to|for)\b[^.:\n]{0,80}?)?(?:\b(?:is|was|are|equals|(?:would|will) be)\b|[:=])",
     re.IGNORECASE,
 )
-# How much of a text a marker speaks for; a bound, or a model that repeats a marker costs quadratic time.
+# Characters read after a marker; without a bound a model that repeats a marker costs quadratic time.
 _REACH = 300
 _MARKUP = re.compile(r"[\s*_:]*(?:\\[(\[]\s*)?")
 _SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s|$|[A-Z*])|(?=\n)|$)")
@@ -172,24 +166,23 @@ _BRACKETED_LETTER = re.compile(r"\(([A-E])\)")
 def stated_number(text: str) -> Number | None:
     """The number that a text gives as its answer, or None; see the module's docstring for the order."""
     text = _before_next_question(plain(text))
-    return _hash_number(text) or _marked_number(text) or _last(find_numbers(text))
+    return _hash_number(text) or _marked_number(text) or next(reversed(find_numbers(text)), None)
 
 
 def gold_number(solution: str) -> str | None:
     """The number that a worked solution gives as its answer, read as in an output; None without one."""
     number = stated_number(solution)
-    return None if number is None else number.bare
+    return number.bare if number else None
 
 
 def chosen_letter(text: str) -> str | None:
     """The letter A-E that a text chooses: after the last marker, alone, or the last one in brackets."""
     text = _before_next_question(text)
-    for said in _said_after_markers(text):
-        letter = _LETTER.match(said)
-        if letter:
+    for after in _after_markers(text):
+        if letter := _LETTER.match(after):
             return next(group for group in letter.groups() if group).upper()
     alone = _LONE_LETTER.fullmatch(text.strip())
-    return alone[1] if alone else _last(_BRACKETED_LETTER.findall(text))
+    return alone[1] if alone else next(reversed(_BRACKETED_LETTER.findall(text)), None)
 
 
 def _before_next_question(text: str) -> str:
@@ -200,43 +193,28 @@ def _before_next_question(text: str) -> str:
 
 def _hash_number(text: str) -> Number | None:
     """The first `#### N`; a heading such as `#### Step 1` or `#### 1. Cost` is none."""
-    for line in _HASH_LINE.finditer(text):
-        said = line["said"].strip()
-        numbers = find_numbers(said)
-        if len(numbers) != 1 or not said.startswith(numbers[0].text):
+    for line in map(str.strip, _HASH_LINE.findall(text)):
+        numbers = find_numbers(line)
+        if len(numbers) != 1 or not line.startswith(numbers[0].text):
             continue
-        if _UNIT_WORDS.fullmatch(said[len(numbers[0].text) :]):
+        if _UNIT_WORDS.fullmatch(line, len(numbers[0].text)):
             return numbers[0]
     return None
 
 
 def _marked_number(text: str) -> Number | None:
-    """The number in the last sentence that says what the answer is."""
-    for said in _said_after_markers(text):
-        sentence = _SENTENCE.match(said)
-        number = _result(sentence.group()) if sentence else None
-        if number:
-            return number
+    """The number in the last sentence that states an answer; of `is 5 * 3 = 15 apples` that of the result."""
+    for after in _after_markers(text):
+        sentence = _SENTENCE.match(after)
+        assert sentence is not None  # the pattern ends at the end of the line at the latest
+        calculation, _, result = sentence.group().rpartition("=")
+        numbers = _OPERATION.search(calculation) and find_numbers(result)
+        if numbers := numbers or find_numbers(sentence.group()):
+            return numbers[0]
     return None
 
 
-def _result(sentence: str) -> Number | None:
-    """The first number, or in a calculation such as `is 5 * 3 = 15 apples` the first of its result."""
-    calculation, _, result = sentence.rpartition("=")
-    numbers = (_OPERATION.search(calculation) and find_numbers(result)) or find_numbers(sentence)
-    return numbers[0] if numbers else None
-
-
-def _said_after_markers(text: str) -> Iterator[str]:
-    """What stands after each answer marker, the last marker first."""
+def _after_markers(text: str) -> Iterator[str]:
+    """The text after each answer marker, the last marker first."""
     for marker in reversed(list(_MARKER.finditer(text))):
         yield _MARKUP.sub("", text[marker.end() : marker.end() + _REACH], count=1)
-
-
-def _first_line(text: str) -> str | None:
-    lines = text.strip().splitlines()
-    return lines[0].strip() if lines else None
-
-
-def _last(found: list[T]) -> T | None:
-    return found[-1] if found else None

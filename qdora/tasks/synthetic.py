@@ -9,11 +9,14 @@ name in it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from pathlib import Path
 from random import Random
+
+import yaml
 
 from qdora.config import DatasetConfig
 from qdora.data.rows import BadRows, Dataset, Example
@@ -29,127 +32,21 @@ LARGEST = 100
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of problem: a chain of operations on small numbers, and several ways to word it.
+    """One kind of problem: operations on numbers small enough for a 135M model, and several phrasings.
 
-    Numbers are small enough for a 135M model to compute, every number in a problem is needed, and a
-    question names them in the order in which the solution takes them up, wherever the story allows it.
+    `synthetic.yaml` says what the fields mean.
     """
 
     name: str
-    operations: tuple[str, ...]
-    """Applied from left to right: `+ - * /`, or `from`, which subtracts what there is so far from
-    the next number."""
-    ranges: tuple[Sequence[int], ...]
-    """The values of a, b and c; combinations without an exact result in 1 to LARGEST are left out."""
-    phrasings: tuple[str, ...]
-    """Questions over {a} {b} {c}, {name} {other}, {items} {item} and {boxes} {box}."""
+    operations: list[str]
+    ranges: list[list[int]]
+    phrasings: list[str]
 
 
-# fmt: off
-KINDS: tuple[Kind, ...] = (
-    Kind("gain", ("+",), (range(5, 61), range(3, 31)), (
-        "{name} has {a} {items}. {other} gives {name} {b} more. How many {items} does {name} have now?",
-        "{name} picks up {a} {items} and then {b} more. How many {items} does {name} pick up in all?",
-        "There are {a} {items} on a table and {b} in a drawer. How many {items} are there altogether?",
-        "{name} has {a} {items} and {other} has {b}. How many {items} do they have together?",
-    )),
-    Kind("loss", ("-",), (range(10, 61), range(3, 31)), (
-        "{name} has {a} {items}. {name} gives {b} to {other}. How many {items} does {name} have left?",
-        "There are {a} {items} in a {box}. {name} takes out {b}. How many {items} remain?",
-        "{name} had {a} {items} and lost {b} of them. How many {items} does {name} have now?",
-        "A shop has {a} {items} and sells {b}. How many {items} are left in the shop?",
-    )),
-    Kind("difference", ("-",), (range(10, 61), range(3, 31)), (
-        "{name} has {a} {items}. {other} has {b}. How many more {items} does {name} have than {other}?",
-        "{name} found {a} {items} and {other} found {b}. How many fewer {items} did {other} find?",
-        "{name} needs {a} {items} but has only {b}. How many more {items} does {name} need?",
-    )),
-    Kind("groups", ("*",), (range(2, 13), range(2, 13)), (
-        "{name} has {a} {boxes} with {b} {items} in each. How many {items} does {name} have?",
-        "There are {a} {items} in every {box}. How many {items} are in {b} {boxes}?",
-        "{name} gives {a} {items} to each of {b} friends. How many {items} does {name} give away?",
-        "{name} lays out {a} rows of {b} {items}. How many {items} are there in total?",
-    )),
-    Kind("sharing", ("/",), (range(4, LARGEST + 1), range(2, 13)), (
-        "{name} shares {a} {items} equally among {b} friends. How many {items} does each friend get?",
-        "{name} puts {a} {items} into {b} {boxes} equally. How many {items} are in each {box}?",
-        "Each {box} holds {b} {items}. How many {boxes} does {name} need for {a} {items}?",
-    )),
-    Kind("rate", ("*",), (range(2, 13), range(2, 13)), (
-        "{name} makes {a} {items} an hour. How many {items} does {name} make in {b} hours?",
-        "A machine packs {a} {items} a minute. How many {items} does it pack in {b} minutes?",
-        "{name} walks {a} miles every day. How many miles does {name} walk in {b} days?",
-        "{name} reads {a} pages a day. How many pages does {name} read in {b} days?",
-    )),
-    Kind("price", ("*",), (range(2, 13), range(2, 13)), (
-        "One {item} costs {a} dollars. How many dollars do {b} {items} cost?",
-        "{name} buys {a} {items} for {b} dollars each. How many dollars does {name} pay?",
-        "{name} sells {a} {items} at {b} dollars each. How many dollars does {name} get?",
-    )),
-    Kind("two gains", ("+", "+"), (range(5, 31), range(3, 16), range(2, 11)), (
-        "{name} has {a} {items}, buys {b} and finds {c}. How many {items} does {name} have now?",
-        "There are {a} {items} in one {box}, {b} in another and {c} in a third. How many {items} in all?",
-        "{name} has {a} {items}. {other} brings {b} and then {c} more. How many {items} are there now?",
-    )),
-    Kind("gain and loss", ("+", "-"), (range(5, 31), range(3, 16), range(2, 11)), (
-        "{name} has {a} {items}, gets {b} more and gives away {c}. How many {items} does {name} have?",
-        "A {box} holds {a} {items}. {name} adds {b} and takes out {c}. How many {items} are in it?",
-        "{name} buys {a} {items}, then {b} more, and loses {c}. How many {items} does {name} have left?",
-    )),
-    Kind("two losses", ("-", "-"), (range(15, 51), range(3, 13), range(2, 10)), (
-        "{name} has {a} {items}, gives {b} to {other} and loses {c}. How many {items} are left?",
-        "A shop has {a} {items}. It sells {b} on Monday and {c} on Tuesday. How many {items} remain?",
-        "{name} had {a} {items}. {other} took {b} and later {c} more. How many {items} does {name} have?",
-    )),
-    Kind("groups and more", ("*", "+"), (range(2, 10), range(2, 10), range(2, 16)), (
-        "{name} has {a} {boxes} of {b} {items} and {c} loose ones. How many {items} does {name} have?",
-        "{name} buys {a} {boxes} with {b} {items} each and finds {c} more. How many {items} are there?",
-        "{name} makes {a} {items} a day for {b} days, then {c} more. How many {items} does {name} make?",
-    )),
-    Kind("groups and fewer", ("*", "-"), (range(2, 10), range(2, 10), range(2, 16)), (
-        "{name} has {a} {boxes} of {b} {items} and gives away {c}. How many {items} are left?",
-        "{name} earns {a} dollars an hour for {b} hours and spends {c}. How many dollars are left?",
-        "There are {a} rows of {b} {items}. {name} removes {c}. How many {items} remain?",
-    )),
-    Kind("groups of two kinds", ("+", "*"), (range(2, 11), range(2, 11), range(2, 8)), (
-        "Each {box} holds {a} red and {b} blue {items}. How many {items} are in {c} {boxes}?",
-        "{name} collects {a} {items} every morning and {b} every evening. How many {items} in {c} days?",
-        "{name} packs {a} big and {b} small {items} in each of {c} {boxes}. How many {items} is that?",
-    )),
-    Kind("pooling and sharing", ("+", "/"), (range(3, 31), range(3, 21), range(2, 8)), (
-        "{name} has {a} {items} and buys {b}. {c} friends share them equally. How many does each get?",
-        "{name} puts {a} red and {b} blue {items} into {c} equal {boxes}. How many are in each {box}?",
-        "{name} and {other} bring {a} and {b} {items} and fill {c} {boxes} equally. How many in each?",
-    )),
-    Kind("change", ("*", "from"), (range(2, 10), range(2, 10), range(10, LARGEST + 1, 5)), (
-        "{name} buys {a} {items} for {b} dollars each and pays with {c} dollars. How much change is due?",
-        "{name} has {c} dollars and buys {a} {items} at {b} dollars each. How many dollars are left?",
-        "{name} saves {a} dollars a week for {b} weeks. How many dollars are missing to {c}?",
-    )),
-    Kind("sharing and more", ("/", "+"), (range(6, 61), range(2, 9), range(2, 13)), (
-        "{a} {items} are shared by {b} friends. One of them, {name}, had {c}. How many has {name} now?",
-        "{name} splits {a} {items} into {b} equal {boxes} and adds {c} to one. How many are in it?",
-    )),
-)
+_WORDING = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
-NAMES: tuple[str, ...] = (
-    "Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ivy", "Jack", "Kate", "Leo",
-    "Maria", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor", "Wendy", "Zoe",
-)
-
-ITEMS: Mapping[str, str] = {
-    "apple": "apples", "balloon": "balloons", "bead": "beads", "book": "books", "bottle": "bottles",
-    "button": "buttons", "card": "cards", "coin": "coins", "cookie": "cookies", "cup": "cups",
-    "egg": "eggs", "flower": "flowers", "lemon": "lemons", "marble": "marbles", "orange": "oranges",
-    "pen": "pens", "pencil": "pencils", "shell": "shells", "stamp": "stamps", "sticker": "stickers",
-    "ticket": "tickets", "toy": "toys",
-}
-
-BOXES: Mapping[str, str] = {
-    "bag": "bags", "basket": "baskets", "box": "boxes", "case": "cases", "crate": "crates",
-    "jar": "jars", "pack": "packs", "tray": "trays",
-}
-# fmt: on
+KINDS = tuple(Kind(**kind) for kind in _WORDING["kinds"])
+"""All kinds of problems, in the order of `synthetic.yaml`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,19 +101,13 @@ def _cores() -> dict[str, list[list[Core]]]:
     """The cores of each split, kind by kind."""
     by_split: dict[str, list[list[Core]]] = {split: [[] for _ in KINDS] for split in Task.splits}
     for i, kind in enumerate(KINDS):
-        for core in _cores_of(kind):
-            by_split[_split_of(core)][i].append(core)
+        ranges = (range(first, last + 1, *step) for first, last, *step in kind.ranges)
+        solvable = [numbers for numbers in product(*ranges) if solve(kind.operations, numbers)]
+        for core in (Core(kind, j, numbers) for j in range(len(kind.phrasings)) for numbers in solvable):
+            digest = hashlib.blake2b(core.key.encode(), digest_size=8).digest()
+            split = "train" if int.from_bytes(digest, "big") % _TEST_EVERY else "test"
+            by_split[split][i].append(core)
     return by_split
-
-
-def _cores_of(kind: Kind) -> list[Core]:
-    numbers = [n for n in product(*kind.ranges) if solve(kind.operations, n) is not None]
-    return [Core(kind, i, n) for i in range(len(kind.phrasings)) for n in numbers]
-
-
-def _split_of(core: Core) -> str:
-    digest = hashlib.blake2b(core.key.encode(), digest_size=8).digest()
-    return "train" if int.from_bytes(digest, "big") % _TEST_EVERY else "test"
 
 
 def solve(operations: Sequence[str], numbers: Sequence[int]) -> tuple[list[str], int] | None:
@@ -237,9 +128,9 @@ def solve(operations: Sequence[str], numbers: Sequence[int]) -> tuple[list[str],
 def _to_example(core: Core, seed: int, origin: str) -> Example:
     # A generator of its own for each core: its wording does not depend on what else is generated.
     rng = Random(f"{seed}/{core.key}")
-    name, other = rng.sample(NAMES, 2)
-    item, items = rng.choice(list(ITEMS.items()))
-    box, boxes = rng.choice(list(BOXES.items()))
+    name, other = rng.sample(_WORDING["names"], 2)
+    item, items = rng.choice(list(_WORDING["items"].items()))
+    box, boxes = rng.choice(list(_WORDING["boxes"].items()))
     question = core.kind.phrasings[core.phrasing].format(
         **dict(zip("abc", core.numbers, strict=False)),
         name=name, other=other, item=item, items=items, box=box, boxes=boxes,
