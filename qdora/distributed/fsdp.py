@@ -43,7 +43,7 @@ from qdora.quant.base import FrozenWeight
 def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
     """Shard a model on the meta device, adapters included, in place; without FSDP there is nothing to do.
 
-    Each decoder layer is gathered at a time, an untied embedding and an untied output layer by themselves.
+    Each decoder layer is an FSDP unit; so are an untied embedding and an untied output layer.
     Frozen vectors are replicated on every rank: they are a few kilobytes of gigabytes.  A trained parameter's
     shard is float32, the optimizer's master; its gather rounds it to the dtype in which it is stored, and
     its gradient is summed, not averaged, over the ranks in float32.
@@ -136,27 +136,26 @@ def _full_weights(model: nn.Module, layers: list[AdaptedLinear]) -> Iterator[lis
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules whose parameters are gathered at a time, the root first."""
+    """The FSDP units, the root first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _gathered_modules(model: PreTrainedModel, settings: FsdpSettings) -> list[nn.Module]:
-    """The modules to shard, whose parameters are then gathered at a time; without the root."""
+    """The FSDP units below the root: modules whose parameters are gathered in one collective."""
     if not settings.wrap:
         return []
     classes = {type(module).__name__ for module in model.modules()}
     wanted = settings.layer_classes or tuple(model._no_split_modules or ())
-    for name in wanted:
-        if name not in classes and settings.layer_classes:
+    for name in settings.layer_classes:
+        if name not in classes:
             raise InputError(
                 f"fsdp_transformer_layer_cls_to_wrap: {name!r} is no layer of a {type(model).__name__}; "
                 f"{suggest(name, classes)}"
             )
     layers = [module for module in model.modules() if type(module).__name__ in wanted]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if model.config.get_text_config().tie_word_embeddings:
         return layers
-    return [*layers, embedding, head]
+    return [*layers, model.get_input_embeddings(), model.get_output_embeddings()]
 
 
 def frozen_vectors(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -212,9 +213,6 @@ def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
     return max(1, math.ceil(config.epochs * steps_per_epoch))
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 class StopRequest:
     """Context manager that notes a first SIGTERM or SIGINT, so that the step in progress can end.
 
@@ -223,12 +221,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received: int | None = None
-        self._previous: dict[int, signal.Handlers] = {}
+        self._previous: dict[int, Any] = {}
         self._parent = os.getppid()
 
     def __enter__(self) -> StopRequest:
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)  # type: ignore[assignment]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
