@@ -91,7 +91,7 @@ def _set_up(parsed: argparse.Namespace) -> None:
     import transformers
 
     from qdora.distributed.launch import read_flag
-    from qdora.threads import choose_threads
+    from qdora.resources import choose_threads
 
     transformers.utils.logging.disable_progress_bar()  # the commands show their own
     cpu = getattr(parsed, "device", None) == "cpu" or read_flag(os.environ, "ACCELERATE_USE_CPU")

@@ -28,9 +28,9 @@ from qdora.adapters.inject import inject
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
-from qdora.memory import release_freed_memory
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_model
+from qdora.models.sources import open_checkpoint
+from qdora.resources import release_freed_memory
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import peak_memory, reset_peak_memory
 

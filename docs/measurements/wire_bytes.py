@@ -26,8 +26,8 @@ from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_model
+from qdora.models.sources import open_checkpoint
 from qdora.planner.scaling import traffic
 from qdora.planner.simulate import Launch, find_architecture
 from qdora.training.loop import Callbacks, Trainer

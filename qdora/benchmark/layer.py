@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from qdora.adapters.layer import AdaptedLinear
-from qdora.benchmark.measure import alternate, medians, ratios, timed
-from qdora.benchmark.peers import peft_layer
+from qdora.benchmark.peers import alternate, medians, peft_layer, ratios, timed
 from qdora.config import AdapterConfig
 
 

@@ -9,13 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers, inject
-from qdora.benchmark.measure import Arm, alternate, medians, ratio, ratios, square_product, timed
-from qdora.benchmark.peers import peft_model
+from qdora.benchmark.peers import Arm, alternate, medians, peft_model, ratio, ratios, square_product, timed
 from qdora.config import AdapterConfig, ModelConfig, RunConfig, TrainingConfig
 from qdora.data.batches import IGNORED_LABEL, Batch
 from qdora.distributed.context import DistributedContext
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import compute_dtype, load_model
+from qdora.models.sources import open_checkpoint
 from qdora.training.loss import completion_loss
 from qdora.training.optimizer import AdapterOptimizer
 

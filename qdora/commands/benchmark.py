@@ -11,8 +11,7 @@ import torch
 from tabulate import tabulate
 
 from qdora.benchmark.layer import ARMS, LARGE, PAIRS, SMALL, benchmark_layer
-from qdora.benchmark.measure import describe_machine, gemm_rate
-from qdora.benchmark.peers import peft_module
+from qdora.benchmark.peers import describe_machine, gemm_rate, peft_module
 from qdora.benchmark.step import benchmark_step
 from qdora.commands.train import read_inputs
 from qdora.config import AdapterConfig, RunConfig
@@ -20,9 +19,9 @@ from qdora.config_file import load_config
 from qdora.data.batches import Batch, BatchPlan, collate
 from qdora.errors import InputError
 from qdora.files import write_json
-from qdora.memory import keep_freed_memory
 from qdora.models.load import compute_dtype, resolve_device
 from qdora.quant.base import TILE_BYTES
+from qdora.resources import keep_freed_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 from qdora.adapters.inject import adapted_layers
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.export.verify import verify_export
-from qdora.export.write import DTYPES, merge_and_export, merged_onto
-from qdora.models.hub import open_checkpoint
+from qdora.export.write import DTYPES, merge_and_export, merged_onto, verify_export
 from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device
+from qdora.models.sources import open_checkpoint
 from qdora.quant import QUANTIZATIONS, Quantization
 from qdora.run import add_target_arguments, resolve_target
 

@@ -28,8 +28,8 @@ from qdora.evaluation.scores import write_scores
 from qdora.experiments.plots import plot_loss
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
+from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.run import QUICKSTART, RunDirectory, find_quickstart, make_manifest, package_versions
 from qdora.tasks import check_data

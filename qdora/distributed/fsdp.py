@@ -36,8 +36,8 @@ from qdora.adapters.layer import AdaptedLinear
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError, suggest
-from qdora.memory import release_freed_memory
 from qdora.quant.base import FrozenWeight
+from qdora.resources import release_freed_memory
 
 
 def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:

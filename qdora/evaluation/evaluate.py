@@ -14,15 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.config import AnswerKind, RunConfig
 from qdora.data.rows import Example
-from qdora.data.templates import prompt_ids
-from qdora.data.tokenize import choose_pad_token
+from qdora.data.tokenize import choose_pad_token, prompt_ids
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import for_generation
 from qdora.errors import InputError, suggest
 from qdora.evaluation.generation import Generation, check_prompts, eos_token_ids, generate
 from qdora.evaluation.scores import Prediction, Scores, summarize, write_scores
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_with_adapter, required_tokenizer
+from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.tasks import check_data, task_for
 from qdora.tasks.base import Task

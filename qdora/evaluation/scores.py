@@ -1,8 +1,9 @@
-"""The scores of one task: results of every scorer, predictions, and their two files."""
+"""The scores of one task: results of every scorer, their uncertainty, predictions, and their two files."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +11,78 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from qdora.data.readers import read_text
 from qdora.errors import InputError
-from qdora.evaluation.statistics import binomial_stderr, wilson_interval
 from qdora.files import write_json, write_text
 from qdora.tasks.base import Task
 from qdora.tasks.scoring import Verdict
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Two sets of answers to the same questions.
+
+    Attributes:
+        difference: fraction correct of a minus fraction correct of b, between -1 and 1.
+        stderr: standard error of the difference; pairs are compared, so question difficulty cancels.
+        p_value: two-sided exact McNemar test of "a and b are equally good".
+        total: questions.
+    """
+
+    difference: float
+    stderr: float
+    p_value: float
+    total: int
+
+
+def binomial_stderr(correct: int, total: int) -> float:
+    """Standard error of a fraction of correct answers, sqrt(p (1 - p) / n); 0 at p = 0 and 1.
+
+    Raises: ValueError: not 0 <= correct <= total, or total is 0.
+    """
+    if not 0 <= correct <= total or total == 0:
+        raise ValueError(f"{correct} correct of {total}")
+    p = correct / total
+    return math.sqrt(p * (1 - p) / total)
+
+
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95% interval of a fraction of correct answers; unlike p ± 2 stderr it stays honest near 0 and 1.
+
+    Raises: ValueError: not 0 <= correct <= total, or total is 0.
+    Source: Wilson, JASA 22 (1927) 209.
+    """
+    from scipy.stats import binomtest  # half a second to import
+
+    interval = binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def paired_difference(correct_a: Sequence[bool], correct_b: Sequence[bool]) -> PairedDifference:
+    """Compare two sets of answers to the same questions, in the same order.
+
+    Raises: ValueError: lengths differ, or there are no questions.
+    Source: McNemar, Psychometrika 12 (1947) 153, in its exact (binomial) form.
+    """
+    from scipy.stats import binomtest
+
+    total = len(correct_a)
+    if total != len(correct_b):
+        raise ValueError(f"paired comparison of {total} with {len(correct_b)} answers")
+    if total == 0:
+        raise ValueError("paired comparison of no answers")
+    differences = np.asarray(correct_a, dtype=int) - np.asarray(correct_b, dtype=int)
+    discordant = int(np.count_nonzero(differences))
+    only_a = int(np.count_nonzero(differences > 0))
+    return PairedDifference(
+        difference=float(differences.mean()),
+        stderr=float(differences.std() / math.sqrt(total)),
+        p_value=float(binomtest(only_a, discordant).pvalue) if discordant else 1.0,
+        total=total,
+    )
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from tabulate import tabulate
 
 from qdora.adapters.base import describe
 from qdora.config_file import dotted
-from qdora.evaluation.scores import Scores
-from qdora.evaluation.statistics import paired_difference
+from qdora.evaluation.scores import Scores, paired_difference
 from qdora.experiments.arms import CONDITIONS, ArmRun, check_conditions, differences
 from qdora.experiments.plots import plot_comparison
 from qdora.files import write_json, write_text

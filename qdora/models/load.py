@@ -25,13 +25,13 @@ from qdora.config import DtypeName, ModelConfig, QuantizationName
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.errors import InputError
-from qdora.memory import WORTH_TRIMMING, release_freed_memory
 from qdora.models.build import MetaModel, build_model
 from qdora.models.formats import Checkpoint
-from qdora.models.hub import open_checkpoint
+from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
 from qdora.quant.stored import is_statistic
+from qdora.resources import WORTH_TRIMMING, release_freed_memory
 
 T = TypeVar("T")
 

@@ -32,9 +32,8 @@ from qdora.errors import InputError
 from qdora.files import read_json
 from qdora.models.build import build_architecture
 from qdora.models.formats.safetensors import read_config
-from qdora.models.hub import is_hub_id, open_checkpoint
 from qdora.models.load import compute_dtype
-from qdora.models.packaged import PREFIX
+from qdora.models.sources import PREFIX, is_hub_id, open_checkpoint
 from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_backward, real_tensors
 from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
 from qdora.quant import Quantization

@@ -28,8 +28,7 @@ from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import as_forward
 from qdora.errors import InputError, InterruptedRunError
-from qdora.memory import keep_freed_memory
-from qdora.threads import SlowdownWatch
+from qdora.resources import SlowdownWatch, keep_freed_memory
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
 from qdora.training.optimizer import AdapterOptimizer, learning_rate

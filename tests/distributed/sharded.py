@@ -31,8 +31,8 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.errors import CheckpointError, InputError
 from qdora.evaluation import evaluate as evaluation
 from qdora.models.formats import safetensors as safetensors_file
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_base, load_model
+from qdora.models.sources import open_checkpoint
 from qdora.quant.base import FrozenWeight
 from qdora.training.loop import Callbacks, Trainer
 from tests.axes import METHODS, adapter_config

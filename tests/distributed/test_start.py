@@ -130,7 +130,7 @@ def test_two_launched_processes_agree_fail_together_and_notice_a_death(tmp_path)
 def test_threads_that_the_user_set_are_told_from_a_launchers(tmp_path):
     """Catches: the number that accelerate or torchrun sets by itself taken for the user's, or the reverse."""
     script = tmp_path / "child.py"
-    script.write_text("from qdora.threads import set_by_user; print('user:', set_by_user())")
+    script.write_text("from qdora.resources import set_by_user; print('user:', set_by_user())")
     accelerate = ["-m", "accelerate.commands.launch"]
     sharded = ["--config_file", "configs/accelerate/fsdp_cpu.yaml"]
     cases = [

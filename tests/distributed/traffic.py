@@ -20,8 +20,8 @@ from qdora.adapters.full import adapt
 from qdora.config import AdapterConfig, ModelConfig, QuantizationName, TrainingConfig
 from qdora.distributed.context import end
 from qdora.distributed.launch import FsdpSettings
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_model
+from qdora.models.sources import open_checkpoint
 from qdora.planner.simulate import Launch
 from tests.real_step import record_real_step
 from tests.tiny import cpu_context

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qdora import cli
-from qdora.benchmark import measure, step
+from qdora.benchmark import peers, step
 from qdora.benchmark.layer import Shape
 from qdora.cli import run_command
 from qdora.commands import benchmark
@@ -169,18 +169,18 @@ def test_benchmark_train_runs_on_the_model_that_is_configured(
 
     monkeypatch.setattr(step, "_load", remember(step._load))
     monkeypatch.setattr(step, "peft_model", remember(step.peft_model))
-    monkeypatch.setitem(measure.GEMM_SIDE, "cpu", 64)
+    monkeypatch.setitem(peers.GEMM_SIDE, "cpu", 64)
     words = ["train", "--config", write_config(tmp_path, tree), "--rounds", "1"]
     assert run_command("benchmark", [*words, "--json", str(tmp_path / "train.json")]) == 0
     shown = capsys.readouterr().out
     assert "qdora / peft qlora: " in shown
     assert "goal" not in shown
-    qdora, qlora, dense, *peers = built
+    qdora, qlora, dense, *theirs = built
     for model in (qdora, qlora):
         base = model.get_submodule("model.layers.0.mlp.up_proj.base")
         assert (base.block_size, base.nested_absmax) == (128, None)
     assert dense.get_submodule("model.layers.0.mlp.up_proj.base").weight.is_floating_point()
-    for peer in peers:
+    for peer in theirs:
         state = next(p for n, p in peer.named_parameters() if "up_proj.base_layer" in n).quant_state
         assert (state.blocksize, state.nested) == (128, False)
     report = json.loads((tmp_path / "train.json").read_text())["step"]

@@ -18,8 +18,8 @@ from qdora.config import InitName, ModelConfig
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_base, load_model, load_with_adapter
+from qdora.models.sources import open_checkpoint
 from tests.axes import adapter_config
 
 from .oracle import move_off_the_identity, relative

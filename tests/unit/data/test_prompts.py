@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qdora.config import PromptName
-from qdora.data import templates
-from qdora.data.templates import PROMPTS
+from qdora.data import tokenize as templates
+from qdora.data.tokenize import PROMPTS
 from qdora.errors import InputError
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qdora.data.templates import prompt_ids
-from qdora.data.tokenize import choose_pad_token, fitting_prompts, tokenize_examples
+from qdora.data.tokenize import choose_pad_token, fitting_prompts, prompt_ids, tokenize_examples
 from qdora.errors import DataError, InputError
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdora.evaluation.statistics import binomial_stderr, paired_difference, wilson_interval
+from qdora.evaluation.scores import binomial_stderr, paired_difference, wilson_interval
 
 
 def test_binomial_stderr() -> None:

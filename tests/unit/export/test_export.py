@@ -11,11 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.errors import InputError
-from qdora.export.verify import VerificationError, verify_export
-from qdora.export.write import merge_and_export, merged_onto, merged_tensors
+from qdora.export.write import VerificationError, merge_and_export, merged_onto, merged_tensors, verify_export
 from qdora.models.formats import safetensors
-from qdora.models.hub import open_checkpoint
 from qdora.models.load import load_base
+from qdora.models.sources import open_checkpoint
 from tests.axes import METHODS, adapter_config
 from tests.tiny import write_tiny_model
 from tests.unit.adapters.oracle import move_off_the_identity, relative

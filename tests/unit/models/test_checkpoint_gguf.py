@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qdora.errors import CheckpointError, InputError
 from qdora.models.formats.gguf import GGUFFile
-from qdora.models.packaged import ensure_packaged
+from qdora.models.sources import ensure_packaged
 
 HEADS, KV_HEADS = 4, 2
 LEAVES = {

@@ -17,9 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import LlamaForCausalLM
 
 from qdora.errors import CheckpointError, InputError
-from qdora.models import hub
+from qdora.models import sources as hub
 from qdora.models.formats.safetensors import SafetensorsFolder
-from qdora.models.hub import open_checkpoint
+from qdora.models.sources import open_checkpoint
 from tests.tiny import tiny_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

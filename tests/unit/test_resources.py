@@ -8,9 +8,10 @@ import psutil
 import pytest
 import torch
 
-from qdora import cli, threads
+from qdora import cli
+from qdora import resources as threads
 from qdora.errors import InputError
-from qdora.threads import SlowdownWatch, choose_threads, idle_cores
+from qdora.resources import SlowdownWatch, choose_threads, idle_cores
 
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
