@@ -95,6 +95,7 @@ def train(
     directory = RunDirectory(config.output.dir)
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
     with context.raise_on_all_ranks():
+        micro_batch_size(config.training, context.world_size)
         if resume is None:
             directory.refuse_if_used(config.output.overwrite)
     reset_peak_memory(context.device)
@@ -313,6 +314,6 @@ def _say_data(data: PreparedData, context: DistributedContext) -> None:
         f"{data.leaked} training examples removed because their question is a test question"
     )
     for row in data.skipped[:5]:
-        context.say(f"skipped {row.origin}: {row.reason}")
+        context.say(f"skipped {row}")
     if len(data.skipped) > 5:
         context.say(f"... {len(data.skipped)} rows skipped in all")
