@@ -176,8 +176,8 @@ MUTANTS = {
     ),
     "every rank reads everything": Mutant(
         "models/load.py",
-        "rows = base.rows_to_read(shard)",
-        "self._read(name, info, None)\n                rows = base.rows_to_read(shard)",
+        "w_RI = self._read(name, base.rows_to_read(shard))",
+        "w_RI = self._read(name, None)[base.rows_to_read(shard)]",
         f"{SHARDED}::test_a_rank_holds_and_reads_its_share[2-wide]",
         slow=True,
     ),
