@@ -326,7 +326,7 @@ def explain(kind: type[Section], error: ValidationError, key: str = "") -> str:
 
     Args:
         kind: the section that was validated.
-        key: its name in a run's configuration, where it is not the whole of it.
+        key: its name in a run's configuration; empty for the run's configuration itself.
     """
     prefix = f"{key}." if key else ""
     return "\n  ".join(_explain(kind, detail, prefix) for detail in error.errors())

@@ -95,7 +95,7 @@ def check_savable(model: nn.Module) -> None:
 
 
 def save_adapter(model: nn.Module, directory: str | Path | None) -> None:
-    """Write a model's adapter in PEFT's layout, each file whole or not at all; a collective under FSDP.
+    """Write a model's adapter in PEFT's layout, each file written atomically; a collective under FSDP.
 
     Args:
         model: as `inject` or `load_adapter` left it.
