@@ -195,7 +195,7 @@ def fails(mutant: Mutant | None, test: str) -> bool:
     """Whether a test fails on a copy of the package with the bug in it; without one where None."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for name in ("qdora", "tests", "docs/measurements"):
+        for name in ("qdora", "tests", "tools"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant is not None:

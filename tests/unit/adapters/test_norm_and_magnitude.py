@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from docs.measurements import small_rate_tail
 from qdora.adapters import magnitude as algebra
 from qdora.adapters.layer import AdaptedLinear
 from qdora.config import TrainingConfig
 from qdora.training.optimizer import AdapterOptimizer
 from tests.axes import METHODS, adapter_config
+from tools import small_rate_tail
 
 from .oracle import ClosedForm, dense_weight, move_off_the_identity, relative
 

@@ -1,6 +1,6 @@
 """Estimates next to the memory that AnswerDotAI/fsdp_qlora published for two 24 GB GPUs.
 
-    python docs/measurements/published_memory.py
+    python tools/published_memory.py
 
 Published: benchmarks_03_2024.md of that repository, two RTX 3090, LLaMA-2, gradient checkpointing, FSDP; the
 settings that its commands leave out are the defaults of its train.py: rank 64 on six projections, bf16.
@@ -25,7 +25,7 @@ from qdora.planner.simulate import Architecture, Launch, estimate
 from qdora.quant import Quantization
 from qdora.training import loss
 
-MODELS = Path(__file__).parents[2] / "configs" / "models"
+MODELS = Path(__file__).parents[1] / "configs" / "models"
 TARGETS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 
 

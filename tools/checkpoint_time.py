@@ -1,8 +1,8 @@
 """How long training waits for a checkpoint, written in the foreground and in the background.
 
-python docs/measurements/checkpoint_time.py 60            one process, 60 MB of state
+python tools/checkpoint_time.py 60            one process, 60 MB of state
 ACCELERATE_USE_FSDP=true FSDP_VERSION=2 ACCELERATE_USE_CPU=true \\
-    torchrun --nproc-per-node 2 docs/measurements/checkpoint_time.py 30    two ranks, each with 30 MB
+    torchrun --nproc-per-node 2 tools/checkpoint_time.py 30    two ranks, each with 30 MB
 
 The state is that of 672 parameters: A, B and the magnitude of the seven layers of 32 blocks.
 """

@@ -1,6 +1,6 @@
 """How far bf16 factors still move when the learning rate has decayed to 1%, by way of stepping them.
 
-    python docs/measurements/small_rate_tail.py
+    python tools/small_rate_tail.py
 
 Every arm starts from the same trained stack of QDoRA layers, its factors on the bf16 grid, and takes the
 same 100 batches at 1% of the rate.  A movement is the projection on what float32 did, in its units:

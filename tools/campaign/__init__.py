@@ -1,0 +1,1 @@
+"""A search for faults: kills, failing devices, damaged input, random architectures held against PEFT."""
