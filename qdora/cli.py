@@ -24,6 +24,8 @@ COMMANDS = {
 
 _COMPUTING = ("train", "evaluate", "export", "compare", "benchmark", "demo")
 
+_LONGEST_SENTENCE = 2000
+
 # Refusals of the operating system that the user can mend; any other OSError is shown in full.
 _USERS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG}
 
@@ -100,5 +102,10 @@ def _set_up(parsed: argparse.Namespace) -> None:
 
 
 def _ended(name: str, sentence: str, code: int) -> int:
-    print(f"qdora {name}: {sentence}", file=sys.stderr)
+    # What a file holds may stand in the sentence: megabytes, or codes that command a terminal.
+    if len(sentence) > _LONGEST_SENTENCE:
+        half = _LONGEST_SENTENCE // 2
+        sentence = f"{sentence[:half]} [... {len(sentence) - 2 * half} characters ...] {sentence[-half:]}"
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in sentence)
+    print(f"qdora {name}: {shown}", file=sys.stderr)
     return code

@@ -27,7 +27,9 @@ AnswerKind = Literal["numeric", "choice", "text"]
 class Section(BaseModel):
     """A group of keys: unknown ones are refused, values are never coerced, nothing changes later."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
     key: ClassVar[str] = ""
     """Name of the section in a run's configuration, for errors."""
     several: ClassVar[tuple[str, ...]] = ()

@@ -21,6 +21,9 @@ from qdora.errors import InputError
 
 C = TypeVar("C", bound=Section)
 
+_MOST_VALUES = 100_000
+"""Aliases let a few lines of YAML stand for billions of values."""
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key given twice."""
@@ -89,13 +92,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises: InputError: missing, unreadable, not YAML or not a mapping.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
+    tree = _parse(text, f"{path}: not")
     if not isinstance(tree, dict):
         raise InputError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
     return tree
@@ -133,7 +135,31 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise InputError(f"--set {override!r}: expected key=value, for example training.max_steps=20")
-        try:
-            set_key(tree, key.strip(), yaml.load(value, _Loader))
-        except yaml.YAMLError as error:
-            raise InputError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+        set_key(tree, key.strip(), _parse(value, f"--set {override!r}: the value is not"))
+
+
+def _parse(text: str, complaint: str) -> Any:
+    """The plain values that a YAML text stands for.
+
+    Raises: InputError: not YAML, or more values than any configuration has; begins with `complaint`.
+    """
+    try:
+        value = yaml.load(text, _Loader)  # a SafeLoader
+        count = _count_values(value, {})
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that there is not
+        raise InputError(f"{complaint} valid YAML: {error}") from None
+    except RecursionError:
+        raise InputError(f"{complaint} usable: it is nested too deeply, or an alias holds itself") from None
+    if count > _MOST_VALUES:
+        raise InputError(f"{complaint} usable: its aliases stand for {count} values; allowed: {_MOST_VALUES}")
+    return value
+
+
+def _count_values(value: Any, counted: dict[int, int]) -> int:
+    """Values in a tree, those of an alias as often as it stands there."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in counted:
+        children = value.values() if isinstance(value, dict) else value
+        counted[id(value)] = 1 + sum(_count_values(child, counted) for child in children)
+    return counted[id(value)]

@@ -60,14 +60,36 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     Raises: InputError: missing, unreadable, not JSON or not an object; it is of type `error`.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except FileNotFoundError:
         raise error(f"{path}: no such file") from None
-    except (OSError, ValueError) as cause:
-        raise error(f"{path}: not readable as JSON: {cause}") from None
+    except OSError as cause:
+        raise error(f"{path}: cannot be read: {cause.strerror or cause}") from None
+    return parse_object(text, str(path), error)
+
+
+def parse_object(text: str | bytes, where: str, error: type[InputError] = InputError) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Args:
+        where: begins the message of an error.
+    Raises: InputError: not JSON, not an object, or a key stands there twice; it is of type `error`.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unrepeated)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{where}: not valid JSON: {cause}") from None
     if not isinstance(value, dict):
-        raise error(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise error(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"key {twice[0]!r} stands there twice")
+    return dict(pairs)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -64,6 +64,8 @@ class RunDirectory:
         for file in (self.config_file, self.manifest_file, self.metrics_file, self.loss_plot):
             file.unlink(missing_ok=True)
         for folder in (self.adapter, self.checkpoints, self.evaluation, self.base_evaluation):
+            if folder.is_symlink():
+                folder.unlink()  # what it leads to is not this run's alone
             shutil.rmtree(folder, ignore_errors=True)
 
     def start(self, config: RunConfig, manifest: dict[str, Any]) -> None:

@@ -121,7 +121,9 @@ def train(
                 directory.start(config, manifest)
             else:
                 directory.record_resume(config, start)
-            keep_until(directory.metrics_file, start)
+            missing = keep_until(directory.metrics_file, start)
+            if missing:
+                context.say(f"{directory.metrics_file}: it lacks {missing} of the {start} steps done")
     _train(trainer, directory, config, settings, start, tokenizer, data)
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -16,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qdora.data.readers import read_text
 from qdora.errors import InputError
-from qdora.files import write_json, write_text
+from qdora.files import parse_object, read_json, write_json, write_text
 from qdora.tasks.base import Task
 from qdora.tasks.scoring import Verdict
 
@@ -251,9 +250,9 @@ def read_scores(path: str | Path) -> Scores:
     """
     path = Path(path)
     predictions_path = path.with_name(f"{path.stem}.predictions.jsonl")
-    tree = _parse(str(path), read_text(path))
+    tree = read_json(path)
     lines = read_text(predictions_path).split("\n")[:-1]
-    predictions = [_parse(f"{predictions_path}:{n}", line) for n, line in enumerate(lines, 1)]
+    predictions = [parse_object(line, f"{predictions_path}:{n}") for n, line in enumerate(lines, 1)]
     try:
         scores = TypeAdapter(Scores).validate_python({**tree, "predictions": predictions})
     except ValidationError as error:
@@ -271,13 +270,3 @@ def read_scores(path: str | Path) -> Scores:
 def read_reports(folder: Path) -> list[Scores]:
     """`read_scores` of every task that was evaluated into a folder, in order of their file names."""
     return [read_scores(path) for path in sorted(folder.glob("*.json"))]
-
-
-def _parse(where: str, text: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{where}: expected a JSON object, got {type(tree).__name__}")
-    return tree

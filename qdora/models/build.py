@@ -54,6 +54,7 @@ def build_model(checkpoint: Checkpoint, compute: torch.dtype, quantization: Quan
     """
     if _stored_quantization(checkpoint, quantization):
         quantization = Quantization("none")  # for layers that were left as they are
+    _check_sizes(checkpoint)
     model = _architecture(checkpoint.config, checkpoint.origin, compute)
     names = frozenset(checkpoint.names())
     tied = _tied_output(model)
@@ -134,6 +135,26 @@ def output_name(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if module is output), None)
 
 
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """Refuse sizes that the stored tensors cannot have, before time and memory go into such a model."""
+    shapes = [checkpoint.info(name).shape for name in checkpoint.names()]
+    longest = max((size for shape in shapes for size in shape), default=0)
+    most = {
+        "num_hidden_layers": len(shapes),
+        "hidden_size": longest,
+        "vocab_size": longest,
+        "head_dim": max(map(math.prod, shapes), default=0),
+    }
+    config = checkpoint.config.get_text_config()
+    for key, bound in most.items():
+        size = getattr(config, key, None)
+        if isinstance(size, int) and not 0 < size <= bound:
+            raise CheckpointError(
+                f"{checkpoint.origin}: its configuration says {key} {size}; its {len(shapes)} tensors allow "
+                f"1 to {bound}"
+            )
+
+
 def _architecture(config: PreTrainedConfig, origin: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the meta device and its derived buffers computed."""
     config = copy.deepcopy(config)  # the checkpoint's own still says how its weights are stored
@@ -146,6 +167,11 @@ def _architecture(config: PreTrainedConfig, origin: str, dtype: torch.dtype) -> 
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{origin}: not a causal language model: {reason}") from None
+    except Exception as error:  # each architecture has errors of its own for impossible sizes
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{origin}: no model can be built of its configuration: {type(error).__name__}: {reason}"
+        ) from error
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise InputError(
             f"{origin}: a {type(model).__name__} holds its matrices in Conv1D layers, stored as "
@@ -206,7 +232,7 @@ def _stored_layers(
                 if math.prod(found.shape) != count or found.dtype.itemsize != dtype.itemsize:
                     got = f"{found.dtype} of shape {tuple(found.shape)}"
                     raise ValueError(f"tensor {name} is {got}, expected {count} x {dtype}")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise CheckpointError(f"{weight}: unusable quantization statistics: {error}") from None
     return stored
 

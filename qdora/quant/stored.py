@@ -6,17 +6,16 @@ on, one of them a small JSON text as uint8.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from bitsandbytes.nn import modules
 from torch import nn
 
 from qdora.errors import InputError
+from qdora.files import parse_object
 from qdora.quant.base import FULL, FrozenWeight, Shard
 from qdora.quant.blockwise import CODE_BOOK, SCALES_PER_BLOCK, BlockwiseWeight
 from qdora.quant.fp4 import FP4Weight
@@ -108,9 +107,9 @@ def parse_state(
         state: uint8 text.
         allowed: formats, of `STORED_TYPES`, that it may be in.
         shape: (out, in), as the model's configuration says.
-    Raises: ValueError, TypeError, KeyError: it cannot be used.
+    Raises: ValueError, TypeError, KeyError, OverflowError: it cannot be used.
     """
-    values: Mapping[str, Any] = json.loads(bytes(state.tolist()))
+    values = parse_object(bytes(state.tolist()), name)
     if values["quant_type"] not in allowed:
         names = " and ".join(allowed).upper()
         raise ValueError(f"only {names} weights are supported, got {values['quant_type']!r}")

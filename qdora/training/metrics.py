@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from qdora.files import write_text
@@ -46,6 +47,9 @@ class StepMetrics:
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
 
+_LINE = TypeAdapter(StepMetrics)
+
+
 def append_metrics(path: Path, metrics: StepMetrics) -> None:
     """Append one line to metrics.jsonl."""
     with path.open("a", encoding="utf-8") as file:
@@ -53,20 +57,23 @@ def append_metrics(path: Path, metrics: StepMetrics) -> None:
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The steps of a run, oldest first; a last line that a kill cut short is left out."""
+    """The steps of a run, oldest first; damaged lines, such as a kill leaves, are left out."""
     steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            steps.append(StepMetrics(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            break
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValidationError):
+            steps.append(_LINE.validate_json(line, strict=True))
     return steps
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again."""
+def keep_until(path: Path, step: int) -> int:
+    """Drop the lines after `step`: a resumed run writes them again.
+
+    Returns: how many lines up to it are missing.
+    """
+    kept = {m.step: m for m in read_metrics(path) if m.step <= step} if path.exists() else {}
     if path.exists():
-        write_text(path, "".join(m.line() for m in read_metrics(path) if m.step <= step))
+        write_text(path, "".join(m.line() for m in kept.values()))
+    return step - len(kept)
 
 
 def peak_memory(device: torch.device) -> int:

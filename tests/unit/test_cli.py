@@ -55,6 +55,16 @@ def test_an_unknown_command_suggests_the_nearest(capsys):
     assert shown.out == ""
 
 
+def fail_with(monkeypatch, error):
+    """Let `train` raise an error."""
+
+    def run(arguments):
+        raise error
+
+    command = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "qdora.commands.train", command)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -68,12 +78,7 @@ def test_an_unknown_command_suggests_the_nearest(capsys):
 )
 def test_what_a_user_can_cause_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, words):
     """Catches: a traceback for bad input, a stopped run that reports success."""
-
-    def run(arguments):
-        raise error
-
-    command = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
-    monkeypatch.setitem(sys.modules, "qdora.commands.train", command)
+    fail_with(monkeypatch, error)
     assert cli.run_command("train", []) == code
     shown = capsys.readouterr()
     assert shown.err.count("\n") == 1
@@ -84,14 +89,20 @@ def test_what_a_user_can_cause_is_one_line_and_an_exit_code(monkeypatch, capsys,
 @pytest.mark.parametrize("error", [RuntimeError("ours"), ValueError("ours"), OSError(errno.EIO, "ours")])
 def test_our_own_bugs_are_shown_in_full(monkeypatch, error):
     """Catches: a bug that is passed off as the user's."""
-
-    def run(arguments):
-        raise error
-
-    command = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
-    monkeypatch.setitem(sys.modules, "qdora.commands.train", command)
+    fail_with(monkeypatch, error)
     with pytest.raises(type(error), match="ours"):
         cli.run_command("train", [])
+
+
+def test_what_a_file_holds_does_not_flood_or_command_the_terminal(monkeypatch, capsys):
+    """Catches: a megabyte of one value on the screen; an escape code of a file that clears it."""
+    fail_with(monkeypatch, InputError(f"first {'x' * 70_000} last\x1b[2J\u202e\nbut this line"))
+    assert run_command("train", []) == 2
+    error = capsys.readouterr().err
+    assert len(error) < 2200
+    assert error.startswith("qdora train: error: first xxx")
+    assert error.endswith("xxx last\\x1b[2J\\u202e\nbut this line\n")
+    assert "characters ..." in error
 
 
 def test_bad_input_of_a_real_command(tmp_path, capsys):

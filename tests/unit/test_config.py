@@ -190,10 +190,16 @@ def test_all_mistakes_are_named_at_once(tmp_path):
         ("model: {path: x, path: y}", "key 'path' given twice"),
         ("model: {path: x}", "key 'data' is required and missing"),
         ("model: !!python/name:os.system {}", "not valid YAML"),
+        ("model: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("model: &a [*a]", "an alias holds itself"),
+        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{f'*a{i - 1},' * 10}]\n" for i in range(1, 20)), "aliases"),
+        ("model: 2001-99-99", "not valid YAML: month must be in 1..12"),
+        (f"model: 1{'0' * 5000}", "not valid YAML: Exceeds the limit"),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, text, message):
-    """Catches: half a file read as a whole one, the second of two equal keys winning, code in a file."""
+    """Catches: half a file read as a whole one, the second of two equal keys winning, code in a file, a
+    traceback or all of the memory for what no configuration has."""
     with pytest.raises(InputError, match=message):
         load_config(write(tmp_path, text))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from qdora.errors import CheckpointError, InputError, nearest, suggest
-from qdora.files import read_json, write_json
+from qdora.files import parse_object, read_json, write_json
 from qdora.models.formats import Checkpoint, TensorInfo, read_bytes
 
 SINGLE_FILE = "model.safetensors"
@@ -241,10 +240,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            header = parse_object(file.read(length), str(path), CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or corrupt safetensors file: {error}") from None
     header.pop("__metadata__", None)
     stored = {}

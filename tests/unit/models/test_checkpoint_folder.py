@@ -247,7 +247,7 @@ def test_remote_code_is_refused(tmp_path: Path) -> None:
     [
         ('{"model_type": "lama"}', "did you mean 'llama'"),
         ("{}", "model_type None is unknown"),
-        ("{", "not readable as JSON"),
+        ("{", "not valid JSON"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "cannot be used"),
         (
             '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from qdora.training.metrics import StepMetrics, append_metrics, keep_until, peak_memory, read_metrics
@@ -39,7 +40,7 @@ def test_a_line_cut_short_is_left_out_and_written_again(tmp_path):
 def test_keep_until_drops_what_is_trained_again(tmp_path):
     """Catches: steps that appear twice after a resume."""
     path = tmp_path / "metrics.jsonl"
-    keep_until(path, 4)
+    assert keep_until(path, 4) == 4
     assert not path.exists()
     for number in (1, 2, 3, 4):
         append_metrics(path, step(number))
@@ -52,3 +53,16 @@ def test_keep_until_drops_what_is_trained_again(tmp_path):
 def test_peak_memory_is_in_bytes():
     """Catches: kilobytes reported as bytes."""
     assert 50 << 20 < peak_memory(torch.device("cpu")) < 1 << 40
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"{}", b"[[", b'{"step": "2"}'])
+def test_a_damaged_line_costs_that_line_alone(tmp_path, damage):
+    """Catches: all later steps lost, or a traceback after hours of training; and nobody told."""
+    path = tmp_path / "metrics.jsonl"
+    for number in (1, 2, 3, 4):
+        append_metrics(path, step(number))
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]))
+    assert read_metrics(path) == [step(1), step(3), step(4)]
+    assert keep_until(path, 3) == 1
+    assert read_metrics(path) == [step(1), step(3)]
