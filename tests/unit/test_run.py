@@ -73,6 +73,18 @@ def test_clear_removes_the_runs_files_and_no_others(tmp_path):
     run.clear()
 
 
+def test_clear_removes_a_link_and_not_what_it_leads_to(tmp_path):
+    """Catches: another run's checkpoints written over, because this run's folder was a link to them."""
+    run = started(tmp_path / "run")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x").write_text("theirs")
+    run.checkpoints.symlink_to(other)
+    run.clear()
+    assert not run.checkpoints.is_symlink()
+    assert (other / "x").read_text() == "theirs"
+
+
 def test_the_configuration_and_manifest_come_back(tmp_path):
     """Catches: a resolved configuration that its own parser refuses."""
     run = started(tmp_path / "run")

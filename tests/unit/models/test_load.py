@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -208,6 +209,27 @@ def test_checkpoint_must_fit_its_configuration(tmp_path, edit, message):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         load_base(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000; its 20 tensors allow 1 to 20"),
+        ({"hidden_size": 2**40}, "hidden_size 1099511627776; its 20 tensors allow 1 to 100"),
+        ({"vocab_size": -100}, "vocab_size -100"),
+        ({"head_dim": 2**40}, "head_dim 1099511627776"),
+        ({"intermediate_size": -1}, "no model can be built of its configuration: RuntimeError"),
+    ],
+)
+def test_impossible_sizes_are_refused_before_such_a_model_is_built(
+    tiny_model_folder, tmp_path, sizes, message
+):
+    """Catches: hours and all memory spent on a billion layers that one wrong number asks for; a traceback."""
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "m"))
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | sizes))
+    with pytest.raises(CheckpointError, match=message):
+        load_base(folder)
 
 
 def test_fingerprint_tells_bases_apart(tiny_model_folder, tmp_path):
