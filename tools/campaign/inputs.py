@@ -308,7 +308,9 @@ def _run_files(rng: Random, folder: Path, scene: Path) -> Case:
         note = f"{path.name}: {damage_entry(rng, path, folder / 'elsewhere')}"
     else:
         note = _damage_file(rng, path, folder)
-    command = rng.choice(("evaluate", "export", "resume", "overwrite"))
+    # A run whose folder of checkpoints its owner has put elsewhere, by a link, goes on there.
+    resumable = () if path.is_symlink() and path.is_dir() else ("resume",)
+    command = rng.choice(("evaluate", "export", "overwrite", *resumable))
     own = ["--config", str(scene / "config.yaml"), "--set", f"output.dir={run}"]
     words = {
         "evaluate": ["evaluate", "--run", str(run), "--limit", "1", "--output", str(folder / "scores")],

@@ -108,6 +108,8 @@ def _start(selector: Any, seeds: range, play: Any, folder: Path) -> None:
         os.close(reading)
         try:
             _work(play, seeds, folder, writing)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     os.close(writing)
