@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from qdora.errors import InputError
 
-_REPLACED = ".replaced"
+_REPLACED, _REMOVED = ".replaced", ".removed"
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -149,13 +149,29 @@ def _exchange(new: Path, path: Path, replaced: Path) -> None:
         replaced.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a directory as one: it is complete or absent, whenever the process is killed.
+
+    Raises: InputError: it cannot be removed.
+    """
+    with wrap_os_errors(path):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        hidden = path.with_name(f".{path.name}{_REMOVED}")
+        if hidden.exists():
+            shutil.rmtree(hidden)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
 def clear_leftovers(folder: Path, name: str) -> None:
-    """Remove the temporary directories of a process that was killed while it wrote to `folder`.
+    """Remove the temporary files and directories of a process that was killed while it wrote to `folder`.
 
     If it was killed between the two renames that replace a directory, the old one is restored.
 
     Args:
-        name: glob pattern of the directories that were written.
+        name: glob pattern of the files and directories that were written.
     Raises: InputError: the folder cannot be written.
     """
     with wrap_os_errors(folder):
@@ -163,8 +179,10 @@ def clear_leftovers(folder: Path, name: str) -> None:
             path = folder / left.name.removesuffix(_REPLACED)[1:].rpartition(".")[0]
             if left.name.endswith(_REPLACED) and not os.path.lexists(path):
                 left.rename(path)
-            else:
+            elif left.is_dir():
                 shutil.rmtree(left)
+            else:
+                left.unlink()
 
 
 def fsync(path: Path) -> None:

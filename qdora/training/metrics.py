@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from qdora.files import write_text
+from qdora.files import wrap_os_errors, write_text
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,11 @@ class StepMetrics:
 
 
 def append_metrics(path: Path, metrics: StepMetrics) -> None:
-    """Append one line to metrics.jsonl."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one line to metrics.jsonl.
+
+    Raises: InputError: the device is full, or the file cannot be written.
+    """
+    with wrap_os_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(metrics.line())
 
 
