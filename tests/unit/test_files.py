@@ -11,8 +11,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qdora import files
 from qdora.errors import InputError
-from qdora.files import atomic_directory, read_json, write_file, write_json, write_tensors, write_text
+from qdora.files import (
+    atomic_directory,
+    clear_leftovers,
+    read_json,
+    remove,
+    write_file,
+    write_json,
+    write_tensors,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -179,3 +189,43 @@ def test_tensors_are_the_same_bytes_each_time(tmp_path):
         assert file.metadata() == metadata
         assert torch.equal(file.get_tensor("b"), tensors["b"])
         assert torch.equal(file.get_tensor("a"), tensors["a"])
+
+
+def test_a_folder_disappears_as_one(tmp_path, monkeypatch):
+    """Catches: a folder that a kill while it is removed leaves half, under a name that says it is whole; what
+    is left of it in the way of the next, or for ever."""
+    folder = tmp_path / "step-2"
+
+    def killed(path, *arguments, **options):
+        next(Path(path).iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    def kill_remove():
+        folder.mkdir()
+        for name in "abc":
+            (folder / name).write_text(name)
+        with monkeypatch.context() as patched:
+            patched.setattr(files.shutil, "rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                remove(folder)
+
+    kill_remove()
+    assert not folder.exists()
+    kill_remove()  # while it removes what the first left
+    assert len(list(folder.iterdir())) == 3
+    remove(folder)
+    remove(folder)  # as a file that is not there
+    assert list(tmp_path.iterdir()) == []
+    kill_remove()
+    clear_leftovers(tmp_path, "step-*")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_folder_is_removed(tmp_path, kind):
+    """Catches: a traceback for a link in place of a folder, or what it points to removed with it."""
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "x"
+    path.write_text("") if kind == "file" else path.symlink_to(tmp_path / "elsewhere")
+    remove(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]

@@ -53,7 +53,6 @@ def write_inputs(folder: Path) -> Inputs:
     comparison = {
         "base": "config.yaml",
         "arms": [{"name": "qdora"}, {"name": "qlora", "set": {"adapter.dora": False}}],
-        "may_differ": ["adapter.dora"],
         "seeds": [1],
         "set": {"training.max_steps": 4, "evaluation.every": None},
         "output": {"dir": str(folder / "comparison")},

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
+from qdora.errors import InputError
 from qdora.training.metrics import StepMetrics, append_metrics, keep_until, peak_memory, read_metrics
 
 
@@ -52,3 +54,9 @@ def test_keep_until_drops_what_is_trained_again(tmp_path):
 def test_peak_memory_is_in_bytes():
     """Catches: kilobytes reported as bytes."""
     assert 50 << 20 < peak_memory(torch.device("cpu")) < 1 << 40
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path):
+    """Catches: a traceback where a run directory was removed, or its device fails, in the middle of a run."""
+    with pytest.raises(InputError, match=r"gone/metrics\.jsonl: cannot be written: No such file"):
+        append_metrics(tmp_path / "gone" / "metrics.jsonl", step(1))
