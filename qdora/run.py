@@ -67,15 +67,12 @@ class RunDirectory:
             remove(path)
 
     def clear_leftovers(self) -> None:
-        """Remove the temporary files of a training process that was killed while it wrote one of these.
+        """Remove what a process left that was killed while it removed a run.
 
-        Raises: InputError: one cannot be removed.
+        Raises: InputError: it cannot be removed.
         """
         for path in self._written():
             clear_leftovers(self.path, path.name)
-        clear_leftovers(self.adapter, "adapter_*")
-        for folder in self.evaluation.glob("step-*"):
-            clear_leftovers(folder, "*")
 
     def _written(self) -> tuple[Path, ...]:
         """Everything of a run. A kill while it is removed in this order leaves what `--resume` takes."""

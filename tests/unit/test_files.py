@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ from qdora.files import (
     write_tensors,
     write_text,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -219,6 +223,56 @@ def test_a_folder_disappears_as_one(tmp_path, monkeypatch):
     kill_remove()
     clear_leftovers(tmp_path, "step-*")
     assert list(tmp_path.iterdir()) == []
+
+
+HOLD = """
+import sys, pathlib
+from qdora.files import atomic_directory, write_file
+def wait(path):
+    print(path, flush=True)
+    sys.stdin.read()
+def write():
+    with atomic_directory(pathlib.Path("out")) as folder:
+        wait(folder)
+write() if sys.argv[1] == "out" else write_file(pathlib.Path("x.json"), wait)
+"""
+
+
+@pytest.mark.parametrize("name", ["out", "x.json"])
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, name):
+    """Catches: gigabytes of a killed export that stay hidden for ever; the half-written files of another
+    process, which is at work, removed under its hands; a user's hidden files removed."""
+    (tmp_path / f".{name}.template").write_text("mine")
+    command = [sys.executable, "-c", HOLD, name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writer = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+    temporary = Path(writer.stdout.readline().strip()).name
+    assert (tmp_path / temporary).exists()
+
+    def write():
+        if name == "out":
+            with atomic_directory(tmp_path / name) as folder:
+                (folder / "y").write_text("new")
+        else:
+            write_text(tmp_path / name, "new")
+
+    write()
+    assert {p.name for p in tmp_path.iterdir()} == {name, temporary, f".{name}.template"}
+    writer.kill()
+    writer.wait()
+    write()
+    assert {p.name for p in tmp_path.iterdir()} == {name, f".{name}.template"}
+
+
+def test_an_export_killed_while_it_replaces_the_old_one_does_not_lose_it(tmp_path):
+    """Catches: the old folder removed as a leftover, though the new one fails."""
+    (tmp_path / ".out.tmp-abcd1234.replaced").mkdir()
+    (tmp_path / ".out.tmp-abcd1234.replaced" / "x").write_text("old")
+    (tmp_path / ".out.tmp-abcd1234").mkdir()
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out"):
+        raise RuntimeError
+    assert tree(tmp_path) == {"out/x": "old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])

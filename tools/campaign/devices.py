@@ -30,6 +30,7 @@ from tools.campaign.processes import (
     Run,
     SignalsAtWrite,
     start,
+    start_server,
 )
 from tools.campaign.report import Report
 from tools.campaign.small_runs import (
@@ -104,6 +105,7 @@ def commands(inputs: Inputs, trained: Path) -> list[Command]:
 def run(count: int, seed: int, folder: Path) -> Report:
     """Try `count` cases."""
     report, inputs = Report("devices"), write_inputs(folder / "inputs")
+    start_server()
     everything = commands(inputs, folder / "train" / "disk" / "run")
     needed = {_choice(seed + i, everything)[1].name for i in range(count)} | {"train"}
     references: dict[str, Reference] = {}
@@ -122,18 +124,14 @@ def run(count: int, seed: int, folder: Path) -> Report:
 
 
 def _reference(command: Command, folder: Path) -> Reference:
-    for attempt in ("first", "timed"):
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "disk").mkdir(parents=True)
-        started, fault = time.monotonic(), RecordWrites(folder / "points") if attempt == "first" else None
-        ended = command.start(folder, fault=fault)
-        codes, seconds = ended.wait(), time.monotonic() - started
-        assert not any(codes), ended.output
-        if fault is not None:
-            points = Counter((folder / "points").read_text().splitlines())
+    (folder / "disk").mkdir(parents=True)
+    started, points = time.monotonic(), RecordWrites(folder / "points")
+    ended = command.start(folder, fault=points)
+    codes, seconds = ended.wait(), time.monotonic() - started
+    assert not any(codes), ended.output
     paths = list((folder / "disk").rglob("*"))
     kilobytes = sum(4 * -(-path.stat().st_size // 4096) for path in paths if path.is_file())
-    return Reference(snapshot(folder / "disk" / "run"), seconds, points, kilobytes)
+    return Reference(snapshot(folder / "disk" / "run"), seconds, points.read(), kilobytes)
 
 
 def _choice(seed: int, everything: list[Command]) -> tuple[str, Command]:

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tests.distributed.ranks import SHARDED
-from tools.campaign.processes import BOUND, KillAtWrite, RecordWrites, Run, start
+from tools.campaign.processes import BOUND, KillAtWrite, RecordWrites, Run, start, start_server
 from tools.campaign.report import Report
 from tools.campaign.small_runs import (
     STEPS,
@@ -73,6 +73,7 @@ class Reference:
 def run(count: int, seed: int, folder: Path) -> Report:
     """Kill training runs `count` times in all."""
     report, inputs = Report("kill"), write_inputs(folder / "inputs")
+    start_server()
     references: dict[str, Reference] = {}
     chains, left = [], count
     while left:
@@ -96,35 +97,19 @@ def run(count: int, seed: int, folder: Path) -> Report:
 
 
 def _reference(inputs: Inputs, folder: Path, launch: Launch) -> Reference:
-    def record(name: str, *more: str) -> list[Counter[str]]:
-        points = []
-        for rank in range(launch.ranks):
-            if rank and not more:
-                shutil.rmtree(folder / "run")
-            elif more:
-                # From a checkpoint in the middle, so that it trains and saves.
-                for path in (folder / "run" / "checkpoints").iterdir():
-                    if path.name != "step-10":
-                        shutil.rmtree(path)
-            ended = _start(inputs, folder, launch, more, RecordWrites(folder / f"{name}-{rank}"), rank)
-            codes = ended.wait()
-            assert not any(codes), ended.output
-            file = folder / f"{name}-{rank}"
-            points.append(Counter(file.read_text().splitlines() if file.exists() else []))
-        return points
-
-    def measure(*more: str) -> float:
-        started = time.monotonic()
-        ended = _start(inputs, folder, launch, more)
+    def record(*more: str) -> tuple[float, list[Counter[str]]]:
+        started, points = time.monotonic(), RecordWrites(folder / "points")
+        ended = _start(inputs, folder, launch, more, points, None)
         assert not any(ended.wait()), ended.output
-        return time.monotonic() - started
+        return time.monotonic() - started, [points.read(rank) for rank in range(launch.ranks)]
 
-    begun = record("begun")
-    shutil.rmtree(folder / "run")
-    seconds, left = measure(), snapshot(folder / "run")
-    resumed = record("resumed", "--resume")
-    assert not (changed := differences(snapshot(folder / "run"), left)), changed
-    return Reference(left, (seconds, measure("--resume")), (begun, resumed))
+    seconds, begun = record()
+    left = snapshot(folder / "run")
+    # From a checkpoint before the last, so that it trains and saves.
+    shutil.rmtree(folder / "run" / "checkpoints" / f"step-{STEPS}")
+    least, resumed = record("--resume")
+    assert not (wrong := differences(snapshot(folder / "run"), left)), wrong
+    return Reference(left, (seconds, least), (begun, resumed))
 
 
 def _start(
@@ -133,7 +118,7 @@ def _start(
     launch: Launch,
     more: tuple[str, ...] = (),
     fault: KillAtWrite | RecordWrites | None = None,
-    rank: int = 0,
+    rank: int | None = 0,
 ) -> Run:
     words = ("train", "--config", str(inputs.config), "--set", f"output.dir={folder / 'run'}", *more)
     return start(

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -110,7 +111,7 @@ def start(
     ranks: int = 1,
     environment: dict[str, str] | None = None,
     fault: Fault | None = None,
-    faulty_rank: int = 0,
+    faulty_rank: int | None = 0,
 ) -> Run:
     """Start a command.
 
@@ -118,7 +119,7 @@ def start(
         words: the command and its options.
         folder: of the run's files; temporary files and logs go into it.
         environment: as a launcher sets it, beyond rank and rendezvous.
-        fault: of one rank.
+        fault: of one rank, or of all where `faulty_rank` is None.
     """
     launched = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     launched |= {"MASTER_PORT": free_port(), "QDORA_TIMEOUT": f"{TIMEOUT:g}"} if ranks > 1 else {}
@@ -127,7 +128,7 @@ def start(
     for rank, log in enumerate(run.logs):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **launched} if ranks > 1 else {}
         own |= {"TMPDIR": str(folder / "tmp"), **(environment or {})}
-        installed = fault if rank == faulty_rank else None
+        installed = fault if faulty_rank in (None, rank) else None
         process = _context().Process(target=_child, args=(list(words), folder, log, own, installed))
         with _LOCK:
             process.start()
@@ -135,12 +136,19 @@ def start(
     return run
 
 
+def start_server() -> None:
+    """Start the server and wait for its imports, so that they do not count for the first run."""
+    process = _context().Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # The server has no threads and has computed nothing, so its children start as a new process would.
-    commands = [f"qdora.commands.{name}" for name in COMMANDS]
-    context.set_forkserver_preload(["__main__", "qdora.cli", *commands, "matplotlib.backends.backend_agg"])
+    ours = [__name__, "qdora.cli", *(f"qdora.commands.{name}" for name in COMMANDS)]
+    context.set_forkserver_preload(["__main__", *ours, "matplotlib.backends.backend_agg"])
     return context
 
 
@@ -212,24 +220,33 @@ def watch_writes(folder: Path, see: Callable[[str, str], None]) -> None:
 def point(folder: Path, event: str, path: str) -> str:
     """A name for a place that writes: the event and the path, without numbers and random parts."""
     name = path.removeprefix(f"{folder}/")
-    name = re.sub(r"\.[a-z0-9_]{8}(?=$|/|\.replaced)", ".*", name)
+    name = re.sub(r"\.tmp-[a-z0-9_]{8}", ".*", name)
     return f"{event.removeprefix('os.')} {re.sub(r'[0-9]+', 'N', name)}"
 
 
 @dataclass(frozen=True)
 class RecordWrites:
-    """No fault: adds the point of every write to a file."""
+    """No fault: writes the point of every write into a file for each rank.
+
+    Attributes:
+        path: of the files, but for the rank at its end.
+    """
 
     path: Path
 
     def install(self, folder: Path) -> None:
         """Begin."""
-        handle = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        watch_writes(folder, lambda event, path: _append(handle, point(folder, event, path)))
+        name = f"{self.path}-{os.environ.get('RANK', '0')}"
+        handle = os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
 
+        def see(event: str, path: str) -> None:
+            os.write(handle, f"{point(folder, event, path)}\n".encode())
 
-def _append(handle: int, line: str) -> None:
-    os.write(handle, f"{line}\n".encode())
+        watch_writes(folder, see)
+
+    def read(self, rank: int = 0) -> Counter[str]:
+        """How often each point came."""
+        return Counter(Path(f"{self.path}-{rank}").read_text().splitlines())
 
 
 @dataclass(frozen=True)

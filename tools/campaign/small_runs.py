@@ -73,9 +73,11 @@ def snapshot(folder: Path) -> dict[str, Any]:
             found[name] = "present"
         elif path.name == "metrics.jsonl":
             found[name] = metrics(path.parent)
-        elif "evaluation" in name and path.suffix == ".json":
+        elif path.name == "sums.json":
             tree = json.loads(path.read_text())
             found[name] = {key: value for key, value in tree.items() if key not in _OF_THE_CLOCK}
+        elif path.name == "scored.json":
+            found[name] = {key: value["inputs"] for key, value in json.loads(path.read_text()).items()}
         else:
             found[name] = file_digest(path)
     return found

@@ -177,10 +177,10 @@ def test_what_a_killed_process_left_is_cleared(tmp_path, by):
     """Catches: temporary folders that pile up; a checkpoint lost to a kill while it was being replaced."""
     save(tmp_path, 3)
     save(tmp_path, 5)
-    (tmp_path / "step-5").rename(tmp_path / ".step-5.abcd1234.replaced")
-    (tmp_path / ".step-5.abcd1234").mkdir()
-    (tmp_path / ".step-5.abcd1234" / "state-0.safetensors").write_bytes(b"half")
-    (tmp_path / ".step-3.abcd1234.replaced").mkdir()  # its replacement is there
+    (tmp_path / "step-5").rename(tmp_path / ".step-5.tmp-abcd1234.replaced")
+    (tmp_path / ".step-5.tmp-abcd1234").mkdir()
+    (tmp_path / ".step-5.tmp-abcd1234" / "state-0.safetensors").write_bytes(b"half")
+    (tmp_path / ".step-3.tmp-abcd1234.replaced").mkdir()  # its replacement is there
     if by == "save":
         save(tmp_path, 7)
         assert {p.name for p in tmp_path.iterdir()} == {"step-3", "step-5", "step-7"}
