@@ -27,6 +27,7 @@ from tools.campaign.processes import (
     Fault,
     JumpingClock,
     RecordWrites,
+    RemoveAtWrite,
     Run,
     SignalsAtWrite,
     start,
@@ -45,6 +46,8 @@ from tools.campaign.small_runs import (
 IN_PARALLEL = 2
 """Cases at a time."""
 DAY = 24 * 3600
+_STRIDE = 59
+"""From one failing write to the next in the list of all, so that few cases are of all commands."""
 STOPPED = 0.5
 """Seconds between SIGSTOP and SIGCONT."""
 
@@ -107,9 +110,8 @@ def run(count: int, seed: int, folder: Path) -> Report:
     report, inputs = Report("devices"), write_inputs(folder / "inputs")
     start_server()
     everything = commands(inputs, folder / "train" / "disk" / "run")
-    needed = {_choice(seed + i, everything)[1].name for i in range(count)} | {"train"}
     references: dict[str, Reference] = {}
-    for command in tqdm([c for c in everything if c.name in needed], "devices", unit="reference"):
+    for command in tqdm(everything, "devices", unit="reference"):
         references[command.name] = _reference(command, folder / command.name)
     cases = [_Case(seed + i, everything, folder, references) for i in range(count)]
     with tqdm(total=count, unit="case", desc="devices") as bar, ThreadPoolExecutor(IN_PARALLEL) as pool:
@@ -134,11 +136,21 @@ def _reference(command: Command, folder: Path) -> Reference:
     return Reference(snapshot(folder / "disk" / "run"), seconds, points.read(), kilobytes)
 
 
-def _choice(seed: int, everything: list[Command]) -> tuple[str, Command]:
-    """The kind and the command of a case: every other case is a write that fails."""
-    names = list(_KINDS)
-    kind = names[0] if seed % 2 else names[1 + seed // 2 % (len(names) - 1)]
-    return kind, everything[(seed // 2 + seed // (2 * len(names))) % len(everything)]
+def _choice(seed: int, references: dict[str, Reference]) -> tuple[str, str, str | None]:
+    """Kind, command and write of a case: every other one is a write that fails, and each has its turn."""
+    kinds, names = list(_KINDS), list(references)
+    if seed % 2 == 0:
+        kind = kinds[1 + seed // 2 % (len(kinds) - 1)]
+        return kind, names[(seed // 2 + seed // (2 * len(kinds))) % len(names)], None
+    writes = [
+        (name, point)
+        for name, reference in references.items()
+        for point in sorted(reference.points)
+        # What an arm writes is what `train` writes, on however many ranks.
+        if name != "train, FSDP" and "-seedN/" not in point
+    ]
+    name, point = writes[seed // 2 * _STRIDE % len(writes)]
+    return kinds[0], "train, FSDP" if name == "train" and seed % 3 == 0 else name, point
 
 
 class _Case:
@@ -151,18 +163,15 @@ class _Case:
         self, seed: int, everything: list[Command], folder: Path, references: dict[str, Reference]
     ) -> None:
         self.seed, self.folder = seed, folder / f"case-{seed}"
-        self.kind, self.command = _choice(seed, everything)
-        self.random, self.references = Random(seed), references
+        self.kind, name, self.write = _choice(seed, references)
+        self.command = next(command for command in everything if command.name == name)
+        self.random, self.reference = Random(seed), references[name]
         self.what, self.faults = "", list[str]()
         self.outcome = ""
 
     @property
     def name(self) -> str:
         return f"{self.kind}, {self.command.name}"
-
-    @property
-    def reference(self) -> Reference:
-        return self.references[self.command.name]
 
     @property
     def disk(self) -> Path:
@@ -229,7 +238,7 @@ class _Case:
 
     def point(self) -> tuple[str, int]:
         """A write and its occurrence."""
-        point = self.random.choice(sorted(self.reference.points))
+        point = self.write or self.random.choice(sorted(self.reference.points))
         return point, self.random.randrange(self.reference.points[point])
 
 
@@ -278,10 +287,12 @@ def _removed(case: _Case) -> None:
     moment = case.moment()
     places = [case.disk / "run", case.folder / "tmp", *[case.disk / "run" / "checkpoints"]]
     place = case.random.choice(places[: 3 if case.command.words[0] == "train" else 2])
-    case.what = f"{place.relative_to(case.folder)} removed after {moment:.2f} s"
-    hurt = case.command.start(case.folder)
-    time.sleep(moment)
-    shutil.rmtree(place, ignore_errors=True)
+    fault = RemoveAtWrite(*case.point(), place) if case.random.random() < 0.5 else None
+    case.what = repr(fault) if fault else f"{place.relative_to(case.folder)} removed after {moment:.2f} s"
+    hurt = case.command.start(case.folder, fault=fault)
+    if fault is None:
+        time.sleep(moment)
+        shutil.rmtree(place, ignore_errors=True)
     case.check_hurt(hurt, (0, 2))
     if any(hurt.codes()) or place == case.folder / "tmp":
         case.check_again(hurt)

@@ -126,6 +126,12 @@ def _start(
     )
 
 
+def _plan(seed: int) -> list[bool]:
+    """The kills of a chain: whether each comes at a write or at a random moment."""
+    random = Random(f"plan {seed}")
+    return [random.random() < 0.5 for _ in range(random.randint(1, LONGEST_CHAIN))]
+
+
 class _Chain:
     """One run that is killed and resumed until it has been killed often enough, then to its end.
 
@@ -137,7 +143,9 @@ class _Chain:
         self.random = Random(seed)
         self.launch, self.words = MODES[seed % len(MODES)]
         self.references = references
-        self.kills = self.random.randint(1, LONGEST_CHAIN)
+        self.plan = _plan(seed)
+        self.kills = len(self.plan)
+        self.turn = sum(sum(_plan(earlier)) for earlier in range(seed))
         self.done: list[str] = []
         self.faults: list[str] = []
 
@@ -183,9 +191,12 @@ class _Chain:
         before, ranks = newest_step(self.folder / "run"), self.launch.ranks
         everyone, launcher = random.random() < 0.5, random.random() < 0.5
         rank = random.randrange(ranks)
-        points = reference.points[resumed][rank]
-        if points and random.random() < 0.5 * (1 if rank == 0 else 0.5):
-            point = random.choice(sorted(points))
+        if self.plan[len(self.done)]:
+            turn = self.turn + sum(self.plan[: len(self.done)])
+            # The main rank's writes have their turns; another rank's are few, and are among them.
+            rank = rank if random.random() < 0.3 and reference.points[resumed][rank] else 0
+            points = reference.points[resumed][rank]
+            point = sorted(points)[turn % len(points)]
             fault = KillAtWrite(point, random.randrange(points[point]))
             how = "at a write"
             started = _start(self.inputs, self.folder, self.launch, self._more(resumed), fault, rank)

@@ -7,6 +7,7 @@ import errno
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -311,6 +312,21 @@ class FailWrites(AtWrite):
         """Refuse, unless the error was a single one."""
         if self.code != errno.EIO:
             self.happen(event, path)
+
+
+@dataclass(frozen=True)
+class RemoveAtWrite(AtWrite):
+    """A folder is removed, with all that is in it.
+
+    Attributes:
+        place: which.
+    """
+
+    place: Path
+
+    def happen(self, event: str, path: str) -> None:
+        """Remove it."""
+        shutil.rmtree(self.place, ignore_errors=True)
 
 
 @dataclass(frozen=True)
