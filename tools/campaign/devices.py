@@ -26,6 +26,7 @@ from tools.campaign.processes import (
     FailWrites,
     Fault,
     JumpingClock,
+    KillAtWrite,
     RecordWrites,
     RemoveAtWrite,
     Run,
@@ -324,6 +325,15 @@ def _signals(case: _Case) -> None:
     case.check_again(hurt)
 
 
+def _killed(case: _Case) -> None:
+    fault = KillAtWrite(*case.point())
+    case.what = repr(fault)
+    hurt = case.command.start(case.folder, fault=fault)
+    case.check_hurt(hurt, (-signal.SIGKILL,))
+    case.check_kept(hurt)
+    case.check_again(hurt)
+
+
 def _stopped(case: _Case) -> None:
     moment, rank = case.moment(), case.random.randrange(case.command.ranks)
     case.what = f"rank {rank} stopped after {moment:.2f} s"
@@ -361,5 +371,6 @@ _KINDS: dict[str, Callable[[_Case], None]] = {
     "removed folder": _removed,
     "jumping clock": _jumping_clock,
     "signals": _signals,
+    "kill -9": _killed,
     "stopped process": _stopped,
 }
