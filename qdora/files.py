@@ -177,16 +177,18 @@ def replace_directory(temporary: Path, path: Path) -> None:
             file.chmod(0o755 if file.is_dir() else 0o644)
             fsync(file)
         _exchange(temporary, path, temporary.with_name(temporary.name + _REPLACED))
-        fsync(path.parent)
 
 
 def _exchange(new: Path, path: Path, replaced: Path) -> None:
-    """Rename `path` to `replaced` and `new` to `path`; undone if the second rename fails."""
+    """Rename `path` to `replaced` and `new` to `path`, and fsync the renames; undone if that fails."""
     try:
         if os.path.lexists(path):
             path.rename(replaced)
         new.rename(path)
+        fsync(path.parent)
     except BaseException:
+        if not os.path.lexists(new):
+            path.rename(new)
         if os.path.lexists(replaced) and not os.path.lexists(path):
             replaced.rename(path)
         raise

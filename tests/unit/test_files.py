@@ -148,6 +148,27 @@ def test_a_swap_that_fails_halfway_puts_the_old_folder_back(tmp_path, monkeypatc
     assert kept == [target / "x"]
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_whose_rename_is_not_on_the_disk_is_taken_back(tmp_path, monkeypatch, old):
+    """Catches: a command that fails at the last fsync, and refuses its own result when it is given again."""
+    if old:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "x").write_text("old")
+
+    def broken(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "fsync", broken)
+    with (
+        pytest.raises(InputError, match="out: cannot be written: Input/output error"),
+        atomic_directory(tmp_path / "out") as folder,
+    ):
+        (folder / "x").write_text("new")
+    assert tree(tmp_path) == ({"out/x": "old"} if old else {})
+    assert len(list(tmp_path.iterdir())) == old
+
+
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_what_is_no_folder_is_replaced_without_leftovers(tmp_path, kind):
     """Catches: a hidden `.replaced` file or link that stays for ever beside an export over it."""
