@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qdora.errors import InputError, InterruptedRunError, suggest
+from qdora.signals import StopSignal, raise_on_signals
 
 COMMANDS = {
     "train": "train an adapter as configured",
@@ -56,6 +57,16 @@ def run_and_exit(name: str, arguments: Sequence[str]) -> NoReturn:
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
+    try:
+        with raise_on_signals():
+            return _run(name, arguments)
+    except StopSignal as stop:
+        return _ended(name, str(stop), 128 + stop.number)
+    except KeyboardInterrupt:
+        return _ended(name, "interrupted", 130)
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning at every fork
     command = importlib.import_module(f"qdora.commands.{name}")
     parser = argparse.ArgumentParser(prog=f"qdora {name}", description=COMMANDS[name])
@@ -72,8 +83,6 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
         return _ended(name, f"error: {error}", 2)
     except InterruptedRunError as stop:
         return _ended(name, str(stop), stop.exit_code)
-    except KeyboardInterrupt:
-        return _ended(name, "interrupted", 130)
     except OSError as error:
         if error.errno not in _USERS_ERRORS:
             raise

@@ -1,7 +1,13 @@
-"""Atomic writes: a file or a directory is written under a temporary name, fsynced, then renamed."""
+"""Atomic writes: a file or a directory is written under a temporary name, fsynced, then renamed.
+
+A process that is killed while it writes leaves `.NAME.tmp-RANDOM` behind; the next write of NAME removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -18,7 +24,7 @@ from safetensors.torch import save_file
 
 from qdora.errors import InputError
 
-_REPLACED = ".replaced"
+_TEMPORARY, _REPLACED, _REMOVED = ".tmp-", ".replaced", ".removed"
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -29,19 +35,12 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         write: writes the file at the path it is given.
     Raises: InputError: the device is full, or the directory cannot be written; `path` is as before.
     """
-    with wrap_os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            write(temporary)
-            temporary.chmod(0o644)
-            fsync(temporary)
-            temporary.replace(path)
-            fsync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with wrap_os_errors(path), _locked_sibling(path, _temporary_file) as temporary:
+        write(temporary)
+        temporary.chmod(0o644)
+        fsync(temporary)
+        temporary.replace(path)
+        fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,13 +121,61 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     Raises: InputError: the device is full, or the directory cannot be written; nothing is left behind.
     """
+    with wrap_os_errors(path), staging_directory(path) as temporary:
+        yield temporary
+        replace_directory(temporary, path)
+
+
+@contextmanager
+def staging_directory(path: Path) -> Iterator[Path]:
+    """Yield a hidden directory beside `path`; what is in it at the end is removed.
+
+    Raises: InputError: it cannot be made.
+    """
+    with _locked_sibling(path, temporary_directory) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _locked_sibling(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
+    """Make a temporary file or directory, and remove what is left of it at the end.
+
+    Those that a killed process left are removed first; it has lost the lock on them, which a running one has.
+    """
     with wrap_os_errors(path):
-        temporary = temporary_directory(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}{_TEMPORARY}*"):
+            with contextlib.suppress(OSError), _locked(left):
+                _clear(left)
+        temporary = make(path)
+    with contextlib.ExitStack() as lock:
+        with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
+            lock.enter_context(_locked(temporary))
         try:
             yield temporary
-            replace_directory(temporary, path)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _delete(temporary)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or directory.
+
+    Raises: OSError: another process has it, or the file system knows no locks.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _temporary_file(path: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
+    os.close(handle)
+    return Path(name)
 
 
 def temporary_directory(path: Path) -> Path:
@@ -138,7 +185,7 @@ def temporary_directory(path: Path) -> Path:
     """
     with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
 
 
 def replace_directory(temporary: Path, path: Path) -> None:
@@ -152,23 +199,43 @@ def replace_directory(temporary: Path, path: Path) -> None:
             file.chmod(0o755 if file.is_dir() else 0o644)
             fsync(file)
         _exchange(temporary, path, temporary.with_name(temporary.name + _REPLACED))
-        fsync(path.parent)
 
 
 def _exchange(new: Path, path: Path, replaced: Path) -> None:
-    """Rename `path` to `replaced` and `new` to `path`; undone if the second rename fails."""
+    """Rename `path` to `replaced` and `new` to `path`, and fsync the renames; undone if that fails."""
     try:
         if os.path.lexists(path):
             path.rename(replaced)
         new.rename(path)
+        fsync(path.parent)
     except BaseException:
+        if not os.path.lexists(new):
+            path.rename(new)
         if os.path.lexists(replaced) and not os.path.lexists(path):
             replaced.rename(path)
         raise
-    if replaced.is_dir() and not replaced.is_symlink():
-        shutil.rmtree(replaced)
+    _delete(replaced)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory as one: it is complete or absent, whenever the process is killed.
+
+    Raises: InputError: it cannot be removed.
+    """
+    with wrap_os_errors(path):
+        hidden = path.with_name(f".{path.name}{_REMOVED}")
+        _delete(hidden)
+        if os.path.lexists(path):
+            path.rename(hidden)
+            _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    """Remove a file, a link or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        replaced.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def clear_leftovers(folder: Path, name: str) -> None:
@@ -177,16 +244,20 @@ def clear_leftovers(folder: Path, name: str) -> None:
     If it was killed between the two renames that replace a directory, the old one is restored.
 
     Args:
-        name: glob pattern of the directories that were written.
+        name: glob pattern of the directories that were written or removed.
     Raises: InputError: the folder cannot be written.
     """
     with wrap_os_errors(folder):
-        for left in sorted(folder.glob(f".{name}.*")):
-            path = folder / left.name.removesuffix(_REPLACED)[1:].rpartition(".")[0]
-            if left.name.endswith(_REPLACED) and not os.path.lexists(path):
-                left.rename(path)
-            else:
-                shutil.rmtree(left)
+        for left in sorted([*folder.glob(f".{name}{_TEMPORARY}*"), *folder.glob(f".{name}{_REMOVED}")]):
+            _clear(left)
+
+
+def _clear(left: Path) -> None:
+    path = left.with_name(left.name.removesuffix(_REPLACED)[1:].rpartition(".")[0])
+    if left.name.endswith(_REPLACED) and not os.path.lexists(path):
+        left.rename(path)
+    else:
+        _delete(left)
 
 
 def fsync(path: Path) -> None:

@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 from qdora.config import RunConfig
 from qdora.config_file import apply_overrides, check_config, dump_config, load_config
 from qdora.errors import InputError
-from qdora.files import read_json, write_json, write_text
+from qdora.files import clear_leftovers, read_json, remove, write_json, write_text
 
 QUICKSTART = "configs/quickstart.yaml"
 _VERSIONED = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors", "qdora")
@@ -60,13 +59,25 @@ class RunDirectory:
             )
 
     def clear(self) -> None:
-        """Remove a run's files and no others."""
-        for file in (self.config_file, self.manifest_file, self.metrics_file, self.loss_plot):
-            file.unlink(missing_ok=True)
-        for folder in (self.adapter, self.checkpoints, self.evaluation, self.base_evaluation):
-            if folder.is_symlink():
-                folder.unlink()  # what it leads to is not this run's alone
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove a run's files and no others.
+
+        Raises: InputError: one cannot be removed.
+        """
+        for path in self._written():
+            remove(path)
+
+    def clear_leftovers(self) -> None:
+        """Remove what a process left that was killed while it removed a run.
+
+        Raises: InputError: it cannot be removed.
+        """
+        for path in self._written():
+            clear_leftovers(self.path, path.name)
+
+    def _written(self) -> tuple[Path, ...]:
+        """Everything of a run. A kill while it is removed in this order leaves what `--resume` takes."""
+        results = (self.adapter, self.evaluation, self.base_evaluation, self.loss_plot)
+        return (*results, self.checkpoints, self.metrics_file, self.manifest_file, self.config_file)
 
     def start(self, config: RunConfig, manifest: dict[str, Any]) -> None:
         """Write the resolved configuration and the manifest."""

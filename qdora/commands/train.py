@@ -26,6 +26,7 @@ from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_configured
 from qdora.evaluation.scores import write_scores
 from qdora.experiments.plots import plot_loss
+from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
 from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
@@ -115,6 +116,7 @@ def train(
     manifest = _manifest(config, model, data, report, context)
     with context.raise_on_all_ranks():
         if context.is_main:
+            directory.clear_leftovers()
             if resume is None:
                 directory.clear()
             if start == 0:
@@ -196,6 +198,9 @@ def _train(
             context.track(dataclasses.asdict(metrics), step=metrics.step)
 
         def save(step: int) -> None:
+            with context.raise_on_all_ranks(), wrap_os_errors(directory.metrics_file):
+                if context.is_main:
+                    fsync(directory.metrics_file)  # a checkpoint must not outlive the steps before it
             epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
             position = {"seed": config.training.seed, "epoch": epoch, "batch": batch}
             checkpoints.save(

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from urllib.parse import quote
 
 import numpy as np
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qdora.data.readers import read_text
 from qdora.errors import InputError
-from qdora.files import parse_object, read_json, write_json, write_text
+from qdora.files import parse_object, read_json, staging_directory, write_json, write_text
 from qdora.tasks.base import Task
 from qdora.tasks.scoring import Verdict
 
@@ -228,14 +227,13 @@ def write_scores(scores: Scores, directory: str | Path) -> Path:
     tree = asdict(scores) | {"tokens_per_second": scores.tokens_per_second}
     lines = [json.dumps(prediction) + "\n" for prediction in tree.pop("predictions")]
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         # Both are on the disk before one is replaced, so that a full disk changes nothing.
-        with TemporaryDirectory(prefix=f".{stem}.", dir=directory) as staging:
-            write_text(Path(staging, predictions_path.name), "".join(lines))
-            write_json(Path(staging, path.name), tree)
+        with staging_directory(directory / stem) as staging:
+            write_text(staging / predictions_path.name, "".join(lines))
+            write_json(staging / path.name, tree)
             path.unlink(missing_ok=True)
             for target in (predictions_path, path):
-                Path(staging, target.name).replace(target)
+                (staging / target.name).replace(target)
     except (OSError, InputError) as error:
         raise InputError(f"{path}: scores cannot be written: {error}") from error
     return path

@@ -157,12 +157,17 @@ def verify_export(directory: str | Path, model: PreTrainedModel, input_ids_BT: t
         directory: the exported folder.
         model: the adapted model, in evaluation mode.
         input_ids_BT: (B, T) tokens to compare on.
-    Raises: VerificationError: tensors are missing or left over, or the logits are out of bound.
+    Raises: VerificationError: it does not load, tensors are missing or left over, or the logits are out of
+        bound.
     """
     device = next(model.parameters()).device
     adapted_BTV = model(input_ids=input_ids_BT.to(device)).logits.float().cpu()
     compute = torch.float32 if device.type == "cpu" else "auto"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=compute, output_loading_info=True)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=compute, output_loading_info=True)
+        bound = _bound(directory, model)
+    except Exception as cause:
+        raise VerificationError(f"{directory}: transformers cannot load it: {cause}") from cause
     exported, info = loaded
     faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
@@ -170,7 +175,7 @@ def verify_export(directory: str | Path, model: PreTrainedModel, input_ids_BT: t
     exported_BTV = exported.to(device)(input_ids=input_ids_BT.to(device)).logits.float().cpu()
     error = float((exported_BTV - adapted_BTV).norm() / adapted_BTV.norm())
     same = (exported_BTV.argmax(-1) == adapted_BTV.argmax(-1)).float().mean()
-    result = Verification(error, _bound(directory, model), float(same), input_ids_BT.numel())
+    result = Verification(error, bound, float(same), input_ids_BT.numel())
     if not error <= result.bound:
         raise VerificationError(
             f"{directory}: relative error of the logits {error:.2e} exceeds the bound {result.bound:.0e}"

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qdora.errors import InputError, nearest, suggest
-from qdora.files import file_digest, write_json
+from qdora.files import file_digest, staging_directory, write_json
 from qdora.models.formats import Checkpoint
 from qdora.models.formats.gguf import GGUFFile
 from qdora.models.formats.safetensors import SafetensorsFolder, cast_checked, write_model_folder
@@ -105,8 +104,8 @@ def ensure_packaged(name: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target: only within one file system is a rename atomic.
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as work:
-            _make(model, Path(work), target)
+        with staging_directory(target) as work:
+            _make(model, work, target)
     except OSError as error:
         raise InputError(f"{name}: the model cache {target.parent} cannot be used: {error}") from None
     return target

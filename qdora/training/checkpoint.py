@@ -26,6 +26,7 @@ from qdora.files import (
     clear_leftovers,
     file_digest,
     read_json,
+    remove,
     replace_directory,
     temporary_directory,
     wrap_os_errors,
@@ -270,6 +271,10 @@ class CheckpointWriter:
                 self._thread.shutdown()
             if self._writing.group is not None:
                 dist.destroy_process_group(self._writing.group)
+        if error is None:
+            with self.context.raise_on_all_ranks():
+                if self.context.is_main:  # what a run that was killed after its last save did not remove
+                    self._remove(list_checkpoints(self.directory)[self.keep :])
 
     @contextmanager
     def _removed_on_error(self, folder: Path) -> Iterator[None]:
@@ -303,5 +308,8 @@ class CheckpointWriter:
         # Later steps were written before this run was resumed from an earlier one.
         found = list_checkpoints(self.directory)
         later = [path for path in found if _step_of(path) > metadata["step"]]
-        for old in later + found[len(later) :][self.keep :]:
-            shutil.rmtree(old)
+        self._remove(later + found[len(later) :][self.keep :])
+
+    def _remove(self, folders: list[Path]) -> None:
+        for folder in folders:
+            remove(folder)

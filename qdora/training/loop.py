@@ -29,6 +29,7 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import as_forward
 from qdora.errors import InputError, InterruptedRunError
 from qdora.resources import SlowdownWatch, keep_freed_memory
+from qdora.signals import REPEATED, STOPPING, StopSignal
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
 from qdora.training.optimizer import AdapterOptimizer, learning_rate
@@ -49,7 +50,8 @@ class Callbacks:
     Attributes:
         log: after every step, on the main rank.
         save: after `save_every` steps, the last step and a stop, with the steps done; a collective.
-        evaluate: after `evaluate_every` steps but the last, with the steps done; a collective.
+        evaluate: after `evaluate_every` steps but the last, with the steps done, and once more where a run
+            goes on from there; a collective.
     """
 
     log: Callable[[StepMetrics], None] = _nothing
@@ -105,6 +107,8 @@ class Trainer:
         self.model.train()
         keep_freed_memory()
         with StopRequest() as stop:
+            if start:
+                self._evaluate(start, callbacks)  # a kill or a stop may have come before it
             for step in range(start, self.total_steps):
                 metrics, signal_number = self._step(step, stop)
                 if self.context.is_main:
@@ -120,10 +124,13 @@ class Trainer:
                     )
                 if last or (self.config.save_every and done % self.config.save_every == 0):
                     callbacks.save(done)
-                if self.evaluate_every and done % self.evaluate_every == 0 and not last:
-                    callbacks.evaluate(done)
-                    self.model.train()
+                self._evaluate(done, callbacks)
         self.model.eval()
+
+    def _evaluate(self, done: int, callbacks: Callbacks) -> None:
+        if self.evaluate_every and done % self.evaluate_every == 0 and done < self.total_steps:
+            callbacks.evaluate(done)
+            self.model.train()
 
     def _step(self, step: int, stop: StopRequest) -> tuple[StepMetrics, int | None]:
         """One optimizer step; its metrics, and the signal to stop for on any rank."""
@@ -215,16 +222,18 @@ def count_steps(config: TrainingConfig, steps_per_epoch: int) -> int:
 class StopRequest:
     """Context manager that notes a first SIGTERM or SIGINT, so that the step in progress can end.
 
-    A second Ctrl-C interrupts at once, as a user expects.
+    A second Ctrl-C interrupts at once, as a user expects; one that comes within a second is the first one,
+    which reached this process twice.
     """
 
     def __init__(self) -> None:
         self._received: int | None = None
+        self._noted = -math.inf
         self._previous: dict[int, Any] = {}
         self._parent = os.getppid()
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
             self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -243,6 +252,7 @@ class StopRequest:
         return self._received
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._received = number
+        if self._received is None:
+            self._received, self._noted = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._noted >= REPEATED:
+            raise StopSignal(number)

@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from qdora.files import write_text
+from qdora.files import wrap_os_errors, write_text
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,11 @@ _LINE = TypeAdapter(StepMetrics)
 
 
 def append_metrics(path: Path, metrics: StepMetrics) -> None:
-    """Append one line to metrics.jsonl."""
-    with path.open("a", encoding="utf-8") as file:
+    """Append one line to metrics.jsonl.
+
+    Raises: InputError: the device is full, or the file cannot be written.
+    """
+    with wrap_os_errors(path), path.open("a", encoding="utf-8") as file:
         file.write(metrics.line())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -99,6 +100,26 @@ def test_a_launcher_that_is_stopped_takes_its_run_with_it(tmp_path, tiny_model_f
     steps = len(lines.read_text().splitlines())
     time.sleep(1)
     assert len(lines.read_text().splitlines()) == steps < STEPS
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_steps(
+    tmp_path, tiny_model_folder, monkeypatch
+):
+    """Catches: a power cut that leaves a checkpoint, and not the lines of the steps before it, which no
+    resumed run writes again."""
+    seen: list[tuple[str, int]] = []
+    fsync, lines = os.fsync, tmp_path / "run" / "metrics.jsonl"
+
+    def watched(handle: int) -> None:
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        if name in ("metrics.jsonl", "checkpoints"):
+            seen.append((name, len(lines.read_text().splitlines())))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=5, save_every=2)
+    assert run_command("train", ["--config", write_config(tmp_path, tree)]) == 0
+    assert seen == [(name, step) for step in (2, 4, 5) for name in ("metrics.jsonl", "checkpoints")]
 
 
 def test_resume_refuses_other_settings(uninterrupted, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from qdora import files
 from qdora.errors import InputError
-from qdora.files import atomic_directory, read_json, write_file, write_json, write_tensors, write_text
+from qdora.files import (
+    atomic_directory,
+    clear_leftovers,
+    read_json,
+    remove,
+    write_file,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -134,6 +148,27 @@ def test_a_swap_that_fails_halfway_puts_the_old_folder_back(tmp_path, monkeypatc
     assert kept == [target / "x"]
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_folder_whose_rename_is_not_on_the_disk_is_taken_back(tmp_path, monkeypatch, old):
+    """Catches: a command that fails at the last fsync, and refuses its own result when it is given again."""
+    if old:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "x").write_text("old")
+
+    def broken(path):
+        if path == tmp_path:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files, "fsync", broken)
+    with (
+        pytest.raises(InputError, match="out: cannot be written: Input/output error"),
+        atomic_directory(tmp_path / "out") as folder,
+    ):
+        (folder / "x").write_text("new")
+    assert tree(tmp_path) == ({"out/x": "old"} if old else {})
+    assert len(list(tmp_path.iterdir())) == old
+
+
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_what_is_no_folder_is_replaced_without_leftovers(tmp_path, kind):
     """Catches: a hidden `.replaced` file or link that stays for ever beside an export over it."""
@@ -179,3 +214,93 @@ def test_tensors_are_the_same_bytes_each_time(tmp_path):
         assert file.metadata() == metadata
         assert torch.equal(file.get_tensor("b"), tensors["b"])
         assert torch.equal(file.get_tensor("a"), tensors["a"])
+
+
+def test_a_folder_disappears_as_one(tmp_path, monkeypatch):
+    """Catches: a folder that a kill while it is removed leaves half, under a name that says it is whole; what
+    is left of it in the way of the next, or for ever."""
+    folder = tmp_path / "step-2"
+
+    def killed(path, *arguments, **options):
+        next(Path(path).iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    def kill_remove():
+        folder.mkdir()
+        for name in "abc":
+            (folder / name).write_text(name)
+        with monkeypatch.context() as patched:
+            patched.setattr(files.shutil, "rmtree", killed)
+            with pytest.raises(KeyboardInterrupt):
+                remove(folder)
+
+    kill_remove()
+    assert not folder.exists()
+    kill_remove()  # while it removes what the first left
+    assert len(list(folder.iterdir())) == 3
+    remove(folder)
+    remove(folder)  # as a file that is not there
+    assert list(tmp_path.iterdir()) == []
+    kill_remove()
+    clear_leftovers(tmp_path, "step-*")
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD = """
+import sys, pathlib
+from qdora.files import atomic_directory, write_file
+def wait(path):
+    print(path, flush=True)
+    sys.stdin.read()
+def write():
+    with atomic_directory(pathlib.Path("out")) as folder:
+        wait(folder)
+write() if sys.argv[1] == "out" else write_file(pathlib.Path("x.json"), wait)
+"""
+
+
+@pytest.mark.parametrize("name", ["out", "x.json"])
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, name):
+    """Catches: gigabytes of a killed export that stay hidden for ever; the half-written files of another
+    process, which is at work, removed under its hands; a user's hidden files removed."""
+    (tmp_path / f".{name}.template").write_text("mine")
+    command = [sys.executable, "-c", HOLD, name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writer = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
+    temporary = Path(writer.stdout.readline().strip()).name
+    assert (tmp_path / temporary).exists()
+
+    def write():
+        if name == "out":
+            with atomic_directory(tmp_path / name) as folder:
+                (folder / "y").write_text("new")
+        else:
+            write_text(tmp_path / name, "new")
+
+    write()
+    assert {p.name for p in tmp_path.iterdir()} == {name, temporary, f".{name}.template"}
+    writer.kill()
+    writer.wait()
+    write()
+    assert {p.name for p in tmp_path.iterdir()} == {name, f".{name}.template"}
+
+
+def test_an_export_killed_while_it_replaces_the_old_one_does_not_lose_it(tmp_path):
+    """Catches: the old folder removed as a leftover, though the new one fails."""
+    (tmp_path / ".out.tmp-abcd1234.replaced").mkdir()
+    (tmp_path / ".out.tmp-abcd1234.replaced" / "x").write_text("old")
+    (tmp_path / ".out.tmp-abcd1234").mkdir()
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out"):
+        raise RuntimeError
+    assert tree(tmp_path) == {"out/x": "old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_folder_is_removed(tmp_path, kind):
+    """Catches: a traceback for a link in place of a folder, or what it points to removed with it."""
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "x"
+    path.write_text("") if kind == "file" else path.symlink_to(tmp_path / "elsewhere")
+    remove(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]

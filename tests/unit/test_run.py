@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from qdora import run as run_module
 from qdora.cli import run_command
 from qdora.commands import evaluate
 from qdora.config import RunConfig
@@ -207,3 +208,41 @@ def test_evaluate_scores_the_newest_run_and_a_named_model_instead_of_it(tmp_path
     capsys.readouterr()
     assert run_command("evaluate", ["--model", "m"]) == 2
     assert "name a data file with --data" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_of_a_removal_is_cleared(tmp_path):
+    """Catches: the checkpoints of an earlier run that stay hidden for ever; a user's hidden files removed."""
+    run = started(tmp_path)
+    kept = {".env.template", ".config.yaml.original", ".adapter.previous/x", "config.yaml", "manifest.json"}
+    for name in (".checkpoints.removed/step-2/state.json", ".evaluation.removed/x.json", *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    run.clear_leftovers()
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == kept
+
+
+@pytest.mark.parametrize("removed", range(8))
+def test_a_run_killed_while_it_is_replaced_can_be_resumed(tmp_path, monkeypatch, removed):
+    """Catches: checkpoints without the manifest that `--resume` asks for; an old adapter in a new run."""
+    run = started(tmp_path)
+    for path in (run.adapter, run.evaluation, run.base_evaluation, run.checkpoints / "step-2"):
+        path.mkdir(parents=True)
+    run.loss_plot.write_bytes(b"png")
+    run.metrics_file.write_text("")
+    left = [removed]
+
+    def remove(path):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        real(path)
+
+    real = run_module.remove
+    monkeypatch.setattr(run_module, "remove", remove)
+    with pytest.raises(KeyboardInterrupt):
+        run.clear()
+    if (run.checkpoints / "step-2").exists():
+        run.record_resume(run.config(), 2)
+        assert run.metrics_file.exists()
+    if not run.checkpoints.exists():
+        assert not run.adapter.exists()

@@ -13,7 +13,7 @@ from qdora.files import write_json
 STAGES = {
     # stage: cases of a full campaign
     "kill": 200,
-    "devices": 100,
+    "devices": 300,
     "damage": 10_000,
     "architectures": 200,
 }

@@ -107,3 +107,14 @@ def test_verification_sees_a_changed_weight(tmp_path, tiny_model_folder):
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(VerificationError, match="exceeds the bound"):
         verify_export(tmp_path / "out", model, IDS)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_export_that_does_not_load_is_said(tmp_path, tiny_model_folder, name, gone):
+    """Catches: a traceback where the exported folder is removed or damaged before it is verified."""
+    model, _ = adapted(tiny_model_folder)
+    merge_and_export(model, None, tmp_path / "out")
+    (tmp_path / "out" / name).unlink() if gone else (tmp_path / "out" / name).write_bytes(b"{")
+    with pytest.raises(VerificationError, match="out: transformers cannot load it: "):
+        verify_export(tmp_path / "out", model, IDS)

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
+from qdora import files
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.training import checkpoint_storage
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, newest_usable
@@ -176,10 +177,10 @@ def test_what_a_killed_process_left_is_cleared(tmp_path, by):
     """Catches: temporary folders that pile up; a checkpoint lost to a kill while it was being replaced."""
     save(tmp_path, 3)
     save(tmp_path, 5)
-    (tmp_path / "step-5").rename(tmp_path / ".step-5.abcd1234.replaced")
-    (tmp_path / ".step-5.abcd1234").mkdir()
-    (tmp_path / ".step-5.abcd1234" / "state-0.safetensors").write_bytes(b"half")
-    (tmp_path / ".step-3.abcd1234.replaced").mkdir()  # its replacement is there
+    (tmp_path / "step-5").rename(tmp_path / ".step-5.tmp-abcd1234.replaced")
+    (tmp_path / ".step-5.tmp-abcd1234").mkdir()
+    (tmp_path / ".step-5.tmp-abcd1234" / "state-0.safetensors").write_bytes(b"half")
+    (tmp_path / ".step-3.tmp-abcd1234.replaced").mkdir()  # its replacement is there
     if by == "save":
         save(tmp_path, 7)
         assert {p.name for p in tmp_path.iterdir()} == {"step-3", "step-5", "step-7"}
@@ -306,3 +307,32 @@ def test_tensors_of_another_model_are_refused_by_name(tmp_path, like, words):
     with pytest.raises(InputError, match=words) as error:
         newest_usable(tmp_path, like, SETTINGS, alone(), lambda text: None)
     assert not isinstance(error.value, CheckpointError)
+
+
+def test_an_old_checkpoint_disappears_as_one(tmp_path, monkeypatch):
+    """Catches: an old checkpoint that a kill left without some of its files, and that is taken for one."""
+    save(tmp_path, 2)
+    save(tmp_path, 4)
+
+    def killed(path, **options):
+        (path / "state.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 6, keep=1)
+    for checkpoint in list_checkpoints(tmp_path):
+        read(checkpoint)
+    save(tmp_path, 8, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-8"]
+
+
+def test_too_many_checkpoints_are_removed_without_a_save(tmp_path):
+    """Catches: a run killed after its last save that has nothing to save when it goes on, and so keeps more
+    checkpoints than asked for."""
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    with CheckpointWriter(tmp_path, SETTINGS, alone(), keep=2):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"step-4", "step-6"}

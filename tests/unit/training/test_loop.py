@@ -12,6 +12,7 @@ import torch
 from qdora.adapters.inject import adapted_layers
 from qdora.data.batches import collate
 from qdora.errors import InputError, InterruptedRunError
+from qdora.training import loop
 from qdora.training.loop import DivergedError, count_steps
 from qdora.training.loss import completion_loss
 
@@ -216,3 +217,37 @@ def test_the_norm_follows_the_update(tiny_model_folder, dtype):
         kept = layer.weight_norm().clone()
         layer._norms.forget()
         assert torch.allclose(kept, layer.weight_norm(), rtol=1e-5)
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tiny_model_folder):
+    """Catches: a run that is killed or stopped between a checkpoint and the evaluation of that step, and then
+    never evaluates it."""
+    trainer = make_trainer(tiny_model_folder, max_steps=6)
+    trainer.evaluate_every = 2
+    for start, expected in ((0, [2, 4]), (2, [2, 4]), (3, [4]), (6, [])):
+        evaluated: list[int] = []
+        modes: list[bool] = []
+        log = lambda m: modes.append(trainer.model.training)  # noqa: E731, B023
+        run(trainer, start, log=log, evaluate=lambda step: evaluated.append(step) or trainer.model.eval())  # noqa: B023
+        assert evaluated == expected, start
+        assert all(modes)
+
+
+def test_a_ctrl_c_that_comes_twice_still_saves(tiny_model_folder, monkeypatch):
+    """Catches: a checkpoint lost because the launcher passes on the Ctrl-C that the terminal has sent too; a
+    second Ctrl-C of the user that is not heard."""
+    trainer = make_trainer(tiny_model_folder)
+    saved: list[int] = []
+
+    def burst(metrics):
+        if metrics.step == 2:
+            for _ in range(5):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises((InterruptedRunError, KeyboardInterrupt)) as stop:
+        run(trainer, log=burst, save=saved.append)
+    assert (stop.type, saved) == (InterruptedRunError, [3])
+    monkeypatch.setattr(loop, "REPEATED", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer, log=burst, save=saved.append)
+    assert saved == [3]

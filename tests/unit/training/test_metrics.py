@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from qdora.errors import InputError
 from qdora.training.metrics import StepMetrics, append_metrics, keep_until, peak_memory, read_metrics
 
 
@@ -66,3 +67,9 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, damage):
     assert read_metrics(path) == [step(1), step(3), step(4)]
     assert keep_until(path, 3) == 1
     assert read_metrics(path) == [step(1), step(3)]
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path):
+    """Catches: a traceback where a run directory was removed, or its device fails, in the middle of a run."""
+    with pytest.raises(InputError, match=r"gone/metrics\.jsonl: cannot be written: No such file"):
+        append_metrics(tmp_path / "gone" / "metrics.jsonl", step(1))

@@ -1,0 +1,26 @@
+"""A short stage of each fault campaign; `python -m tools.campaign` runs the long ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.campaign import devices, kill
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.parametrize("seed", [4, 6], ids=["one rank", "two sharded ranks"])
+def test_killed_runs_reach_the_numbers_of_one_that_was_not(tmp_path, seed):
+    """Catches: a write that a kill leaves half; an adapter, a metric, an evaluation or a checkpoint that
+    differs after kills, of the resume too; leftovers; a rank that outlives another."""
+    report = kill.run(3, seed, tmp_path)
+    assert report.faults == []
+    assert report.tried >= 3
+
+
+def test_commands_on_failing_devices_end_in_order_and_go_on(tmp_path):
+    """Catches: a traceback, a lost checkpoint or a leftover where a device is full, broken, read-only or
+    gone, where the clock jumps, and where signals come in bursts."""
+    report = devices.run(14, 0, tmp_path)
+    assert report.faults == []
+    assert report.tried == 14
