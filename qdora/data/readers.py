@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from qdora.data.folders import data_files, kind_of
+from qdora.data.folders import COMPRESSED, data_files, kind_of
 from qdora.data.rows import Row
 from qdora.errors import DataError, InputError, suggest
 
@@ -38,7 +38,10 @@ def read_rows(path: Path) -> list[Row]:
         return [row for file in data_files(path, READERS) for row in read_rows(file)]
     kind = kind_of(path, READERS)
     if kind is None:
-        raise InputError(f"{path}: unknown suffix {path.suffix!r}; {suggest(path.suffix, READERS)}")
+        raise InputError(
+            f"{path}: unknown suffix {path.suffix!r}; {suggest(path.suffix, READERS)}; "
+            f"all but .parquet also compressed: {', '.join(COMPRESSED)}"
+        )
     return READERS[Path(kind).stem](path)
 
 
@@ -251,7 +254,7 @@ def _line_of(text: str, position: int) -> int:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Records under a header; one with too few or too many fields is a bad row.
+    """Records under a header; one with too few or too many fields, or the header again, is a bad row.
 
     Raises:
         InputError: the file cannot be read.
@@ -286,7 +289,9 @@ def _records(text: str, path: Path) -> list[Row]:
                 ) from None
             rows.append(Row(origin, {}, f"not valid CSV: {error}"))
             continue
-        if len(record) == len(header):
+        if [name.strip("\ufeff \t") for name in record] == header:
+            rows.append(Row(origin, {}, "the header line again, as of files put one behind the other"))
+        elif len(record) == len(header):
             rows.append(Row(origin, dict(zip(header, record, strict=True))))
         elif record:  # a blank line is an empty record
             problem = f"{len(record)} fields, but the header names {len(header)} columns"

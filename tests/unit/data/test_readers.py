@@ -131,6 +131,14 @@ def test_csv_bad_records_are_bad_rows(tmp_path):
     assert "not valid CSV" in (rows[4].problem or "")
 
 
+@pytest.mark.parametrize("again", ["q,a", "\ufeffq, a"])
+def test_csv_header_again_is_a_bad_row(tmp_path, again):
+    """Catches: the header of a second file put behind the first one trained on as a row."""
+    rows = read_rows(write(tmp_path / "a.csv", f"q,a\nx,1\n{again}\nx,2\n"))
+    assert [row.problem is None for row in rows] == [True, False, True]
+    assert "the header line again" in (rows[1].problem or "")
+
+
 @pytest.mark.parametrize("behind", ["x,2\nx,3\n", 'x,2\nx,"3"\n'])
 def test_csv_quote_that_swallows_rows(tmp_path, behind):
     """Catches: the rows behind an unclosed quote lost as one bad row where bad rows are skipped."""
