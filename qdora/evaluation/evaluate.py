@@ -41,7 +41,7 @@ class Decoding(_Required, total=False):
     """How answers are generated, greedily."""
 
     parse_special_tokens: bool
-    """Whether the text of a special token in a question is that token."""
+    """Whether the text of a special token in a question is that token; text where not given."""
 
 
 @dataclass(frozen=True)
