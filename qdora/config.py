@@ -183,6 +183,8 @@ class DataConfig(Section):
     """Template, the same in training and in evaluation."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Longest example in tokens, prompt and completion together."""
+    parse_special_tokens: bool = False
+    """Read the text of a special token in a question or completion, such as `</s>`, as that token."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """An unusable or too long row stops the run, or is skipped and counted."""
 

@@ -103,7 +103,7 @@ def train(
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
-    _say_data(data, context)
+    _say_data(data, config, context)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
     context.refuse_disagreement(_input_digests(model, data))
     check_savable(model)
@@ -292,6 +292,8 @@ def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> 
         **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
         "data.train": data.fingerprints["train"],
         "data.prompt": config.data.prompt,
+        # Where no text holds a special token it decides nothing.
+        "data.parse_special_tokens": config.data.parse_special_tokens if data.special_text else None,
         "base": base_fingerprint(model),
     }
 
@@ -315,7 +317,7 @@ def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepM
     return tabulate(rows, tablefmt="plain")
 
 
-def _say_data(data: PreparedData, context: DistributedContext) -> None:
+def _say_data(data: PreparedData, config: RunConfig, context: DistributedContext) -> None:
     context.say(
         f"{len(data.train)} training examples, {len(data.test)} test examples; "
         f"{data.leaked} training examples removed because their question is a test question"
@@ -324,3 +326,9 @@ def _say_data(data: PreparedData, context: DistributedContext) -> None:
         context.say(f"skipped {row}")
     if len(data.skipped) > 5:
         context.say(f"... {len(data.skipped)} rows skipped in all")
+    if data.special_text:
+        parsed = "that token" if config.data.parse_special_tokens else "ordinary text"
+        context.say(
+            f"examples with the text of a special token: {len(data.special_text)}, the first "
+            f"{data.special_text[0]}; it is read as {parsed} (data.parse_special_tokens)"
+        )

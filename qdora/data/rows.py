@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 from qdora.errors import DataError, suggest
@@ -94,11 +96,19 @@ def text_of(row: Row, column: str) -> str:
     if row.problem is not None:
         raise BadRowError(row.problem)
     if column not in row.values:
-        raise BadRowError(f"column {column!r} is missing; {suggest(column, map(str, row.values))}")
+        raise BadRowError(_missing(row, column))
     text = as_text(row.values[column], column).strip()
     if not text:
         raise BadRowError(f"column {column!r} is empty")
     return text
+
+
+def _missing(row: Row, column: str) -> str:
+    hint = ""
+    for key, values in row.values.items():
+        if isinstance(values, list) and values and all(isinstance(v, dict) and column in v for v in values):
+            hint = f"; the objects under {key!r} have it: expected an array of them alone, or one a line"
+    return f"column {column!r} is missing; {suggest(column, map(str, row.values))}{hint}"
 
 
 def as_text(value: object, column: str) -> str:
@@ -110,7 +120,9 @@ def as_text(value: object, column: str) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, Decimal)):
+        if not isinstance(value, int) and not math.isfinite(value):
+            raise BadRowError(f"column {column!r} holds {value}, expected text or a finite number")
         return str(value)
     if not isinstance(value, str):
         raise BadRowError(f"column {column!r} holds a {type(value).__name__}, expected text")

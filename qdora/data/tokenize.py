@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qdora.data.rows import BadRows, Example, Skipped, raise_for_skipped
 from qdora.errors import InputError, suggest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +44,18 @@ PROMPTS: Mapping[str, PromptTemplate] = {
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, template_name: str, questions: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    template_name: str,
+    questions: Sequence[str],
+    *,
+    parse_special_tokens: bool = False,
 ) -> list[list[int]]:
     """For each question the ids after which the model writes its answer.
 
-    Raises: InputError: unknown template, or `chat` with a tokenizer that has no usable one.
+    Args:
+        parse_special_tokens: whether the text of a special token in a question is that token.
+    Raises: InputError: unknown template, `chat` with a tokenizer that has no usable one, or the text of a
+        special token that the tokenizer cannot read as ordinary text.
     """
     template = PROMPTS.get(template_name)
     if template is None:
@@ -54,26 +63,106 @@ def prompt_ids(
     if not questions:
         return []
     if template.text is None:
-        return _chat_ids(tokenizer, questions)
+        return _chat_ids(tokenizer, questions, parse_special_tokens)
+    marked = _marked(tokenizer, questions, parse_special_tokens)
+    own = special_tokens(tokenizer).search(template.text)
+    if own and any(marked):
+        raise InputError(f"prompt {template_name!r}: {_cannot_be_text(own.group())}, as the template has it")
     # replace, not format: a question may hold braces, and format would read a template's own.
     texts = [template.text.replace("{question}", question) for question in questions]
-    encoded: list[list[int]] = tokenizer(texts, padding=False, truncation=False)["input_ids"]
+    encoded = _encode(tokenizer, texts, marked, add_special_tokens=True)
     # Some tokenizers are set to close every text with EOS; after that there is nothing to answer.
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[list[int]]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase, *, added: bool = False) -> re.Pattern[str]:
+    """Finds the texts of a tokenizer's special tokens, longer ones first; with `added`, of all added ones."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    texts = {token.content for token in tokens if token.special or added}
+    longest_first = sorted((text for text in texts if text.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _marked(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], parse_special_tokens: bool, added: bool = False
+) -> list[bool]:
+    """Which texts hold the text of a special token that is to stay text; all others are encoded as ever."""
+    tokens = special_tokens(tokenizer, added=added)
+    return [not parse_special_tokens and tokens.search(text) is not None for text in texts]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    marked: Sequence[bool],
+    *,
+    add_special_tokens: bool,
+) -> list[list[int]]:
+    """The ids of texts; in the marked ones special tokens are text.
+
+    Raises: InputError: as `prompt_ids`.
+    """
+
+    def encode(texts: list[str], as_text: bool, added: bool = add_special_tokens) -> list[list[int]]:
+        encoding = tokenizer(
+            texts, add_special_tokens=added, split_special_tokens=as_text, padding=False, truncation=False
+        )
+        return cast("list[list[int]]", encoding["input_ids"])
+
+    held = [text for text, mark in zip(texts, marked, strict=True) if mark]
+    # Without the tokens that the tokenizer adds: only what comes of the text is looked at.
+    for text, ids in zip(held, encode(held, True, False) if held else [], strict=True):
+        for token in special_tokens(tokenizer).findall(text):
+            if token != tokenizer.unk_token and tokenizer.convert_tokens_to_ids(token) in ids:
+                raise InputError(_cannot_be_text(token))
+    return _by_mark(texts, marked, encode)
+
+
+def _by_mark(
+    items: Sequence[T], marked: Sequence[bool], encode: Callable[[list[T], bool], list[list[int]]]
+) -> list[list[int]]:
+    """The ids of all items, of which the marked ones are encoded apart."""
+    encoded: list[list[int]] = [[] for _ in items]
+    for mark in {*marked}:
+        chosen = [i for i, each in enumerate(marked) if each == mark]
+        for i, ids in zip(chosen, encode([items[i] for i in chosen], mark), strict=True):
+            encoded[i] = ids
+    return encoded
+
+
+def _cannot_be_text(token: str) -> str:
+    return (
+        f"this tokenizer makes a special token of {token!r} even where it is ordinary text; remove it from "
+        "the data, or set data.parse_special_tokens: true where the token is meant"
+    )
+
+
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], parse_special_tokens: bool
+) -> list[list[int]]:
     if not tokenizer.chat_template:
         others = ", ".join(name for name, template in PROMPTS.items() if template.text is not None)
         raise InputError(f"prompt 'chat': this tokenizer has no chat template; use one of: {others}")
-    conversations = [[{"role": "user", "content": question}] for question in questions]
-    try:
+
+    def encode(questions: list[str], as_text: bool) -> list[list[int]]:
         encoded = tokenizer.apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=True, return_dict=False
+            [[{"role": "user", "content": question}] for question in questions],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            sanitize_control_tokens=as_text,
+            tokenizer_kwargs={"split_special_tokens": False},
         )
+        return cast("list[list[int]]", encoded)
+
+    # Beside special tokens a template may write other added ones, such as Gemma's <start_of_turn>.
+    marked = _marked(tokenizer, questions, parse_special_tokens, added=True)
+    try:
+        return _by_mark(questions, marked, encode)
     except TemplateError as error:
         raise InputError(f"prompt 'chat': the tokenizer's chat template fails: {error}") from error
-    return cast(list[list[int]], encoded)
+    except ValueError as error:  # a token that cannot be text
+        raise InputError(f"prompt 'chat': {error}; see data.parse_special_tokens") from error
 
 
 _CHUNK = 1_000
@@ -95,6 +184,8 @@ def tokenize_examples(
     prompt: str,
     max_length: int,
     bad_rows: BadRows,
+    *,
+    parse_special_tokens: bool = False,
 ) -> tuple[list[TokenizedExample], list[Skipped]]:
     """Tokenize for training.
 
@@ -105,15 +196,16 @@ def tokenize_examples(
         prompt: name of the template.
         max_length: of prompt, completion and EOS in all; nothing is truncated.
         bad_rows: what to do with an example that is longer, or has no tokens.
+        parse_special_tokens: as for `prompt_ids`; holds for completions too.
     Raises:
-        InputError: no EOS token, unknown or unusable template.
+        InputError: no EOS token, or as `prompt_ids`.
         DataError: a bad row, and `bad_rows` is `stop`.
     """
     eos = eos_id(tokenizer)
     kept: list[TokenizedExample] = []
     skipped: list[Skipped] = []
-    for chunk, prompts in _chunks(examples, tokenizer, prompt):
-        completions = _completion_ids(tokenizer, chunk)
+    for chunk, prompts in _chunks(examples, tokenizer, prompt, parse_special_tokens):
+        completions = _completion_ids(tokenizer, chunk, parse_special_tokens)
         for example, before, after in zip(chunk, prompts, completions, strict=True):
             ids = [*before, *after, eos]
             if before and after and len(ids) <= max_length:
@@ -137,16 +229,18 @@ def fitting_prompts(
     prompt: str,
     max_length: int,
     bad_rows: BadRows,
+    *,
+    parse_special_tokens: bool = False,
 ) -> tuple[list[Example], list[Skipped]]:
     """The examples whose prompt leaves room for at least one token of an answer.
 
     Raises:
-        InputError: unknown or unusable template.
+        InputError: as `prompt_ids`.
         DataError: a prompt does not fit, and `bad_rows` is `stop`.
     """
     kept: list[Example] = []
     skipped: list[Skipped] = []
-    for chunk, prompts in _chunks(examples, tokenizer, prompt):
+    for chunk, prompts in _chunks(examples, tokenizer, prompt, parse_special_tokens):
         for example, ids in zip(chunk, prompts, strict=True):
             if len(ids) < max_length:
                 kept.append(example)
@@ -158,18 +252,21 @@ def fitting_prompts(
 
 
 def _chunks(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt: str
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt: str, parse_special_tokens: bool
 ) -> Iterator[tuple[Sequence[Example], list[list[int]]]]:
     """Chunks of the examples, with the ids of their prompts."""
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        yield chunk, prompt_ids(tokenizer, prompt, [example.question for example in chunk])
+        questions = [example.question for example in chunk]
+        yield chunk, prompt_ids(tokenizer, prompt, questions, parse_special_tokens=parse_special_tokens)
 
 
-def _completion_ids(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
+def _completion_ids(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], parse_special_tokens: bool
+) -> list[list[int]]:
     texts = [example.completion for example in examples]
-    encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
-    return cast("list[list[int]]", encoded["input_ids"])
+    marked = _marked(tokenizer, texts, parse_special_tokens)
+    return _encode(tokenizer, texts, marked, add_special_tokens=False)
 
 
 # Tokens that model families reserve for padding, or for nothing; the first one found is used.

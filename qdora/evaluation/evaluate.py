@@ -28,15 +28,20 @@ from qdora.tasks.base import Task
 from qdora.tasks.prepare import load_test
 
 
-class Decoding(TypedDict):
-    """How answers are generated, greedily."""
-
+class _Required(TypedDict):
     prompt: str
     """Name of the prompt template."""
     max_new_tokens: int
     """Longest answer in tokens."""
     batch_size: int
     """Prompts generated at once, per rank."""
+
+
+class Decoding(_Required, total=False):
+    """How answers are generated, greedily."""
+
+    parse_special_tokens: bool
+    """Whether the text of a special token in a question is that token; text where not given."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def evaluate_configured(
         tokenizer,
         examples[: settings.limit],
         prompt=config.data.prompt,
+        parse_special_tokens=config.data.parse_special_tokens,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         kind=config.data.test.answer_kind,
@@ -133,19 +139,19 @@ def evaluate(
         kind: how answers of the user's own data are compared; registered tasks have theirs.
         context: rank and world size; a single process where not given.
         show_progress: a bar per task on stderr, on the main rank.
-        decoding: prompt template, `max_new_tokens`, `batch_size`.
+        decoding: prompt template, `max_new_tokens`, `batch_size`, `parse_special_tokens`.
     Returns: one `Scores` per task, in the order of their first example.
     Raises:
         InputError: no examples, unknown template, a prompt longer than the model's context allows, or a
             choice task whose answer words are unknown.
         TypeError: an option of decoding is missing or unknown.
     """
-    if wrong := Decoding.__required_keys__ ^ decoding.keys():
+    if wrong := Decoding.__required_keys__ ^ (decoding.keys() - Decoding.__optional_keys__):
         raise TypeError(f"evaluate(): missing or unknown: {', '.join(sorted(wrong))}")
     if not examples:
         raise InputError("evaluation: there are no examples to score")
     context = context or DistributedContext()
-    groups = _by_task(tokenizer, decoding["prompt"], examples, kind)
+    groups = _by_task(tokenizer, decoding, examples, kind)
     for group in groups:
         origins = [example.origin for example in group.examples]
         check_prompts(model, group.prompts, decoding["max_new_tokens"], origins)
@@ -161,7 +167,7 @@ def evaluate(
 
 
 def _by_task(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, examples: Sequence[Example], kind: AnswerKind
+    tokenizer: PreTrainedTokenizerBase, decoding: Decoding, examples: Sequence[Example], kind: AnswerKind
 ) -> list[_Group]:
     by_name: dict[str, list[Example]] = {}
     for example in examples:
@@ -170,7 +176,12 @@ def _by_task(
         _Group(
             _with_answer_words(task_for(name, kind), of_task),
             of_task,
-            prompt_ids(tokenizer, prompt, [example.question for example in of_task]),
+            prompt_ids(
+                tokenizer,
+                decoding["prompt"],
+                [example.question for example in of_task],
+                parse_special_tokens=decoding.get("parse_special_tokens", False),
+            ),
         )
         for name, of_task in by_name.items()
     ]

@@ -13,6 +13,8 @@ from qdora.tasks.base import Task, held_out_split, question_of
 from qdora.tasks.scoring import gold_number
 
 _CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\d)\b")
+# What tables have where a number is missing: a gold answer that every output would miss.
+_NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity|none|null|n/a)", re.IGNORECASE)
 
 
 class OwnData(Task):
@@ -40,6 +42,8 @@ class OwnData(Task):
         question = question_of(row, columns.question)
         completion = text_of(row, columns.completion)
         answer = text_of(row, columns.answer) if columns.answer else _extract(completion, config)
+        if config.answer_kind == "numeric" and _NO_NUMBER.fullmatch(answer):
+            raise BadRowError(f"column {columns.answer!r} holds {answer!r}, which is no number")
         return Example(question, completion, answer, self.task_name(config), row.origin)
 
 

@@ -11,7 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from qdora.config import DataConfig
 from qdora.data.rows import Dataset, Example, Skipped, fingerprint
-from qdora.data.tokenize import TokenizedExample, choose_pad_token, fitting_prompts, tokenize_examples
+from qdora.data.tokenize import (
+    TokenizedExample,
+    choose_pad_token,
+    fitting_prompts,
+    special_tokens,
+    tokenize_examples,
+)
 from qdora.errors import InputError
 from qdora.tasks import check_data, load_dataset
 
@@ -27,6 +33,8 @@ class PreparedData:
     """Training examples removed because their question is a test question."""
     skipped: list[Skipped]
     """Bad rows left out, of both sets."""
+    special_text: list[str]
+    """Examples with the text of a special token: origin and token."""
     fingerprints: dict[str, str]
     """`train` and `test`: sha256 over the examples that are really used."""
 
@@ -54,7 +62,14 @@ def prepare(
     test = load_test(config, tokenizer)
     loaded = load_dataset(config.train, config.bad_rows)
     clean, leaked = remove_leaked(loaded.examples, test.examples)
-    train, too_long = tokenize_examples(clean, tokenizer, config.prompt, config.max_length, config.bad_rows)
+    train, too_long = tokenize_examples(
+        clean,
+        tokenizer,
+        config.prompt,
+        config.max_length,
+        config.bad_rows,
+        parse_special_tokens=config.parse_special_tokens,
+    )
     if not train:
         raise InputError(
             f"the training set is empty: {len(loaded.examples)} examples loaded, {leaked} of them are test "
@@ -68,6 +83,7 @@ def prepare(
         pad_id=pad_id,
         leaked=leaked,
         skipped=[*loaded.skipped, *too_long, *test.skipped],
+        special_text=_special_text(used, test.examples, tokenizer),
         fingerprints={"train": fingerprint(used), "test": fingerprint(test.examples)},
     )
 
@@ -81,11 +97,25 @@ def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
     """
     loaded = load_dataset(config.test, config.bad_rows)
     kept, too_long = fitting_prompts(
-        loaded.examples, tokenizer, config.prompt, config.max_length, config.bad_rows
+        loaded.examples,
+        tokenizer,
+        config.prompt,
+        config.max_length,
+        config.bad_rows,
+        parse_special_tokens=config.parse_special_tokens,
     )
     if not kept:
         raise InputError(f"the test set is empty: no prompt fits into data.max_length {config.max_length}")
     return Dataset(kept, [*loaded.skipped, *too_long])
+
+
+def _special_text(
+    train: Sequence[Example], test: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    tokens = special_tokens(tokenizer)
+    texts = [(example.origin, f"{example.question}\n{example.completion}") for example in train]
+    texts += [(example.origin, example.question) for example in test]
+    return [f"{origin} ({found.group()!r})" for origin, text in texts if (found := tokens.search(text))]
 
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")

@@ -50,6 +50,21 @@ def test_train(tmp_path, tiny_model_folder, capsys, override, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_text_of_special_tokens_is_said_and_kept(tmp_path, tiny_model_folder, capsys):
+    """Catches: </s> in the data of which nobody hears; a run that goes on with other ids."""
+    config = write_config(tmp_path, tiny_tree(tmp_path, tiny_model_folder, max_steps=1))
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"question": "a</s>b", "answer": "The answer is 1."}\n')
+    assert run_command("train", ("--config", config)) == 0
+    shown = capsys.readouterr()
+    assert "examples with the text of a special token: 1, the first " in shown.out + shown.err
+    assert "train.jsonl:97 ('</s>'); it is read as ordinary text" in shown.out + shown.err
+    words = ("--config", config, "--resume", "--set", "data.parse_special_tokens=true")
+    assert "written with data.parse_special_tokens = False, this run has True" in failing(
+        capsys, "train", *words
+    )
+
+
 def test_bad_rows_are_named_by_line(tmp_path, tiny_model_folder, capsys):
     """Catches: 'KeyError: answer' from somewhere inside a data set of 200,000 rows."""
     config = write_config(tmp_path, tiny_tree(tmp_path, tiny_model_folder, max_steps=1))

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qdora.evaluation.evaluate as evaluation
 from qdora.data.rows import Example
+from qdora.data.tokenize import tokenize_examples
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate
@@ -191,6 +192,31 @@ def test_a_prompt_too_long_names_the_example(
     long = Example("x" * 300, "", "1", "synthetic", "file.json:17")
     with pytest.raises(InputError, match=r"file\.json:17: .*context is 256"):
         evaluate(model, tokenizer, [*EXAMPLES, long], **SETTINGS)
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_prompts_are_those_of_training(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, parse: bool
+) -> None:
+    """Catches: </s> in a question read as text in training and as EOS in evaluation, or the other way."""
+    example = Example("a</s>b <s>", "It is 1.", "1", "synthetic", "s:1")
+    seen: list[list[int]] = []
+
+    def answer(
+        model: object, tokenizer: object, prompts: Any, progress: Any, **_: object
+    ) -> list[Generation]:
+        seen.extend(prompts)
+        progress({0: Generation("1", 1, True)})
+        return [Generation("1", 1, True)]
+
+    monkeypatch.setattr(evaluation, "generate", answer)
+    chosen = {"parse_special_tokens": True} if parse else {}
+    evaluate(model, tokenizer, [example], **SETTINGS, **chosen)
+    (trained,), _ = tokenize_examples(
+        [example], tokenizer, "question_answer", 500, "stop", parse_special_tokens=parse
+    )
+    assert seen == [trained.input_ids[: trained.prompt_length]]
+    assert (tokenizer.eos_token_id in seen[0]) is parse
 
 
 def test_no_examples_is_an_error(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

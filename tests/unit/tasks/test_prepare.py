@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from qdora.config import DataConfig, DatasetConfig
@@ -37,6 +39,46 @@ def test_everything_together(tokenizer, write_jsonl):
     assert again.fingerprints["test"] == data.fingerprints["test"]
     with pytest.raises(DataError, match=r"test\.jsonl:3: the prompt alone has"):
         prepare(config.model_copy(update={"bad_rows": "stop"}), tokenizer, None)
+
+
+@pytest.mark.parametrize("parse", [False, True])
+def test_special_tokens_in_the_data(tokenizer, write_jsonl, parse):
+    """Catches: the key read in one of both sets only; text of special tokens of which nobody hears."""
+    rows = [row(0), {**row(1), "question": "a</s>b"}, {**row(2), "answer": "c <s> 2"}]
+    train = write_jsonl(rows, "train.jsonl")
+    test = write_jsonl([{**row(3), "answer": "<s> 2"}, {**row(4), "question": "</s> " * 12}], "test.jsonl")
+    config = DataConfig(
+        train=DatasetConfig(source="file", path=str(train)),
+        test=DatasetConfig(source="file", path=str(test), split="test"),
+        max_length=50 if parse else 200,
+        parse_special_tokens=parse,
+    )
+    data = prepare(config, tokenizer, None)
+    assert sorted(data.special_text) == [f"{test}:2 ('</s>')", f"{train}:2 ('</s>')", f"{train}:3 ('<s>')"]
+    found = {t.origin: t.input_ids for t in data.train}
+    assert found[f"{train}:2"].count(tokenizer.eos_token_id) == 1 + parse
+    assert found[f"{train}:3"].count(tokenizer.bos_token_id) == 1 + parse
+    if not parse:
+        with pytest.raises(DataError, match=r"test\.jsonl:2: the prompt alone has"):
+            prepare(config.model_copy(update={"max_length": 50}), tokenizer, None)
+
+
+def test_rows_of_one_line(tokenizer, tmp_path, write_jsonl):
+    """Catches: a fingerprint without the rows that share a line with one that is left out."""
+    rows = [row(0), {**row(1), "answer": "1 " * 200}, row(2)]
+    train = tmp_path / "train.json"
+    train.write_text(json.dumps(rows))
+    config = DataConfig(
+        train=DatasetConfig(source="file", path=str(train)),
+        test=DatasetConfig(source="file", path=str(write_jsonl([row(9)]))),
+        max_length=80,
+        bad_rows="skip",
+    )
+    data = prepare(config, tokenizer, None)
+    assert [s.origin for s in data.skipped] == [f"{train}:1[1]"]
+    lines = write_jsonl(rows, "train.jsonl")
+    other = config.model_copy(update={"train": DatasetConfig(source="file", path=str(lines), name="train")})
+    assert data.fingerprints == prepare(other, tokenizer, None).fingerprints
 
 
 def test_fingerprint_is_of_the_used_examples(tokenizer, write_jsonl):

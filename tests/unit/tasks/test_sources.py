@@ -169,6 +169,17 @@ class TestFile:
         assert [s.origin for s in data.skipped] == [f"{path}:3"]
         assert reason in data.skipped[0].reason
 
+    @pytest.mark.parametrize("answer", ["nan", "NaN", "-inf", "None", "N/A"])
+    def test_missing_number_as_text_is_a_bad_row(self, write_jsonl, answer):
+        """Catches: a table's mark for a missing number taken as a gold answer that no output can meet."""
+        path = write_jsonl([{**row(1), "label": "1"}, {**row(2), "label": answer}])
+        columns = ColumnsConfig(answer="label")
+        config = DatasetConfig(source="file", path=str(path), columns=columns)
+        with pytest.raises(DataError, match=f":2: column 'label' holds '{answer}', which is no number"):
+            load_dataset(config, "stop")
+        text = config.model_copy(update={"answer_kind": "text"})
+        assert len(load_dataset(text, "stop").examples) == 2
+
     def test_first_bad_row_of_the_file_is_named(self, write_jsonl):
         """Catches: the first bad row in shuffled order named, a rerun for every further one."""
         path = write_jsonl([row(i) if i % 4 else {} for i in range(1, 20)])
