@@ -194,12 +194,12 @@ def assign_saved(model: nn.Module, saved: SavedAdapter) -> None:
         load_full(model, tensors, str(saved.directory))
         return
     layers = adapted_layers(model)
-    for key, name in vocabulary_copies(model, saved.others, _PREFIX).items():
-        refuse_changed(model, name, saved.others[key], str(saved.directory))
     updates = {name: layer.update for name, layer in layers.items() if layer.update is not None}
-    if updates and saved.others:
+    kind = type(next(iter(updates.values()))) if updates else None
+    shared = {key: t for key, t in saved.others.items() if kind is not None and key in kind.shared_keys}
+    if kind is not None and (shared or saved.settings.get("save_projection")):
         try:
-            type(next(iter(updates.values()))).load_shared(updates, saved.others)
+            kind.load_shared(updates, shared)
         except ValueError as error:
             raise CheckpointError(f"{saved.directory / WEIGHTS_FILE}: {error}") from None
     for name, layer in layers.items():
@@ -213,6 +213,8 @@ def assign_saved(model: nn.Module, saved: SavedAdapter) -> None:
                 layer.replace_base(rest_OI)
         if layer.magnitude is not None:
             layer.magnitude.load(tensors[_MAGNITUDE])
+    for key, (name, leaf) in vocabulary_copies(model, saved.others, _PREFIX).items():
+        refuse_changed(model, name, leaf, saved.others[key], str(saved.directory))
 
 
 def _settings(layers: Mapping[str, AdaptedLinear]) -> dict[str, Any]:
@@ -259,7 +261,7 @@ def _adapter_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
     """The configuration whose injection makes the layers that the file's tensors belong to."""
     settings, path = saved.settings, saved.directory
     copies = vocabulary_copies(model, saved.others, _PREFIX)
-    for key, name in copies.items():
+    for key, (name, _) in copies.items():
         refuse_other_vocabulary(model, name, saved.others[key].shape[0], str(path))
     known = {*copies, *(key for kind in _KINDS for key in kind.shared_keys)}
     strangers = [key for key in saved.others if key not in known]

@@ -15,8 +15,10 @@ from qdora.adapters.base import full_tensor
 from qdora.adapters.layer import AdaptedLinear
 from qdora.errors import InputError
 
-LEAST = 2.0**-24
-"""Smallest positive float16: what a bfloat16 value may lose in it."""
+LEAVES = ("weight", "bias")
+
+CLOSE = 1e-5
+"""Relative difference that rounding may leave between the base and a copy of it; trained ones differ more."""
 
 
 def vocabulary_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,18 +28,17 @@ def vocabulary_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if any(module is one for one in found)}
 
 
-def vocabulary_copies(model: nn.Module, keys: Iterable[str], prefix: str) -> dict[str, str]:
-    """Those keys that are the weight of the embedding or of the output layer, with the name of that layer.
+def vocabulary_copies(model: nn.Module, keys: Iterable[str], prefix: str) -> dict[str, tuple[str, str]]:
+    """Those keys that are a weight or bias of the embedding or output layer: that layer's name, and which.
 
     Args:
         keys: PEFT's.
         prefix: of every key.
     """
     layers = vocabulary_layers(model)
-    names = {
-        key: key.removeprefix(prefix).removesuffix(".weight").removesuffix(".base_layer") for key in keys
-    }
-    return {key: name for key, name in names.items() if key.endswith(".weight") and name in layers}
+    parts = {key: key.removeprefix(prefix).rpartition(".") for key in keys}
+    names = {key: (name.removesuffix(".base_layer"), leaf) for key, (name, _, leaf) in parts.items()}
+    return {key: (name, leaf) for key, (name, leaf) in names.items() if leaf in LEAVES and name in layers}
 
 
 def refuse_other_vocabulary(model: nn.Module, name: str, rows: int, origin: str) -> None:
@@ -59,23 +60,24 @@ def refuse_other_vocabulary(model: nn.Module, name: str, rows: int, origin: str)
 
 
 @torch.no_grad()
-def refuse_changed(model: nn.Module, name: str, saved_OI: torch.Tensor, origin: str) -> None:
-    """Refuse an embedding or output weight that was trained; a collective where the model's is sharded.
+def refuse_changed(model: nn.Module, name: str, leaf: str, saved: torch.Tensor, origin: str) -> None:
+    """Refuse an embedding or output layer that was trained; a collective where the model's is sharded.
 
     Args:
         name: of the layer.
-        saved_OI: its weight in the adapter's file.
+        leaf: `weight` or `bias`.
+        saved: that tensor in the adapter's file.
     Raises: InputError: it is not the model's, rounded to the narrower of both dtypes.
     """
     layer = model.get_submodule(name)
-    weight = getattr(layer.base if isinstance(layer, AdaptedLinear) else layer, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
-        own_OI = full_tensor(weight, weight.dtype)
-        dtype = min((own_OI.dtype, saved_OI.dtype), key=lambda dtype: dtype.itemsize)
-        own, given = (tensor.to("cpu", dtype).float() for tensor in (own_OI, saved_OI))
-        if torch.allclose(own, given, rtol=0, atol=LEAST):
+    held = layer.base if isinstance(layer, AdaptedLinear) and leaf == "weight" else layer
+    own = getattr(held, leaf, None)
+    if isinstance(own, torch.Tensor) and own.is_floating_point() and own.shape == saved.shape:
+        dtype = min((own.dtype, saved.dtype), key=lambda dtype: dtype.itemsize)
+        present, given = (full_tensor(tensor, dtype).cpu().double() for tensor in (own, saved))
+        if (given - present).norm() <= CLOSE * present.norm():
             return
     raise InputError(
-        f"{origin}: the file has a weight of {name} that is not the base's; only low-rank updates and "
+        f"{origin}: the file has a {leaf} of {name} that is not the base's; only low-rank updates and "
         f"magnitudes are read: save the base that has it, and load the adapter onto that"
     )

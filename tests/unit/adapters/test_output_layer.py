@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.adapters.peft_io import load_adapter, save_adapter
@@ -39,6 +39,15 @@ def loaded(folder, quantization="none"):
 
 def plain(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def with_bias(seed=0):
+    """A model whose output layer has a bias, as Phi's has."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = PhiForCausalLM(PhiConfig(**sizes, vocab_size=100, pad_token_id=0))
+    model.lm_head.bias.data.normal_()
+    return model
 
 
 def peft_adapter(base, folder, **settings):
@@ -101,6 +110,22 @@ def test_the_base_weight_that_peft_saves_beside_an_output_layers_adapter(untied,
             InputError, match=r"has a weight of (lm_head|model\.embed_tokens) that is not the base's"
         ):
             load_adapter(loaded(untied), tmp_path)
+
+
+@pytest.mark.parametrize("init", [True, "olora", "pissa"])
+@pytest.mark.parametrize("make", [plain, with_bias])
+def test_the_copy_of_an_output_layer_that_peft_changed(untied, tmp_path, make, init):
+    """Catches: the residual beside factors made of the output layer taken for a trained weight; its bias."""
+    argument = untied if make is plain else 0
+    theirs = peft_adapter(make(argument), tmp_path, init_lora_weights=init)
+    model = make(argument).eval()
+    load_adapter(model, tmp_path)
+    assert relative(logits(model), logits(theirs)) < 1e-5
+    if make is with_bias:
+        other = with_bias()
+        other.lm_head.bias.data.mul_(1.01)
+        with pytest.raises(InputError, match=r"has a bias of lm_head that is not the base's"):
+            load_adapter(other, tmp_path)
 
 
 @pytest.mark.parametrize(
