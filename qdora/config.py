@@ -18,7 +18,7 @@ LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 QuantizationName = Literal["nf4", "fp4", "int8", "none"]
 UpdateType = Literal["lora", "vera", "none"]
-InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa"]
+InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 PromptName = Literal["question_answer", "alpaca", "chat"]
 AnswerKind = Literal["numeric", "choice", "text"]

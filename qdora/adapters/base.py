@@ -212,12 +212,34 @@ class LowRankUpdate(AdapterModule):
         """What a file needs beside the parameters, by `extra_keys`."""
         return {}
 
-    def load_extra(self, tensors: Mapping[str, torch.Tensor], weight: FrozenWeight) -> torch.Tensor | None:
+    def load_extra(
+        self, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], weight: FrozenWeight
+    ) -> None:
         """Take back what `extra_tensors` gave.
 
-        Returns: (out, in) what the frozen weight becomes; None where it stays.
+        Args:
+            tensors: of this layer, by PEFT's keys and `extra_keys`.
+            settings: PEFT's.
+            weight: that the adapter is loaded onto.
+        """
+
+    def residual(self, weight: FrozenWeight) -> torch.Tensor | None:
+        """A weight without what the update took over at its start: the frozen weight beside it.
+
+        Returns: (out, in); None where the weight stays what it is.
         """
         return None
+
+    @classmethod
+    def derives_base(cls, settings: Mapping[str, Any], quantization: str | None = None) -> bool:
+        """Whether a file of PEFT's means another base weight, that is made of the one at hand.
+
+        Args:
+            settings: PEFT's.
+            quantization: format of that weight; not looked at where None.
+        Raises: ValueError: it cannot be made of a weight in that format.
+        """
+        return False
 
     @classmethod
     def shared_tensors(cls, updates: Mapping[str, Self]) -> dict[str, torch.Tensor]:

@@ -18,6 +18,9 @@ from qdora.config import InitName
 Start = Callable[[int, int, int, int], tuple[torch.Tensor, torch.Tensor]]
 """From (O, I, R, seed) to A (R, I) and B (O, R), float32."""
 
+Split = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
+"""From W (O, I), R and the scale c to A (R, I) and B (O, R), float32; c B A leaves the frozen weight."""
+
 
 @dataclass(frozen=True)
 class Init:
@@ -25,13 +28,16 @@ class Init:
 
     Attributes:
         draw: the values that need no weight.
-        peft: PEFT's `init_lora_weights`; None where PEFT would make other numbers of it when it loads.
-        from_weight: the weight's top singular vectors replace what was drawn, and leave the frozen weight.
+        peft: PEFT's `init_lora_weights`.
+        from_weight: makes A and B of the weight instead; None where the start does not look at it.  PEFT
+            makes them anew, of the weight at hand, when it loads an adapter that names such a start.
+        quantized: whether PEFT starts from a quantized weight so.
     """
 
     draw: Start
-    peft: bool | str | None
-    from_weight: bool = False
+    peft: bool | str
+    from_weight: Split | None = None
+    quantized: bool = True
 
 
 def kaiming(out_features: int, in_features: int, r: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,30 +77,54 @@ def principal(w_OI: torch.Tensor, r: int, scale: float) -> tuple[torch.Tensor, t
     return root_R[:, None] * vh_KI[:r], u_OK[:, :r] * root_R
 
 
+def orthonormal(w_OI: torch.Tensor, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B the first rows of R and columns of Q, with W = Q R; c does not enter them.
+
+    Source: OLoRA, arXiv:2406.01775 §3.
+    """
+    q_OK, r_KI = torch.linalg.qr(w_OI.float())
+    return r_KI[:r].contiguous(), q_OK[:, :r].contiguous()
+
+
 INITS: Mapping[InitName, Init] = {
     "kaiming": Init(kaiming, peft=True),
     "gaussian": Init(gaussian, peft="gaussian"),
     "orthogonal": Init(orthogonal, peft="orthogonal"),
     # Drawn as Kaiming's until the weight is there; with B zero the model is the same before and after.
-    "pissa": Init(kaiming, peft=None, from_weight=True),
+    "pissa": Init(kaiming, peft="pissa", from_weight=principal, quantized=False),
+    "olora": Init(kaiming, peft="olora", from_weight=orthonormal),
 }
 
+CONVERT = (
+    "convert the adapter in PEFT, where it was trained: model.save_pretrained(folder, "
+    "path_initial_model_for_weight_conversion=FOLDER OF THE INITIAL ADAPTER)"
+)
+_REFUSED = {
+    "pissa_niter_": f"it approximates singular vectors at random, anew at every load; {CONVERT}",
+    "corda": f"it changed the base weight by statistics that the file does not have; {CONVERT}",
+    "lora_ga": f"it changed the base weight by gradients that the file does not have; {CONVERT}",
+    "loftq": "it quantized the base weight around the adapter; save that base and set it to true",
+    "mica": "B would have to stay as it is while A is trained",
+}
+"""Why a start of PEFT is refused, by its name or how that begins."""
 
-def init_from_peft(value: bool | str) -> InitName:
+
+def init_from_peft(value: object) -> InitName:
     """Our name of PEFT's `init_lora_weights`.
 
-    Raises: ValueError: a start that changes the base weight when PEFT loads it, or that is unknown.
+    Raises: ValueError: a start of which PEFT makes numbers that cannot be had here, or that is unknown.
     """
+    named = value.lower() if isinstance(value, str) else value
     for name, init in INITS.items():
-        if init.peft == value and isinstance(value, type(init.peft)):
+        if init.peft == named and isinstance(named, type(init.peft)):
             return name
-    if value is False:
-        return "kaiming"  # PEFT drew A and B in some way of its own; the file has what became of them
-    allowed = ", ".join(repr(init.peft) for init in INITS.values() if init.peft is not None)
-    raise ValueError(
-        f"init_lora_weights = {value!r} is not supported: with it PEFT may change the base weight when it "
-        f"loads the adapter; allowed: {allowed}"
-    )
+    if value is False or named == "eva":
+        return (
+            "kaiming"  # A and B were drawn in another way; loading does nothing but take what became of them
+        )
+    why = next((why for start, why in _REFUSED.items() if str(named).startswith(start)), "an unknown start")
+    allowed = ", ".join(repr(peft) for peft in (*(init.peft for init in INITS.values()), False, "eva"))
+    raise ValueError(f"init_lora_weights = {value!r} is not supported: {why}; allowed: {allowed}")
 
 
 def layer_seed(seed: int, name: str) -> int:

@@ -104,6 +104,22 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, AdaptedLinear))}
 
 
+def expert_tensors(model: nn.Module) -> list[str]:
+    """Parameters that hold the matrices of several experts in one tensor, by full name."""
+    return [
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2 and "expert" in f"{name} {type(module).__name__}".lower()
+    ]
+
+
+EXPERTS = (
+    "a mixture of experts is not supported: its feed-forward layers hold the matrices of all experts in "
+    "3-D parameters, and no linear layer"
+)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Parameters of the model as its architecture counts them: quantized weights one by one."""
     frozen = [m for m in model.modules() if isinstance(m, FrozenWeight)]
@@ -231,6 +247,14 @@ def _choose(
 
 def _refuse_unsupported(model: nn.Module, layers: Mapping[str, Linear], config: AdapterConfig) -> None:
     """A pattern that means layers of another kind only is told so, not that it matches nothing."""
+    experts = expert_tensors(model)
+    for pattern in (*config.targets, *(config.magnitude_targets or ())) if experts else ():
+        if not any(matches(name, pattern) for name in layers):
+            attention = sorted({name.rsplit(".", 1)[-1] for name in layers})
+            raise InputError(
+                f"adapter.targets: {pattern!r} matches no linear layer of this {type(model).__name__}; "
+                f"{EXPERTS} ({experts[0]}); this model has: {', '.join(attention)}"
+            )
     others = {
         name: module
         for name, module in model.named_modules()

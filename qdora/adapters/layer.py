@@ -215,9 +215,7 @@ class AdaptedLinear(nn.Module):
         """
         weight = self.base
         if onto is not None:
-            rest_OI = (
-                None if self.update is None else self.update.load_extra(self.update.extra_tensors(), onto)
-            )
+            rest_OI = None if self.update is None else self.update.residual(onto)
             weight = onto if rest_OI is None else DenseWeight(rest_OI)
         factors = None if self.update is None else self.update.factors()
         combined = None if factors is None else factors.combined(weight.norm_dtype)

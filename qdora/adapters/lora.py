@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -10,8 +9,9 @@ from typing import Any, ClassVar, Self
 import torch
 
 from qdora.adapters.base import Factors, LowRankUpdate, adapter_parameter, assign_full
-from qdora.adapters.init import INITS, init_from_peft, principal
-from qdora.config import AdapterConfig, InitName
+from qdora.adapters.init import CONVERT, INITS, init_from_peft
+from qdora.adapters.peft_settings import expression
+from qdora.config import AdapterConfig
 from qdora.quant.base import FrozenWeight
 
 
@@ -59,39 +59,45 @@ class LoraUpdate(LowRankUpdate):
 
     @property
     def sees_weight(self) -> bool:
-        """Whether the start takes the weight's singular vectors."""
-        return INITS[self.init].from_weight
+        """Whether the start makes A and B of the weight."""
+        return INITS[self.init].from_weight is not None
 
     @torch.no_grad()
     def reset_from_weight(self, weight: FrozenWeight) -> torch.Tensor | None:
-        """As `LowRankUpdate.reset_from_weight`: A and B from the top singular vectors of the weight."""
-        if not self.sees_weight:
+        """As `LowRankUpdate.reset_from_weight`: A and B made of the weight."""
+        split = INITS[self.init].from_weight
+        if split is None:
             return None
-        w_OI = weight.dense(torch.float32)
-        for parameter, value in zip((self.a_RI, self.b_OR), principal(w_OI, self.r, self.scale), strict=True):
+        values = split(weight.dense(torch.float32), self.r, self.scale)
+        for parameter, value in zip((self.a_RI, self.b_OR), values, strict=True):
             assign_full(parameter, value, self.storage)
         self.subtracted = self.a_RI.detach().clone(), self.b_OR.detach().clone()
-        return self._without_subtracted(w_OI)
+        return self.residual(weight)
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
         """The factors that were taken out of the base weight, where any were."""
         return {} if self.subtracted is None else dict(zip(self.extra_keys, self.subtracted, strict=True))
 
     @torch.no_grad()
-    def load_extra(self, tensors: Mapping[str, torch.Tensor], weight: FrozenWeight) -> torch.Tensor | None:
-        """Take the saved factors out of the base weight again."""
-        if self.extra_keys[0] not in tensors:
-            return None
-        a_RI, b_OR = (tensors[key].to(weight.device) for key in self.extra_keys)
-        self.subtracted = a_RI, b_OR
-        self.init = next(name for name, init in INITS.items() if init.from_weight)
-        return self._without_subtracted(weight.dense(torch.float32))
+    def load_extra(
+        self, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any], weight: FrozenWeight
+    ) -> None:
+        """The saved factors, or those that PEFT makes of the weight when it loads an adapter of its own."""
+        init = init_from_peft(settings.get("init_lora_weights", True))
+        split = INITS[init].from_weight
+        if self.extra_keys[0] in tensors:
+            a_RI, b_OR = (tensors[key].to(weight.device) for key in self.extra_keys)
+            self.init, self.subtracted = init, (a_RI, b_OR)
+        elif split is not None:
+            self.init, self.subtracted = init, split(weight.dense(torch.float32), self.r, self.scale)
 
-    def _without_subtracted(self, w_OI: torch.Tensor) -> torch.Tensor:
-        """W less the initial c B A that `subtracted` keeps: the (O, I) frozen weight of this adapter."""
-        assert self.subtracted is not None
-        a_RI, b_OR = (factor.to(w_OI.device, torch.float32) for factor in self.subtracted)
-        return torch.addmm(w_OI.float(), b_OR, a_RI, alpha=-self.scale)
+    @torch.no_grad()
+    def residual(self, weight: FrozenWeight) -> torch.Tensor | None:
+        """As `LowRankUpdate.residual`: W less the initial c B A that `subtracted` keeps."""
+        if self.subtracted is None:
+            return None
+        a_RI, b_OR = (factor.to(weight.device, torch.float32) for factor in self.subtracted)
+        return weight.dense(torch.float32).sub_((self.scale * b_OR) @ a_RI)  # rounded as PEFT rounds it
 
     def factors(self) -> Factors:
         """A, B and the scale."""
@@ -113,13 +119,14 @@ class LoraUpdate(LowRankUpdate):
             "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
             "lora_dropout": first.dropout,
             "use_rslora": False,
-            "init_lora_weights": INITS[first.init].peft if INITS[first.init].peft is not None else first.init,
+            "init_lora_weights": INITS[first.init].peft,
         }
 
     @classmethod
     def config_from_peft(cls, settings: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
         """As `LowRankUpdate.config_from_peft`, PEFT's patterns resolved to full names."""
         r, alpha = int(settings["r"]), float(settings["lora_alpha"])
+        init = init_from_peft(settings.get("init_lora_weights", True))
         ranks = {name: int(_by_pattern(settings.get("rank_pattern"), name, r)) for name in layers}
         alphas = {name: float(_by_pattern(settings.get("alpha_pattern"), name, alpha)) for name in layers}
         return {
@@ -129,8 +136,19 @@ class LoraUpdate(LowRankUpdate):
             "rank_pattern": {name: value for name, value in ranks.items() if value != r},
             "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
             "dropout": float(settings.get("lora_dropout", 0.0)),
-            "init": _recorded_init(settings),
+            "init": "kaiming" if INITS[init].from_weight else init,  # `load_extra` repeats the others
         }
+
+    @classmethod
+    def derives_base(cls, settings: Mapping[str, Any], quantization: str | None = None) -> bool:
+        """As `LowRankUpdate.derives_base`: where the start is made of the weight."""
+        start = INITS[init_from_peft(settings.get("init_lora_weights", True))]
+        if quantization not in (None, "none") and start.from_weight is not None and not start.quantized:
+            raise ValueError(
+                f"init_lora_weights = {start.peft!r} is made of an unquantized weight, as in PEFT, and this "
+                f"one is {quantization}: load the model with quantization='none', or {CONVERT}"
+            )
+        return start.from_weight is not None
 
     @classmethod
     def saved_shapes(cls, shape: tuple[int, int], r: int) -> dict[str, tuple[int, ...]]:
@@ -143,13 +161,6 @@ class LoraUpdate(LowRankUpdate):
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}, {self.init}, {self.a_RI.dtype}"
 
 
-def _recorded_init(settings: Mapping[str, Any]) -> InitName:
-    value = settings.get("init_lora_weights", True)
-    if "adapter_type" in settings and value in INITS and INITS[value].from_weight:
-        return "kaiming"  # `load_extra` repeats such a start, from the factors that the file has
-    return init_from_peft(value)
-
-
 def _integer(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
@@ -157,9 +168,6 @@ def _integer(value: float) -> float | int:
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """PEFT's rule: the first key that, as a regular expression, matches the name or its dotted end."""
     for key, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error as error:
-            raise ValueError(f"pattern {key!r} is no regular expression: {error}") from None
+        if expression(rf"(.*\.)?({key})$").match(name):
+            return value
     return default

@@ -21,9 +21,11 @@ from qdora.adapters import UPDATES
 from qdora.adapters.base import LowRankUpdate, assign_full, full_tensor
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import full_report, full_tensors, is_fully_trained, load_full
-from qdora.adapters.inject import InjectionReport, adapted_layers, inject, layer_config, linear_layers
+from qdora.adapters.inject import InjectionReport, Linear, adapted_layers, inject, layer_config, linear_layers
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.lora import LoraUpdate
+from qdora.adapters.peft_settings import refuse_unchosen, refuse_unsupported
+from qdora.adapters.vocabulary import refuse_changed, refuse_other_vocabulary, vocabulary_copies
 from qdora.config import AdapterConfig, UpdateType
 from qdora.errors import CheckpointError, InputError, suggest
 from qdora.files import read_json, write_file, write_json, write_tensors
@@ -40,20 +42,6 @@ _FINGERPRINT = "qdora_base_fingerprint"
 _MAGNITUDE = "lora_magnitude_vector"
 _KINDS = [kind for kind in UPDATES.values() if kind is not None]
 _PARTS = (*(key for kind in _KINDS for key in (*kind.peft_keys.values(), *kind.extra_keys)), _MAGNITUDE)
-
-# PEFT settings that change the computation and have no counterpart here, with their neutral values.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "layer_replication": (None,),
-    "lora_bias": (False,),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None,),
-    "use_bdlora": (None, False),
-}
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,13 @@ class SavedAdapter:
     def changes_base(self) -> bool:
         """Whether the base weights have to be changed when it is loaded."""
         extra = {key for kind in _KINDS for key in kind.extra_keys}
-        return any(extra & tensors.keys() for tensors in self.layers.values())
+        derived = self.kind is not None and self.kind.derives_base(self.settings)
+        return derived or any(extra & tensors.keys() for tensors in self.layers.values())
+
+    @property
+    def kind(self) -> type[LowRankUpdate] | None:
+        """The variant, of a file that is PEFT's; None of one that is ours alone."""
+        return next((kind for kind in _KINDS if kind.peft_type == self.settings["peft_type"]), None)
 
 
 def check_savable(model: nn.Module) -> None:
@@ -201,9 +195,11 @@ def assign_saved(model: nn.Module, saved: SavedAdapter) -> None:
         return
     layers = adapted_layers(model)
     updates = {name: layer.update for name, layer in layers.items() if layer.update is not None}
-    if updates and saved.others:
+    kind = type(next(iter(updates.values()))) if updates else None
+    shared = {key: t for key, t in saved.others.items() if kind is not None and key in kind.shared_keys}
+    if kind is not None and (shared or saved.settings.get("save_projection")):
         try:
-            type(next(iter(updates.values()))).load_shared(updates, saved.others)
+            kind.load_shared(updates, shared)
         except ValueError as error:
             raise CheckpointError(f"{saved.directory / WEIGHTS_FILE}: {error}") from None
     for name, layer in layers.items():
@@ -211,11 +207,14 @@ def assign_saved(model: nn.Module, saved: SavedAdapter) -> None:
         if layer.update is not None:
             for attribute, key in layer.update.peft_keys.items():
                 assign_full(getattr(layer.update, attribute), tensors[key], layer.update.storage)
-            rest_OI = layer.update.load_extra(tensors, layer.base)
+            layer.update.load_extra(tensors, saved.settings, layer.base)
+            rest_OI = layer.update.residual(layer.base)
             if rest_OI is not None:
                 layer.replace_base(rest_OI)
         if layer.magnitude is not None:
             layer.magnitude.load(tensors[_MAGNITUDE])
+    for key, (name, leaf) in vocabulary_copies(model, saved.others, _PREFIX).items():
+        refuse_changed(model, name, leaf, saved.others[key], str(saved.directory))
 
 
 def _settings(layers: Mapping[str, AdaptedLinear]) -> dict[str, Any]:
@@ -261,7 +260,11 @@ def _adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, torch.Ten
 def _adapter_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
     """The configuration whose injection makes the layers that the file's tensors belong to."""
     settings, path = saved.settings, saved.directory
-    strangers = [key for key in saved.others if not any(key in kind.shared_keys for kind in _KINDS)]
+    copies = vocabulary_copies(model, saved.others, _PREFIX)
+    for key, (name, _) in copies.items():
+        refuse_other_vocabulary(model, name, saved.others[key].shape[0], str(path))
+    known = {*copies, *(key for kind in _KINDS for key in kind.shared_keys)}
+    strangers = [key for key in saved.others if key not in known]
     if strangers:
         raise InputError(f"{path / WEIGHTS_FILE}: tensor {strangers[0]!r} is not part of a supported adapter")
     layers = linear_layers(model)
@@ -281,6 +284,10 @@ def _adapter_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
     of_updates = [t for parts in saved.layers.values() for key, t in parts.items() if key != _MAGNITUDE]
     try:
         own = {} if kind is None else kind.config_from_peft(settings, updates)
+        if saved.kind is not None:
+            refuse_unchosen(settings, saved.layers)
+            for name in updates:
+                saved.kind.derives_base(settings, _format_of(layers[name]))
         return AdapterConfig(
             type="none" if kind is None else kind.kind,
             dora=bool(magnitudes),
@@ -291,6 +298,12 @@ def _adapter_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path / CONFIG_FILE}: {error}") from None
+
+
+def _format_of(layer: Linear) -> str:
+    if isinstance(layer, AdaptedLinear):
+        return layer.base.quantization
+    return "none" if layer.weight.is_floating_point() else type(layer).__name__
 
 
 def _kind_of(parts: Mapping[str, torch.Tensor]) -> type[LowRankUpdate]:
@@ -324,6 +337,8 @@ def _check_shapes(model: nn.Module, saved: SavedAdapter, config: AdapterConfig) 
         }
         for part, tensor in tensors.items():
             if tuple(tensor.shape) != expected[part]:
+                if expected[part][0] == shape[0]:
+                    refuse_other_vocabulary(model, name, tensor.shape[0], str(saved.directory))
                 raise InputError(
                     f"{saved.directory}: the adapter was made for another base or rank: {name}.{part} has "
                     f"shape {tuple(tensor.shape)}, expected {expected[part]}"
@@ -345,9 +360,13 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         named = str(settings.get("adapter_type"))
         if named not in (*UPDATES, FULL):
             raise InputError(f"{path}: unknown adapter_type {named!r}; {suggest(named, [*UPDATES, FULL])}")
-    for key, neutral in _NEUTRAL.items():
-        if key in settings and settings[key] not in neutral:
-            raise InputError(f"{path}: {key} = {settings[key]!r} is not supported; allowed: {neutral[0]!r}")
+    try:
+        refuse_unsupported(settings)
+        for variant in _KINDS:
+            if variant.peft_type == kind:
+                variant.derives_base(settings)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
     return settings
 
 

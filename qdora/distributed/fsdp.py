@@ -56,7 +56,7 @@ def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
     for name, layer in adapted_layers(model).items():
         if layer.update is not None and layer.update.sees_weight:
             raise InputError(
-                f"adapter.init: the update of {name} starts from the singular vectors of the full weight, "
+                f"adapter.init: the update of {name} is made of the full weight, "
                 f"which no rank has under FSDP; allowed there: kaiming, gaussian, orthogonal"
             )
     mesh, settings = context.mesh, context.fsdp

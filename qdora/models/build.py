@@ -19,11 +19,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qdora.adapters.inject import EXPERTS, expert_tensors
 from qdora.adapters.layer import AdaptedLinear, OutputLinear
 from qdora.errors import CheckpointError, InputError
 from qdora.models.formats import Checkpoint, TensorInfo
 from qdora.quant import Quantization
-from qdora.quant.stored import STORED_TYPES, StoredWeight, is_statistic, parse_state, state_name
+from qdora.quant.stored import StoredWeight, is_statistic, parse_state, state_name, stored_type
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,9 @@ def _architecture(config: PreTrainedConfig, origin: str, dtype: torch.dtype) -> 
             f"{origin}: a {type(model).__name__} holds its matrices in Conv1D layers, stored as "
             f"(in, out); only models of linear layers are supported"
         )
+    experts = expert_tensors(model)
+    if experts:
+        raise InputError(f"{origin}: {type(model).__name__}: {EXPERTS} ({experts[0]})")
     return model
 
 
@@ -190,12 +194,7 @@ def _stored_quantization(checkpoint: Checkpoint, quantization: Quantization) -> 
     stated = checkpoint.quantization
     if stated is None:
         return False
-    kind = stated.get("bnb_4bit_quant_type") if stated.get("load_in_4bit") else stated.get("quant_method")
-    allowed = ", ".join(STORED_TYPES)
-    if kind not in STORED_TYPES:
-        raise InputError(
-            f"{checkpoint.origin}: quantized as {kind!r}; allowed: {allowed} (bitsandbytes), or none"
-        )
+    kind = stored_type(stated)
     if kind != quantization.name:
         raise InputError(
             f"{checkpoint.origin}: already quantized to {kind}; model.quantization must be {kind!r}, "
@@ -222,7 +221,8 @@ def _stored_layers(
         try:
             if state is None:
                 raise ValueError("the tensor with its quantization state is missing")
-            allowed = [str((checkpoint.quantization or {}).get("bnb_4bit_quant_type", "nf4"))]
+            stated = checkpoint.quantization
+            allowed = ["nf4"] if stated is None else [stored_type(stated)]
             shape = (module.out_features, module.in_features)
             stored[weight] = parse_state(weight, checkpoint.read(state), shape, allowed)
             for name, (count, dtype) in stored[weight].expected().items():

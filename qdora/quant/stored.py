@@ -24,6 +24,16 @@ from qdora.quant.nf4 import NF4Weight
 STORED_TYPES: Mapping[str, type[BlockwiseWeight]] = {"nf4": NF4Weight, "fp4": FP4Weight}
 """Formats of bitsandbytes' 4-bit checkpoints, by their `quant_type`."""
 
+_METHODS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "fp8": "8-bit floats (fp8)",
+    "fbgemm_fp8": "8-bit floats (fbgemm_fp8)",
+    "mxfp4": "MXFP4 (4-bit floats)",
+    "compressed-tensors": "llm-compressor (compressed-tensors)",
+}
+"""What the `quant_method` of other formats is called."""
+
 _STATE = ".quant_state.bitsandbytes__"
 _ABSMAX, _NESTED_ABSMAX, _NESTED_CODE = ".absmax", ".nested_absmax", ".nested_quant_map"
 
@@ -86,6 +96,31 @@ class StoredWeight:
             expected[self.name + _NESTED_ABSMAX] = (-(-blocks // self.nested_block_size), torch.float32)
             expected[self.name + _NESTED_CODE] = (CODE_BOOK, torch.float32)
         return expected
+
+
+def stored_type(stated: Mapping[str, Any]) -> str:
+    """The format of a checkpoint's quantized weights, of `STORED_TYPES`, from its `quantization_config`.
+
+    Raises: ValueError: another one; it is named.
+    """
+    # Folders written before quant_method existed are bitsandbytes ones.
+    method = str(stated.get("quant_method", "bitsandbytes"))
+    if method != "bitsandbytes":
+        bits = stated.get("bits", stated.get("w_bit"))
+        what = _METHODS.get(method, repr(method)) + (f", {bits} bits" if bits else "")
+    elif stated.get("load_in_8bit"):
+        what = "bitsandbytes to 8 bits (LLM.int8)"
+    elif not stated.get("load_in_4bit"):
+        what = "bitsandbytes in a way that its settings do not tell"
+    elif (kind := str(stated.get("bnb_4bit_quant_type", "fp4"))) not in STORED_TYPES:
+        what = f"bitsandbytes to 4 bits of type {kind!r}"
+    else:
+        return kind
+    allowed = " and ".join(STORED_TYPES)
+    raise ValueError(
+        f"weights quantized by {what} cannot be read; allowed: bitsandbytes' 4-bit types {allowed}, or "
+        f"unquantized weights, which model.quantization quantizes as they load: give the unquantized model"
+    )
 
 
 def is_statistic(name: str) -> bool:

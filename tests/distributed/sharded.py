@@ -100,7 +100,7 @@ CASES = {
         {"gradient_accumulation": 2, "gradient_checkpointing": True},
     ),
     "qdvora": Case(adapter=FLOAT32 | {"method": "qdvora", "r": 16}),
-    "head": Case("awkward", FLOAT32 | {"method": "lora", "targets": ("q_proj", "lm_head")}),
+    "head": Case("awkward", FLOAT32 | {"method": "qdora", "targets": ("q_proj", "lm_head")}),
     "wide": Case("wide", training={"max_steps": 1}),
     "wide dense": Case("wide", {"method": "dora"}, {"max_steps": 1}),
     "full": Case(adapter={"method": "full"}),

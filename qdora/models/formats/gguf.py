@@ -60,6 +60,9 @@ def gguf_config(
         CheckpointError: a key is missing, or its value is impossible.
     """
     architecture = str(metadata.get("general.architecture"))
+    experts = metadata.get(f"{architecture}.expert_count", 0)
+    if experts:
+        raise InputError(f"{path}: {architecture}: a mixture of {experts} experts is not supported")
     if architecture not in _ARCHITECTURES:
         raise InputError(
             f"{path}: architecture {architecture!r} cannot be read from GGUF; "
@@ -98,8 +101,6 @@ def gguf_config(
 def _refuse_unsupported(path: Path, parts: int, own: dict[str, Any]) -> None:
     if parts > 1:
         raise InputError(f"{path}: one of {parts} parts; merge the parts into one GGUF file")
-    if own.get("expert_count", 0):
-        raise InputError(f"{path}: a mixture of {own['expert_count']} experts is not supported")
     scaling = own.get("rope.scaling.type", "none")
     if scaling != "none":
         raise InputError(

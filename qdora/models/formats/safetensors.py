@@ -23,9 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qdora.errors import CheckpointError, InputError, nearest, suggest
+from qdora.errors import CheckpointError, InputError, nearest
 from qdora.files import parse_object, read_json, write_json
 from qdora.models.formats import Checkpoint, TensorInfo, read_bytes
+from qdora.quant.stored import stored_type
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -166,16 +167,12 @@ def _check_model_type(path: Path, tree: dict[str, Any]) -> None:
 
 
 def _check_quantization(path: Path, tree: dict[str, Any]) -> None:
-    quantization = tree.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return
-    # Folders written before quant_method existed are bitsandbytes ones.
-    method = str(quantization.get("quant_method", "bitsandbytes"))
-    if method != "bitsandbytes":
-        raise InputError(
-            f"{path}: weights quantized by {method!r} cannot be read; "
-            f"{suggest(method, ['bitsandbytes'])} (or give the unquantized model)"
-        )
+    stated = tree.get("quantization_config", tree.get("compression_config"))
+    if isinstance(stated, dict):
+        try:
+            stored_type(stated)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
 
 
 def _no_config(folder: Path) -> InputError:

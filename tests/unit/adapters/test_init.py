@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qdora.adapters.init import INITS
 from qdora.adapters.inject import adapted_layers, inject
@@ -21,6 +21,7 @@ from qdora.errors import InputError
 from qdora.models.load import load_base, load_model, load_with_adapter
 from qdora.models.sources import open_checkpoint
 from tests.axes import adapter_config
+from tests.tiny import write_tiny_model
 
 from .oracle import move_off_the_identity, relative
 
@@ -126,11 +127,28 @@ def test_pissa_starts_from_the_top_singular_vectors(tiny_model_folder, quantizat
         assert relative(layer.magnitude.value(), w_OI.norm(dim=1)) < bound
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_olora_starts_from_the_qr_decomposition(tiny_model_folder, dora):
+    """Catches: rows of Q for columns, a scale in the factors, a residual that keeps what they took over."""
+    model = model_of(tiny_model_folder)
+    before, name = logits(model), "model.layers.1.mlp.up_proj"
+    w_OI = model.get_submodule(name).base.dense()
+    inject(model, adapter_config("dora" if dora else "lora", r=8, alpha=24.0, init="olora", dtype="float32"))
+    assert relative(logits(model), before) < 3e-3
+    update = adapted_layers(model)[name].update
+    q, r = torch.linalg.qr(w_OI)
+    assert relative(update.b_OR, q[:, :8]) < 1e-5
+    assert relative(update.a_RI, r[:8]) < 1e-5
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_pissa_adapter_goes_onto_the_base_again(tiny_model_folder, tmp_path, quantization):
+def test_an_adapter_made_of_the_weight_goes_onto_the_base_again(
+    tiny_model_folder, tmp_path, quantization, init
+):
     """Catches: trained factors on the base that was loaded, which still has what they took over."""
     model = model_of(tiny_model_folder, quantization)
-    inject(model, adapter_config(r=8, alpha=24.0, init="pissa", dtype="float32"))
+    inject(model, adapter_config(r=8, alpha=24.0, init=init, dtype="float32"))
     with torch.no_grad():
         for layer in adapted_layers(model).values():
             layer.update.b_OR.mul_(1.1)
@@ -140,20 +158,124 @@ def test_a_pissa_adapter_goes_onto_the_base_again(tiny_model_folder, tmp_path, q
     load_adapter(again, tmp_path / "saved")
     assert torch.equal(logits(again), logits(model))
     save_adapter(again, tmp_path / "twice")
-    files = [(tmp_path / n / "adapter_model.safetensors").read_bytes() for n in ("saved", "twice")]
-    assert files[0] == files[1]
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "saved" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     with pytest.raises((KeyError, ValueError), match="QDORA"):
         peft.PeftModel.from_pretrained(base, tmp_path / "saved")
 
 
-def test_a_pissa_adapter_of_peft_is_refused(tiny_model_folder, tmp_path):
+def peft_adapter(base, folder, init, *, dora=False, **settings):
+    """An adapter that PEFT trained a little, saved without conversion."""
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=9,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights=init,
+        use_dora=dora,
+        **settings,
+    )
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(folder)
+
+
+def peft_base_model(folder, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+# PEFT keeps the residual in the dtype of the weights, and so do we: the model is stored as PEFT loads it.
+@pytest.mark.parametrize(
+    ("init", "dtype", "rslora", "dora"),
+    [
+        ("pissa", torch.float32, True, True),
+        ("pissa", torch.bfloat16, False, False),
+        ("pissa", torch.bfloat16, False, True),
+        ("olora", torch.float32, False, True),
+        ("OLoRA", torch.bfloat16, True, False),
+        ("eva", torch.float32, False, False),
+        (False, torch.float32, False, False),
+    ],
+)
+def test_peft_derives_the_base_anew_and_so_do_we(tmp_path, init, dtype, rslora, dora):
     """Catches: factors whose base PEFT derives anew when it loads them, put onto the original base:
     logits that are wrong by 28 to 42%."""
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
-    peft.get_peft_model(base, config).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="init_lora_weights = 'pissa' is not supported"):
+    folder = write_tiny_model(tmp_path / "model", dtype=dtype)
+    peft_adapter(peft_base_model(folder, dtype), tmp_path / "theirs", init, use_rslora=rslora, dora=dora)
+    theirs = (
+        peft.PeftModel.from_pretrained(peft_base_model(folder, dtype), tmp_path / "theirs").float().eval()
+    )
+    ours = model_of(folder)
+    load_adapter(ours, tmp_path / "theirs")
+    assert relative(logits(ours), logits(theirs)) < 1e-5
+    save_adapter(ours, tmp_path / "ours")
+    again = model_of(folder)
+    load_adapter(again, tmp_path / "ours")
+    assert relative(logits(again), logits(ours)) < 1e-6
+    save_adapter(again, tmp_path / "twice")
+    files = [tmp_path / name / "adapter_config.json" for name in ("ours", "twice")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def four_bit_model(folder):
+    """The model with bitsandbytes' layers, as transformers makes them."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+
+
+def test_olora_of_peft_on_nf4(tmp_path):
+    """Catches: a residual of other weights than the dequantized ones, or one that is not quantized again."""
+    # Rows of whole blocks: bitsandbytes takes wrong scales of others on CPUs with AVX512.
+    folder = write_tiny_model(tmp_path / "model", dtype=torch.float32, intermediate_size=128)
+    peft_adapter(four_bit_model(folder), tmp_path / "theirs", "olora")
+    # In evaluation bitsandbytes repacks its weights on some CPUs and rounds their scales.
+    theirs = peft.PeftModel.from_pretrained(four_bit_model(folder), tmp_path / "theirs").train()
+    ours = four_bit_model(folder).train()
+    load_adapter(ours, tmp_path / "theirs")
+    assert relative(logits(ours), logits(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize("route", ["load_base", "bitsandbytes"])
+def test_pissa_of_peft_on_nf4_is_refused(tmp_path, route):
+    """Catches: singular vectors of a quantized weight, which PEFT refuses: not the adapter's base."""
+    folder = write_tiny_model(tmp_path / "model")
+    peft_adapter(peft_base_model(folder, torch.float32), tmp_path / "theirs", "pissa")
+    with pytest.raises(TypeError, match="initialize PiSSA under float32"):
+        peft.PeftModel.from_pretrained(four_bit_model(folder), tmp_path / "theirs")
+    model = model_of(folder, "nf4") if route == "load_base" else four_bit_model(folder)
+    with pytest.raises(InputError, match=r"'pissa' is made of an unquantized weight.* load the model with"):
+        load_adapter(model, tmp_path / "theirs")
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("init", "words"),
+    [
+        ("pissa_niter_4", "at random, anew at every load; convert the adapter in PEFT"),
+        ("corda", "path_initial_model_for_weight_conversion"),
+        ("lora_ga", "path_initial_model_for_weight_conversion"),
+        ("loftq", "save that base"),
+        ("mica", "B would have to stay"),
+        ("pizza", "an unknown start"),
+        (1, "an unknown start"),
+        (None, "an unknown start"),
+    ],
+)
+def test_a_start_whose_base_cannot_be_had_is_refused(tiny_model_folder, tmp_path, init, words):
+    """Catches: a start of PEFT's that changes the base in a way that the file does not tell, ignored."""
+    peft_adapter(peft_base_model(tiny_model_folder, torch.float32), tmp_path, True)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    with pytest.raises(
+        InputError, match=rf"init_lora_weights = {init!r} is not supported: .*{words}.*; allowed: True"
+    ):
         load_adapter(model_of(tiny_model_folder), tmp_path)
 
 
@@ -161,12 +283,14 @@ def test_starts_from_full_weights_are_refused_under_fsdp(tiny_model_folder, tmp_
     """Catches: singular vectors of one rank's rows."""
     saved = model_of(tiny_model_folder)
     inject(saved, adapter_config(r=4, init="pissa"))
-    save_adapter(saved, tmp_path)
+    save_adapter(saved, tmp_path / "ours")
+    peft_adapter(peft_base_model(tiny_model_folder, torch.float32), tmp_path / "theirs", "olora")
     settings = ModelConfig(path=str(tiny_model_folder), quantization="none", dtype="float32")
     context = DistributedContext()
     context.fsdp = FsdpSettings()
     checkpoint = open_checkpoint(settings.path)
     with pytest.raises(InputError, match=r"adapter\.init: the update of model\.layers\.0.*under FSDP"):
         load_model(checkpoint, settings, context, lambda m: inject(m, adapter_config(r=4, init="pissa")))
-    with pytest.raises(InputError, match="started from full weights does not go onto a sharded base"):
-        load_with_adapter(checkpoint, settings, context, tmp_path)
+    for name in ("ours", "theirs"):
+        with pytest.raises(InputError, match="started from full weights does not go onto a sharded base"):
+            load_with_adapter(checkpoint, settings, context, tmp_path / name)

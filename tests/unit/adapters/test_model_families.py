@@ -19,6 +19,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -145,6 +147,18 @@ def test_gpt2_is_refused_by_name(tmp_path):
     gpt2().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"Conv1D"):
         load_base(str(tmp_path))
+
+
+def test_experts_are_refused_by_name():
+    """Catches: 'matches no linear layer; did you mean q_proj?' for the feed-forward layers of a mixture."""
+    model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+    words = (
+        r"'up_proj' matches no linear layer of this MixtralForCausalLM; a mixture of experts is not supported"
+    )
+    for key in ("targets", "magnitude_targets"):
+        with pytest.raises(InputError, match=words):
+            inject(model, adapter_config(r=4, **{"targets": ("q_proj",), key: ("q_proj", "up_proj")}))
+    assert len(inject(model, adapter_config(r=4, targets=("q_proj",))).update_layers) == 2
 
 
 def test_a_linear_that_two_modules_share_is_refused_by_name():

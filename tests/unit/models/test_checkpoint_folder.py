@@ -251,7 +251,7 @@ def test_remote_code_is_refused(tmp_path: Path) -> None:
         ('{"model_type": "llama", "hidden_size": "wide"}', "cannot be used"),
         (
             '{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}',
-            "'gptq' cannot be read; allowed: bitsandbytes",
+            "quantized by GPTQ cannot be read; allowed: bitsandbytes",
         ),
     ],
 )

@@ -286,6 +286,9 @@ def test_unsupported_architectures_and_features(tmp_path: Path) -> None:
     model = tiny_model()
     with pytest.raises(InputError, match="'gemma2' cannot be read from GGUF; allowed: llama, qwen2"):
         opened(write_gguf(tmp_path / "a.gguf", model, architecture="gemma2"))
+    mixture = {"architecture": "qwen3moe", "qwen3moe__expert_count": 128}
+    with pytest.raises(InputError, match="qwen3moe: a mixture of 128 experts is not supported"):
+        opened(write_gguf(tmp_path / "a.gguf", model, **mixture))
     for metadata, message in [
         ({"llama__expert_count": 8}, "mixture of 8 experts"),
         ({"llama__rope__scaling__type": "yarn"}, "rope scaling 'yarn'"),

@@ -13,12 +13,14 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, Qwen3MoeConfig
 
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.layer import AdaptedLinear
 from qdora.errors import CheckpointError, InputError
+from qdora.models.build import build_architecture
 from qdora.models.load import load_base
+from qdora.quant import Quantization
 from qdora.quant.nf4 import NF4Weight
 from tests.tiny import write_tiny_model
 
@@ -115,18 +117,76 @@ def test_a_stored_layers_statistics_are_checked(whole_blocks, tmp_path, change, 
         load_base(str(tmp_path))
 
 
-def test_other_quantizations_are_refused(tiny_model_folder, tmp_path):
-    """Catches: codes of other formats read as if they were NF4."""
+BITSANDBYTES = {"quant_method": "bitsandbytes"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        (
+            BITSANDBYTES | {"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"},
+            "bitsandbytes to 4 bits of type 'nf3'",
+        ),
+        (
+            BITSANDBYTES | {"load_in_8bit": True, "load_in_4bit": False},
+            r"bitsandbytes to 8 bits \(LLM.int8\)",
+        ),
+        ({"load_in_8bit": True}, r"bitsandbytes to 8 bits \(LLM.int8\)"),
+        (BITSANDBYTES, "bitsandbytes in a way that its settings do not tell"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ, 4 bits"),
+        ({"quant_method": "awq", "w_bit": 4}, "AWQ, 4 bits"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, r"8-bit floats \(fp8\)"),
+        ({"quant_method": "compressed-tensors"}, r"llm-compressor \(compressed-tensors\)"),
+        ({"quant_method": "mxfp4"}, r"MXFP4 \(4-bit floats\)"),
+        ({"quant_method": "hqq"}, "'hqq'"),
+    ],
+)
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_other_quantizations_are_refused_by_what_they_are(tmp_path, stated, words, quantization):
+    """Catches: codes of other formats read as if they were NF4; 'quantized as bitsandbytes; allowed:
+    bitsandbytes' for a checkpoint in its 8 bits; a refusal that does not say what to do."""
     folder = write_tiny_model(tmp_path / "m")
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    for quantization, word in (
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}, "nf3"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stated}))
+    with pytest.raises(
+        InputError, match=f"weights quantized by {words} cannot be read; allowed: .* nf4 and fp4, or"
     ):
-        path.write_text(json.dumps(config | {"quantization_config": quantization}))
-        with pytest.raises(InputError, match=f"quantized as '{word}'"):
-            load_base(str(folder))
+        load_base(str(folder), quantization=quantization)
+
+
+def test_an_8_bit_checkpoint_of_bitsandbytes_is_refused_by_name(tiny_model_folder, tmp_path):
+    """Catches: a real one whose settings say it otherwise than those above."""
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tiny_model_folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    quantized.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"bitsandbytes to 8 bits \(LLM.int8\) cannot be read"):
+        load_base(str(tmp_path))
+
+
+MOE_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+MIXTURES = {
+    "mixtral": MixtralConfig(**MOE_SIZES, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(**MOE_SIZES, num_experts=4, moe_intermediate_size=16),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_of_experts_is_refused_by_name(tmp_path, family):
+    """Catches: '26 tensors have no place', which reads as a broken file."""
+    AutoModelForCausalLM.from_config(MIXTURES[family]).save_pretrained(tmp_path)
+    words = r"ForCausalLM: a mixture of experts is not supported: .* 3-D parameters.*mlp\.experts"
+    with pytest.raises(InputError, match=words):
+        load_base(str(tmp_path))
+    with pytest.raises(InputError, match=words):
+        build_architecture(MIXTURES[family], torch.bfloat16, Quantization("nf4"), torch.bfloat16)
 
 
 def test_only_the_decoders_linear_layers_are_quantized(tiny_model_folder):

@@ -1,0 +1,243 @@
+"""Random small architectures and adapters against PEFT: outputs, gradients, merged weights, files both ways.
+
+A case follows from its seed alone: `python -m tools.campaign architectures --count 1 --seed N` repeats it.
+
+Dense bases compute in float64, where nothing but the order of operations differs: a step in float32 anywhere
+shows as 1e-8.  4-bit bases, starts and attention that are made in float32, and models that `load_base` reads
+compute in float32; there the sums of up to 128 products in up to 3 layers with their norms leave some tens of
+its 6e-8.
+"""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+from torch import nn
+
+from qdora.adapters.inject import adapted_layers, merge_adapters, unmerge_adapters
+from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.lora import LoraUpdate
+from qdora.adapters.peft_io import load_adapter, save_adapter
+from qdora.errors import InputError
+from qdora.export.write import merged_tensors
+from qdora.models.load import load_base
+from tools.campaign.report import Report
+from tools.campaign.small_models import Case, make_case, make_model
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5}
+"""Largest relative error, as a norm; of what went through a float32 file, the second one."""
+
+LEAST = {torch.float64: 1e-100, torch.float32: 1e-15}
+"""A row whose square is no longer seen beside others, and whose norm PEFT still divides by."""
+
+
+class DiffersError(Exception):
+    """Ours and PEFT's are not equal; says what and by how much."""
+
+
+def check(case: Case, folder: Path) -> str:
+    """Try one case.
+
+    Returns: how it ended as promised.
+    Raises: DiffersError: it did not.
+    """
+    theirs = _with_values(peft.get_peft_model(make_model(case), case.settings), case)
+    theirs.save_pretrained(folder / "theirs")
+    outcome = "equal"
+    if case.zero == "both" and case.dora:
+        if bool(_outputs(theirs, case).isfinite().all()):
+            raise DiffersError("PEFT divides by the norm of a zero row and is finite")
+        theirs = peft.PeftModel.from_pretrained(
+            make_model(case, LEAST[case.dtype]), folder / "theirs", is_trainable=True
+        )
+        theirs.train().to(case.dtype)
+        outcome = "equal, where PEFT alone gives NaN"
+    if case.init in ("pissa", "olora"):  # the factors were made of a base that PEFT has changed by now
+        theirs = peft.PeftModel.from_pretrained(
+            make_model(case), folder / "theirs", is_trainable=True
+        ).train()
+    ours = _ours(case, folder)
+    load_adapter(ours, folder / "theirs")
+    _compare("outputs", _outputs(ours, case), _outputs(theirs, case), BOUNDS[case.dtype])
+    _compare_gradients(ours, theirs, case)
+    _compare_merged(ours, theirs, case)
+    _move(ours, case)
+    save_adapter(ours, folder / "ours")
+    again = _ours(case, folder)
+    load_adapter(again, folder / "ours")
+    # A magnitude is stored in float32.
+    rounded = BOUNDS[torch.float32] if case.dora else BOUNDS[case.dtype]
+    _compare("our file, read here", _outputs(again, case), _outputs(ours, case), rounded)
+    if case.init in ("pissa", "olora"):
+        return outcome
+    base = make_model(case, LEAST[case.dtype] if case.dora and case.zero == "both" else 0.0)
+    back = peft.PeftModel.from_pretrained(base, folder / "ours").train().to(case.dtype)
+    _compare("our file, read by PEFT", _outputs(ours, case), _outputs(back, case), rounded)
+    return outcome
+
+
+def _ours(case: Case, folder: Path) -> nn.Module:
+    if not case.loaded:
+        return make_model(case)
+    if not (folder / "base").exists():
+        make_model(case).save_pretrained(folder / "base")
+    return load_base(folder / "base", quantization="none", dtype="float32", device="cpu")[0].train()
+
+
+@torch.no_grad()
+def _with_values(model: nn.Module, case: Case) -> nn.Module:
+    """PEFT's model with values off the identity, that float32 holds."""
+    model.to(case.dtype)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if "lora_A" not in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter)).add_(
+                    0.0 if "magnitude" in name else 0.1 * torch.randn_like(parameter)
+                )
+            if case.zero == "both" and ("lora_B" in name or "magnitude" in name) and "lm_head" not in name:
+                parameter[0] = 0.0
+            parameter.copy_(parameter.float())
+    return model.train()
+
+
+@torch.no_grad()
+def _move(model: nn.Module, case: Case) -> None:
+    """Another state of our adapter: A, B and the offset of the magnitude."""
+    for layer in adapted_layers(model).values():
+        if isinstance(layer.update, LoraUpdate):
+            layer.update.a_RI.mul_(1 + 0.1 * torch.randn_like(layer.update.a_RI))
+            layer.update.b_OR.mul_(1 + 0.1 * torch.randn_like(layer.update.b_OR))
+        if layer.magnitude is not None:
+            offset_O = 0.1 * torch.randn_like(layer.magnitude.offset_O)
+            zero = layer.magnitude.initial_O < 1e-9
+            layer.magnitude.offset_O.copy_(offset_O.masked_fill(zero, 0.0))
+
+
+def _ids(case: Case) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(case.seed)
+    return torch.randint(3, case.config.vocab_size, (2, 7), generator=generator)
+
+
+def _outputs(model: nn.Module, case: Case) -> torch.Tensor:
+    return model(input_ids=_ids(case), use_cache=False).logits
+
+
+def _compare(what: str, got: torch.Tensor, expected: torch.Tensor, bound: float) -> None:
+    got, expected = got.detach().double(), expected.detach().double()
+    error = float((got - expected).norm() / (expected.norm() + torch.finfo(torch.float64).tiny))
+    if not error <= bound:
+        raise DiffersError(f"{what} differ by {error:.1e}, allowed {bound:.0e}")
+
+
+NAMES = {
+    "update.a_RI": "lora_A.default.weight",
+    "update.b_OR": "lora_B.default.weight",
+    "update.d_R": "vera_lambda_d.default",
+    "update.b_O": "vera_lambda_b.default",
+    "magnitude.offset_O": "lora_magnitude_vector.default.weight",
+}
+
+
+def _compare_gradients(ours: nn.Module, theirs: nn.Module, case: Case) -> None:
+    for parameter in ours.parameters():
+        if parameter.requires_grad:
+            parameter.grad_dtype = case.dtype
+    for model in (ours, theirs):
+        logits = _outputs(model, case)
+        torch.manual_seed(case.seed + 1)
+        (logits * torch.randn_like(logits)).sum().backward()
+    expected = dict(theirs.named_parameters())
+    count = 0
+    for name, layer in adapted_layers(ours).items():
+        for key, parameter in layer.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            pair = [parameter.grad, expected[f"base_model.model.{name}.{NAMES[key]}"].grad]
+            if case.zero == "both" and case.dora and name != "lm_head" and "a_RI" not in key:
+                pair = [gradient[1:] for gradient in pair]  # PEFT's are 0/0 of the zero row
+            _compare(f"gradients of {name}.{key}", pair[0], pair[1], BOUNDS[case.dtype])
+            count += 1
+    if count != sum(parameter.requires_grad for parameter in theirs.parameters()):
+        raise DiffersError(f"{count} parameters are trained, PEFT trains another number of them")
+
+
+def _compare_merged(ours: nn.Module, theirs: nn.Module, case: Case) -> None:
+    unmerged = _outputs(ours, case)
+    merge_adapters(ours, case.dtype)
+    with torch.no_grad():
+        _compare("merged outputs", _outputs(ours, case), unmerged, BOUNDS[case.dtype])
+    unmerge_adapters(ours)
+    if case.loaded:
+        plain = make_model(case)
+        plain.load_state_dict(
+            dict(merged_tensors(ours, torch.float32)), strict=not case.config.tie_word_embeddings
+        )
+        _compare("exported outputs", _outputs(plain, case), unmerged, BOUNDS[case.dtype])
+    for name, layer in adapted_layers(ours).items():
+        of_peft = theirs.base_model.model.get_submodule(name)
+        expected = _merged_by_peft(of_peft, layer, case)
+        _compare(f"merged {name}", layer.merged(case.dtype), expected, BOUNDS[case.dtype])
+
+
+@torch.no_grad()
+def _merged_by_peft(module: Any, layer: AdaptedLinear, case: Case) -> torch.Tensor:
+    base = module.get_base_layer()
+    if case.quantization == "none" or type(base) is nn.Linear:
+        module.merge()
+        merged = base.weight.clone()
+        module.unmerge()
+        return merged
+    # Merging into 4 bits rounds: what PEFT would round, from PEFT's own parts.
+    w_OI = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    w_OI = w_OI + module.get_delta_weight("default")
+    if layer.magnitude is None:
+        return w_OI
+    return w_OI * (module.lora_magnitude_vector["default"].weight / w_OI.norm(dim=1))[:, None]
+
+
+def run(count: int, seed: int, folder: Path) -> Report:
+    """Try `count` cases, the first of them with `seed`."""
+    report = Report("architectures")
+    with _quiet():
+        for number in range(seed, seed + count):
+            case = make_case(number)
+            kind = f"{case.family}, {case.quantization}"
+            attempt(report, kind, str(case), lambda case=case: check(case, folder / str(case.seed)))
+    return report
+
+
+def attempt(report: Report, kind: str, line: str, trial: Callable[[], str]) -> None:
+    """Note how a trial ends: any error is a fault."""
+    try:
+        report.count(kind, trial())
+    except DiffersError as error:
+        report.fault(kind, f"{line}: {error}")
+    except InputError as error:
+        report.fault(kind, f"{line}: refused: {error}")
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        report.fault(kind, f"{line}: {type(error).__name__}: {error} ({where.filename}:{where.lineno})")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the advice of both libraries, thousands of lines of it."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
