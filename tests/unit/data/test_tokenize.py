@@ -53,7 +53,9 @@ def test_too_long(tokenizer, example):
 
 def test_no_tokens(tokenizer, example, monkeypatch):
     """Catches: an example of which only EOS is trained."""
-    monkeypatch.setattr("qdora.data.tokenize._completion_ids", lambda tokenizer, chunk: [[] for _ in chunk])
+    monkeypatch.setattr(
+        "qdora.data.tokenize._completion_ids", lambda tokenizer, chunk, parse: [[] for _ in chunk]
+    )
     with pytest.raises(DataError, match="file:1: no tokens"):
         tokenize_examples([example()], tokenizer, "question_answer", 100, "stop")
 
