@@ -115,8 +115,9 @@ def save_adapter(model: nn.Module, directory: str | Path | None) -> None:
     if fingerprint:
         metadata[_FINGERPRINT] = fingerprint
     directory = Path(directory)
-    write_file(directory / WEIGHTS_FILE, lambda path: write_tensors(path, tensors, metadata))
     write_json(directory / CONFIG_FILE, settings)
+    # Last: a folder with weights is a whole adapter.
+    write_file(directory / WEIGHTS_FILE, lambda path: write_tensors(path, tensors, metadata))
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> InjectionReport:

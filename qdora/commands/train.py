@@ -127,11 +127,15 @@ def train(
             if missing:
                 context.say(f"{directory.metrics_file}: it lacks {missing} of the {start} steps done")
     _train(trainer, directory, config, settings, start, tokenizer, data)
+    steps: list[StepMetrics] = []
+    with context.raise_on_all_ranks():
+        if context.is_main:
+            steps = read_metrics(directory.metrics_file)
+            trained = describe(config.model.quantization, config.adapter, config.training.mode)
+            plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")
+    # Last, since a run that has its adapter counts as finished.
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
-        steps = read_metrics(directory.metrics_file)
-        trained = describe(config.model.quantization, config.adapter, config.training.mode)
-        plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")
         print(_summary(directory, report, steps))
     context.barrier()
     return directory

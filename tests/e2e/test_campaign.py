@@ -21,6 +21,6 @@ def test_killed_runs_reach_the_numbers_of_one_that_was_not(tmp_path, seed):
 def test_commands_on_failing_devices_end_in_order_and_go_on(tmp_path):
     """Catches: a traceback, a lost checkpoint or a leftover where a device is full, broken, read-only or
     gone, where the clock jumps, and where signals come in bursts."""
-    report = devices.run(14, 0, tmp_path)
+    report = devices.run(9, 0, tmp_path)
     assert report.faults == []
-    assert report.tried == 14
+    assert report.tried == 9

@@ -8,12 +8,18 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from qdora import files
+from qdora.adapters import peft_io
 from qdora.cli import run_command
+from qdora.errors import InputError
+from qdora.experiments import plots
+from qdora.run import RunDirectory
 from qdora.training.checkpoint import list_checkpoints
 
 from .runs import finish, metrics, start, tiny_tree, write_config
@@ -120,6 +126,30 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_of_their_steps(
     tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=5, save_every=2)
     assert run_command("train", ["--config", write_config(tmp_path, tree)]) == 0
     assert seen == [(name, step) for step in (2, 4, 5) for name in ("metrics.jsonl", "checkpoints")]
+
+
+@pytest.mark.parametrize("fails", ["loss.png", "adapter_config.json", "adapter_model.safetensors"])
+def test_a_run_without_one_of_its_last_files_is_not_finished(tmp_path, tiny_model_folder, monkeypatch, fails):
+    """Catches: a run that `compare` takes for finished, without its plot or half of its adapter, because it
+    was killed, or its disk was full, in the middle of the last files."""
+    write_file = files.write_file
+
+    def full(path: Path, write: Callable[[Path], object]) -> None:
+        if path.name == fails and "checkpoints" not in path.parts:
+            raise InputError(f"{path}: cannot be written: No space left on device")
+        write_file(path, write)
+
+    tree = tiny_tree(tmp_path, tiny_model_folder, max_steps=2)
+    words = ["--config", write_config(tmp_path, tree)]
+    run = RunDirectory(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        for module in (files, plots, peft_io):
+            patched.setattr(module, "write_file", full)
+        assert run_command("train", words) == 2
+    with pytest.raises(InputError, match="the run has no adapter, it was not finished"):
+        run.finished_adapter()
+    assert run_command("train", [*words, "--resume"]) == 0
+    assert {path.name for path in (*run.path.iterdir(), *run.finished_adapter().iterdir())} >= {fails}
 
 
 def test_resume_refuses_other_settings(uninterrupted, capsys):
