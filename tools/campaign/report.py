@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +39,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**dataclasses.asdict(self), "tried": self.tried}
+        return {"stage": self.stage, "counts": dict(self.counts), "faults": self.faults, "tried": self.tried}
 
     def __str__(self) -> str:
         rows = [*sorted(self.counts.items()), ("all", self.tried)]
