@@ -255,7 +255,7 @@ def _factor_gradients(
         if needs.b_OR:
             grads["b_OR"] = gh_OR if outer_s_O is None else gh_OR * outer_s_O[:, None]
         if needs.outer_O:
-            grad_outer = torch.linalg.vecdot(gh_OR, _wide(factors.b_OR))
+            grad_outer = torch.linalg.vecdot(gh_OR, factors.b_OR.to(gh_OR.dtype))
             grads["outer_O"] = grad_outer if s_O is None else grad_outer * s_O
     return grads, back_NR
 
@@ -280,7 +280,10 @@ def _product(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.T
 
 
 def _outer(b_OR: torch.Tensor, outer_O: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    return b_OR.to(dtype) if outer_O is None else (b_OR * outer_O[:, None]).to(dtype)
+    if outer_O is None:
+        return b_OR.to(dtype)
+    wide = torch.promote_types(b_OR.dtype, dtype)
+    return (b_OR.to(wide) * outer_O[:, None]).to(dtype)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -54,28 +54,30 @@ def check(case: Case, folder: Path) -> str:
     theirs.save_pretrained(folder / "theirs")
     outcome = "equal"
     if case.zero == "both" and case.dora:
-        if bool(_outputs(theirs, case).isfinite().all()):
-            raise DiffersError("PEFT divides by the norm of a zero row and is finite")
+        if not bool(_outputs(theirs, case).isfinite().all()):
+            outcome = "equal, where PEFT alone gives NaN"
         theirs = peft.PeftModel.from_pretrained(
             make_model(case, LEAST[case.dtype]), folder / "theirs", is_trainable=True
         )
         theirs.train().to(case.dtype)
-        outcome = "equal, where PEFT alone gives NaN"
     if case.init in ("pissa", "olora"):  # the factors were made of a base that PEFT has changed by now
         theirs = peft.PeftModel.from_pretrained(
             make_model(case), folder / "theirs", is_trainable=True
         ).train()
     ours = _ours(case, folder)
     load_adapter(ours, folder / "theirs")
-    _compare("outputs", _outputs(ours, case), _outputs(theirs, case), BOUNDS[case.dtype])
-    _compare_gradients(ours, theirs, case)
-    _compare_merged(ours, theirs, case)
+    bound = BOUNDS[case.dtype]
+    if case.init == "olora":  # W - c B A, and c B A beside it: what rounding leaves of them grows with c
+        bound *= max(1.0, *(layer.update.scale for layer in adapted_layers(ours).values() if layer.update))
+    _compare("outputs", _outputs(ours, case), _outputs(theirs, case), bound)
+    _compare_gradients(ours, theirs, case, bound)
+    _compare_merged(ours, theirs, case, bound)
     _move(ours, case)
     save_adapter(ours, folder / "ours")
     again = _ours(case, folder)
     load_adapter(again, folder / "ours")
     # A magnitude is stored in float32.
-    rounded = BOUNDS[torch.float32] if case.dora else BOUNDS[case.dtype]
+    rounded = max(bound, BOUNDS[torch.float32]) if case.dora else bound
     _compare("our file, read here", _outputs(again, case), _outputs(ours, case), rounded)
     if case.init in ("pissa", "olora"):
         return outcome
@@ -147,7 +149,7 @@ NAMES = {
 }
 
 
-def _compare_gradients(ours: nn.Module, theirs: nn.Module, case: Case) -> None:
+def _compare_gradients(ours: nn.Module, theirs: nn.Module, case: Case, bound: float) -> None:
     for parameter in ours.parameters():
         if parameter.requires_grad:
             parameter.grad_dtype = case.dtype
@@ -164,28 +166,28 @@ def _compare_gradients(ours: nn.Module, theirs: nn.Module, case: Case) -> None:
             pair = [parameter.grad, expected[f"base_model.model.{name}.{NAMES[key]}"].grad]
             if case.zero == "both" and case.dora and name != "lm_head" and "a_RI" not in key:
                 pair = [gradient[1:] for gradient in pair]  # PEFT's are 0/0 of the zero row
-            _compare(f"gradients of {name}.{key}", pair[0], pair[1], BOUNDS[case.dtype])
+            _compare(f"gradients of {name}.{key}", pair[0], pair[1], bound)
             count += 1
     if count != sum(parameter.requires_grad for parameter in theirs.parameters()):
         raise DiffersError(f"{count} parameters are trained, PEFT trains another number of them")
 
 
-def _compare_merged(ours: nn.Module, theirs: nn.Module, case: Case) -> None:
+def _compare_merged(ours: nn.Module, theirs: nn.Module, case: Case, bound: float) -> None:
     unmerged = _outputs(ours, case)
     merge_adapters(ours, case.dtype)
     with torch.no_grad():
-        _compare("merged outputs", _outputs(ours, case), unmerged, BOUNDS[case.dtype])
+        _compare("merged outputs", _outputs(ours, case), unmerged, bound)
     unmerge_adapters(ours)
     if case.loaded:
         plain = make_model(case)
         plain.load_state_dict(
             dict(merged_tensors(ours, torch.float32)), strict=not case.config.tie_word_embeddings
         )
-        _compare("exported outputs", _outputs(plain, case), unmerged, BOUNDS[case.dtype])
+        _compare("exported outputs", _outputs(plain, case), unmerged, bound)
     for name, layer in adapted_layers(ours).items():
         of_peft = theirs.base_model.model.get_submodule(name)
         expected = _merged_by_peft(of_peft, layer, case)
-        _compare(f"merged {name}", layer.merged(case.dtype), expected, BOUNDS[case.dtype])
+        _compare(f"merged {name}", layer.merged(case.dtype), expected, bound)
 
 
 @torch.no_grad()

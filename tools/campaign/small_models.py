@@ -80,7 +80,9 @@ def make_case(seed: int) -> Case:
     settings = (_vera if rng.random() < 0.12 else _lora)(rng, layers, config, quantization)
     made = getattr(settings, "init_lora_weights", True) in ("pissa", "olora")
     loaded = quantization == "none" and rng.random() < 0.25
-    zero = rng.choice(["none", "none", "weight", "both"]) if quantization == "none" and not made else "none"
+    zero = rng.choice(["none", "none", "weight", "both"])
+    if quantization != "none" or made or settings.target_modules == {"lm_head"}:
+        zero = "none"
     # Gemma 2's attention computes its probabilities in float32.
     exact = quantization == "none" and not made and not loaded and family != "gemma2"
     dtype = torch.float64 if exact else torch.float32
@@ -126,8 +128,8 @@ def _lora(
 ) -> peft.LoraConfig:
     targets = _targets(rng, layers)
     largest = min(min(shape) for name, shape in layers.items() if name.rsplit(".", 1)[-1] in targets)
-    dense = ["pissa"] if quantization == "none" else []
-    init = rng.choice([True, True, True, False, "gaussian", "orthogonal", "olora", *dense])
+    dense = ["pissa", "orthogonal"] if quantization == "none" else []  # PEFT makes no others
+    init = rng.choice([True, True, True, False, "gaussian", "olora", *dense])
     step = 2 if init == "orthogonal" else 1
 
     def rank() -> int:
@@ -136,7 +138,8 @@ def _lora(
     settings: dict[str, Any] = {}
     inside = [name for name in targets if name != "lm_head"]
     if inside and rng.random() < 0.3:
-        settings["rank_pattern"] = {rng.choice(inside): rank(), rf"layers\.0\..*{inside[0]}": rank()}
+        ranks = {rng.choice(inside): rank(), rf"layers\.0\..*{inside[0]}": rank()}
+        settings["rank_pattern"] = dict(sorted(ranks.items()))  # as PEFT writes them: the first one counts
     if inside and rng.random() < 0.3:
         settings["alpha_pattern"] = {rf".*{rng.choice(inside)}": rng.randint(1, 40)}
     if inside and rng.random() < 0.15:

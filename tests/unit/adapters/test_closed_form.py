@@ -240,3 +240,16 @@ def test_cuda_matches_the_closed_form(method, norm, dtype, bound):
     layer = make_layer(method, inputs=256, outputs=128, bias=False, norm_gradient=norm).to("cuda")
     x, g = (torch.randn(64, side, device="cuda").to(dtype) for side in (256, 128))
     assert_close(gradients(layer, x, g), expected_gradients(layer, x, g, exact=norm == "exact"), bound)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "dvora", "magnitude"])
+def test_a_float64_base_is_computed_in_float64(method):
+    """Catches: a product of float32 parameters that is rounded before it meets the wider input."""
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40).double()
+    config = adapter_config(method, r=5, alpha=12.0, dtype="float32")
+    layer = move_off_the_identity(AdaptedLinear.from_linear(linear, config, quantization="none"))
+    x, g = torch.randn(7, 24, dtype=torch.float64), torch.randn(7, 40, dtype=torch.float64)
+    got, expected = gradients(layer, x, g), expected_gradients(layer, x, g)
+    for name in ("x", "y"):
+        assert relative(got[name], expected[name]) < 1e-13

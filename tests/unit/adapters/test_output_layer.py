@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.adapters.peft_io import load_adapter, save_adapter
-from qdora.errors import InputError
+from qdora.errors import CheckpointError, InputError
 from qdora.export.write import merge_and_export, merged_onto
 from qdora.models.load import load_base
 from qdora.models.sources import open_checkpoint
@@ -109,6 +109,31 @@ def test_the_base_weight_that_peft_saves_beside_an_output_layers_adapter(untied,
         with pytest.raises(
             InputError, match=r"has a weight of (lm_head|model\.embed_tokens) that is not the base's"
         ):
+            load_adapter(loaded(untied), tmp_path)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_vera_on_the_output_layer(untied, tmp_path, saved):
+    """Catches: the copy of the output layer taken for VeRA's matrices, which then seem missing; matrices
+    that the settings say are there, drawn from the seed instead."""
+    torch.manual_seed(0)
+    config = peft.VeraConfig(r=4, target_modules=[*TARGETS], save_projection=saved)
+    theirs = peft.get_peft_model(plain(untied), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "vera_lambda" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    model = loaded(untied)
+    load_adapter(model, tmp_path)
+    assert relative(logits(model), logits(theirs.eval())) < 1e-5
+    if saved:
+        path = tmp_path / "adapter_model.safetensors"
+        save_file(
+            {key: t for key, t in load_file(path).items() if "vera_A" not in key and "vera_B" not in key},
+            path,
+        )
+        with pytest.raises(CheckpointError, match=r"base_model\.vera_A is missing"):
             load_adapter(loaded(untied), tmp_path)
 
 
