@@ -55,6 +55,9 @@ def build_model(checkpoint: Checkpoint, compute: torch.dtype, quantization: Quan
     if _stored_quantization(checkpoint, quantization):
         quantization = Quantization("none")  # for layers that were left as they are
     model = _architecture(checkpoint.config, checkpoint.origin, compute)
+    generation_config = checkpoint.generation_config()
+    if generation_config is not None:
+        model.generation_config = generation_config
     names = frozenset(checkpoint.names())
     tied = _tied_output(model)
     unused = names & {f"{tied}.weight"}
