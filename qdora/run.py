@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qdora.config import RunConfig
 from qdora.config_file import apply_overrides, check_config, dump_config, load_config
 from qdora.errors import InputError
 from qdora.files import clear_leftovers, read_json, remove, write_json, write_text
+from qdora.output import LOCK, locked
 
 QUICKSTART = "configs/quickstart.yaml"
 _VERSIONED = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors", "qdora")
@@ -45,13 +47,18 @@ class RunDirectory:
         """Whether a run has been started here."""
         return self.config_file.exists() or self.metrics_file.exists() or self.checkpoints.exists()
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from writing this run, or from using its adapter while it is written.
+
+        Raises: InputError: another process does; the folder cannot be written.
+        """
+        return locked(self.path / LOCK, f"output.dir {self.path}")
+
     def refuse_if_used(self, overwrite: bool) -> None:
         """Refuse to write over a run unless `overwrite`.
 
-        Raises: InputError: there is one, or something that is not a folder.
+        Raises: InputError: there is one.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"output.dir {self.path}: exists and is not a folder")
         if self.holds_run() and not overwrite:
             raise InputError(
                 f"output.dir {self.path} already holds a run; continue it with --resume, replace it "
@@ -224,6 +231,15 @@ class Target:
     config: RunConfig
     adapter: Path | None
     directory: RunDirectory | None
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from training the run whose own adapter is used; others may use it too.
+
+        Raises: InputError: another process trains it.
+        """
+        if self.directory is None or self.adapter != self.directory.adapter:
+            return nullcontext()
+        return locked(self.directory.path / LOCK, f"--run {self.directory.path}", shared=True)
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:

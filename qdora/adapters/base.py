@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qdora.config import AdapterConfig, UpdateType
+from qdora.errors import InputError
 from qdora.quant.base import FrozenWeight, Shard
 
 
@@ -294,6 +295,16 @@ def full_tensor(parameter: torch.Tensor, storage: torch.dtype) -> torch.Tensor:
     if isinstance(stored, DTensor):
         stored = stored.full_tensor()
     return stored.to(storage)
+
+
+def refuse_non_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raises: InputError: a value is NaN or infinite; `where` and the tensor are named."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            kind = "NaN" if tensor.isnan().any() else "infinite values"
+            raise InputError(
+                f"{where}: tensor {name} holds {kind}: its training diverged, or the file is damaged"
+            )
 
 
 @torch.no_grad()

@@ -137,6 +137,19 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     }
 
 
+@torch.no_grad()
+def refuse_overflow(model: nn.Module, where: str) -> None:
+    """Refuse an adapter whose weight norms overflow: divided by infinity, a layer would add nothing, unseen.
+
+    Args:
+        model: not sharded.
+    Raises: InputError: `where` and the layer are named.
+    """
+    for name, layer in adapted_layers(model).items():
+        if layer.magnitude is not None and not torch.isfinite(layer.weight_norm()).all():
+            raise InputError(f"{where}: values of {name} are so large that the norm of its weight overflows")
+
+
 def initial_update_fingerprint(model: nn.Module) -> str:
     """Digest of the initial values of all updates, of which arms of a comparison may have to agree.
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qdora.adapters import UPDATES
-from qdora.adapters.base import LowRankUpdate, assign_full, full_tensor
+from qdora.adapters.base import LowRankUpdate, assign_full, full_tensor, refuse_non_finite
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import full_report, full_tensors, is_fully_trained, load_full
 from qdora.adapters.inject import InjectionReport, Linear, adapted_layers, inject, layer_config, linear_layers
@@ -141,11 +141,12 @@ def load_adapter(model: nn.Module, directory: str | Path) -> InjectionReport:
 def read_saved(directory: Path) -> SavedAdapter:
     """Read an adapter folder.
 
-    Raises: InputError: files missing, a kind or a setting that is not supported.
+    Raises: InputError: files missing, a kind or a setting that is not supported, values that are not finite.
         CheckpointError: the weights file is truncated or corrupt.
     """
     settings = _read_settings(directory)
     tensors, metadata = _read_weights(directory)
+    refuse_non_finite(tensors, str(directory / WEIGHTS_FILE))
     layers: dict[str, dict[str, torch.Tensor]] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
@@ -350,6 +351,10 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such adapter folder")
     path = directory / CONFIG_FILE
+    below = sorted(found.parent.name for found in directory.glob(f"*/{CONFIG_FILE}"))
+    if below and not path.is_file():
+        named = ", ".join(f"{name}/" for name in below)
+        raise InputError(f"{path}: no such file; {directory} holds adapters, name one of them: {named}")
     settings: dict[str, Any] = read_json(path)
     allowed = (*(kind.peft_type for kind in _KINDS), OWN_TYPE)
     kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__

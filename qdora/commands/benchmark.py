@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from qdora.data.batches import Batch, BatchPlan, collate
 from qdora.errors import InputError
 from qdora.files import write_json
 from qdora.models.load import compute_dtype, resolve_device
+from qdora.output import check_file
 from qdora.quant.base import TILE_BYTES
 from qdora.resources import keep_freed_memory
 
@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Entry of the command."""
     peft_module()
     _check(arguments)
+    figures = check_file(arguments.json, "--json")
     device = resolve_device(arguments.device)
     dtype = compute_dtype(arguments.dtype, device)
     keep_freed_memory()  # for PEFT's arms as well
@@ -57,8 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
     machine = describe_machine(device)
     measured = (_layers if arguments.what == "layer" else _train)(arguments, dtype, device)
     print(f"\n{machine['device']}, {machine['threads']} threads, {dtype}")
-    if arguments.json:
-        write_json(Path(arguments.json), {"machine": machine, "dtype": str(dtype), **measured})
+    if figures is not None:
+        write_json(figures, {"machine": machine, "dtype": str(dtype), **measured})
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import ArmRun, CompareConfig, check_conditions, expand, resumed
 from qdora.experiments.report import markdown, write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
+from qdora.run import RunDirectory
 from qdora.tasks.prepare import PreparedData
 from qdora.training.metrics import read_metrics
 
@@ -38,27 +39,36 @@ def run(arguments: argparse.Namespace) -> None:
     """Entry of the command."""
     config = load_config(arguments.config, arguments.set, CompareConfig)
     runs = expand(read_yaml(Path(arguments.config).parent / config.base), config)
-    folder = Path(config.output.dir)
-    used = (folder / CONFIG_COPY).exists() or any(run.directory.holds_run() for run in runs)
-    if used and not (arguments.resume or config.output.overwrite):
-        raise InputError(
-            f"output.dir {folder} already holds a comparison; continue it with --resume, replace it with "
-            f"--set output.overwrite=true, or choose another output.dir"
-        )
     context = DistributedContext.from_launch()
     context.refuse_disagreement({str(run): config_digest(run.config) for run in runs})
+    with context.on_main_rank(RunDirectory(config.output.dir).locked):
+        _compare(config, runs, context, resume=arguments.resume)
+        context.barrier()
+
+
+def _compare(
+    config: CompareConfig, runs: Sequence[ArmRun], context: DistributedContext, *, resume: bool
+) -> None:
+    folder = Path(config.output.dir)
+    with context.raise_on_all_ranks():
+        used = (folder / CONFIG_COPY).exists() or any(run.directory.holds_run() for run in runs)
+        if used and not (resume or config.output.overwrite):
+            raise InputError(
+                f"output.dir {folder} already holds a comparison; continue it with --resume, replace it with "
+                f"--set output.overwrite=true, or choose another output.dir"
+            )
     runs = _planned(runs, context)
     with context.raise_on_all_ranks():
         if context.is_main:
-            check_conditions(map(resumed, runs) if arguments.resume else runs)
-            _open(folder, config, runs, resume=arguments.resume)
+            check_conditions(map(resumed, runs) if resume else runs)
+            _open(folder, config, runs, resume=resume)
     bases = _score_bases(folder, runs, context)
     done = []
     for run in runs:
         directory = run.directory
         context.say(f"\n== {run}: {directory.path}")
         if not context.gather([run.is_trained])[0]:
-            train(run.config, resume="auto" if arguments.resume else None, context=context)
+            train(run.config, resume="auto" if resume else None, context=context)
         scores = _score(run, directory.finished_adapter(), folder, directory.evaluation, context)
         steps = read_metrics(directory.metrics_file)
         done.append(replace(run, manifest=directory.manifest(), steps=steps, scores=scores))
@@ -95,7 +105,8 @@ def _open(folder: Path, config: CompareConfig, runs: Sequence[ArmRun], *, resume
             (folder / SCORED).unlink(missing_ok=True)
             shutil.rmtree(folder / BASE, ignore_errors=True)
             for run in runs:
-                run.directory.clear()
+                with run.directory.locked():
+                    run.directory.clear()
         write_text(folder / CONFIG_COPY, dump_config(config))
 
 

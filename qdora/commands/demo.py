@@ -13,6 +13,7 @@ from tabulate import tabulate
 from qdora.config_file import load_config
 from qdora.errors import InputError
 from qdora.evaluation.scores import Scores, read_reports
+from qdora.export.write import check_output
 from qdora.run import QUICKSTART, RunDirectory
 from qdora.training.metrics import read_metrics
 
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(
             "the demo runs the scripts in launch/; start it in a source checkout, as make demo does"
         )
+    check_output(Path(arguments.export), overwrite=True)
     started = time.perf_counter()
     config = load_config(arguments.config, arguments.set)
     overrides = [word for override in arguments.set for word in ("--set", override)]

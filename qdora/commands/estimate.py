@@ -15,6 +15,7 @@ from qdora.config_file import load_config
 from qdora.distributed.launch import FsdpSettings, read_launch_file
 from qdora.errors import InputError
 from qdora.files import write_json
+from qdora.output import check_file
 from qdora.planner.advise import advise
 from qdora.planner.report import Breakdown, Estimate, parse_size, show_size
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     reserve = parse_size(arguments.reserve, "--reserve")
     if arguments.plot and not arguments.scaling:
         raise InputError("--plot goes with --scaling")
+    plot, figures = check_file(arguments.plot, "--plot"), check_file(arguments.json, "--json")
     config = load_config(arguments.config, arguments.set)
     launch = _launch(arguments, config)
     architecture = find_architecture(
@@ -78,10 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
             {"scheme": p.scheme, "ranks": p.moved.ranks, "sent_bytes": p.moved.sent, "ratios": dict(p.ratios)}
             for p in points
         ]
-        if arguments.plot:
-            plot_efficiency(points, Path(arguments.plot), headline)
-    if arguments.json:
-        write_json(Path(arguments.json), tree)
+        if plot is not None:
+            plot_efficiency(points, plot, headline)
+    if figures is not None:
+        write_json(figures, tree)
 
 
 def _launch(arguments: argparse.Namespace, config: RunConfig) -> Launch:

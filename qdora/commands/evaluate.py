@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     context = DistributedContext.from_launch()
     context.refuse_disagreement({"the configuration": config_digest(target.config)})
     folder = _report_folder(arguments, target)
-    scores = evaluate_adapter(target.config, target.adapter, context, folder=folder, task=arguments.task)
+    with context.on_main_rank(target.locked):
+        scores = evaluate_adapter(target.config, target.adapter, context, folder=folder, task=arguments.task)
     if context.is_main:
         print(_table(scores))
         if folder is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel
@@ -10,11 +12,13 @@ from transformers import PreTrainedModel
 from qdora.adapters.inject import adapted_layers
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.export.write import DTYPES, merge_and_export, merged_onto, verify_export
+from qdora.export.write import DTYPES, check_output, merge_and_export, merged_onto, verify_export
+from qdora.models.formats.safetensors import write_settings
 from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device
 from qdora.models.sources import open_checkpoint
+from qdora.output import locked
 from qdora.quant import QUANTIZATIONS, Quantization
-from qdora.run import add_target_arguments, resolve_target
+from qdora.run import Target, add_target_arguments, resolve_target
 
 VERIFIED_POSITIONS = (4, 64)
 """Sequences and tokens on which logits are compared."""
@@ -46,13 +50,25 @@ def run(arguments: argparse.Namespace) -> None:
     target = resolve_target(arguments, data=None)
     if target.adapter is None:
         raise InputError("name an adapter with --adapter, or a run with --run")
+    output = Path(arguments.output)
+    lock = output.absolute().with_name(f".{output.absolute().name}.lock")
+    with target.locked(), locked(lock, f"--output {output}"):
+        _export(arguments, target, target.adapter, output)
+
+
+def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output: Path) -> None:
+    check_output(output, arguments.overwrite)
     settings = target.config.model
     checkpoint = open_checkpoint(settings.path, settings.revision)
     tokenizer = required_tokenizer(checkpoint)
+    dtype = arguments.dtype
+    with TemporaryDirectory() as trial:  # what cannot be saved is known before the weights are loaded
+        generation_config = checkpoint.generation_config()
+        write_settings(Path(trial), checkpoint.config, DTYPES[dtype], generation_config, tokenizer)
     context = DistributedContext(device=resolve_device("auto"))
     wanted = arguments.quantize or target.config.evaluation.quantization
     quantize = None if wanted is None else Quantization(wanted)
-    model = load_with_adapter(checkpoint, settings, context, target.adapter, quantize)
+    model = load_with_adapter(checkpoint, settings, context, adapter, quantize)
     originals = None
     if arguments.onto == "original":
         if not adapted_layers(model):
@@ -61,8 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
             )
         if checkpoint.quantization is not None:
             raise InputError(f"{settings.path}: holds no original weights, they are stored quantized")
-        originals = merged_onto(model, checkpoint.tensors(), DTYPES[arguments.dtype])
-    output, dtype = arguments.output, arguments.dtype
+        originals = merged_onto(model, checkpoint.tensors(), DTYPES[dtype])
     folder = merge_and_export(
         model, tokenizer, output, dtype, tensors=originals, overwrite=arguments.overwrite
     )
@@ -72,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.onto == "original":
         # What the export must reproduce is the adapter on the unquantized base.
         unquantized = settings.model_copy(update={"quantization": "none"})
-        model = load_with_adapter(checkpoint, unquantized, context, target.adapter)
+        model = load_with_adapter(checkpoint, unquantized, context, adapter)
     result = verify_export(folder, model, _tokens(model))
     print(
         f"verified: plain transformers loads it; logits differ by {result.relative_error:.1e} relative "

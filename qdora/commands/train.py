@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dotted, load_config
 from qdora.data.batches import batches_per_epoch
+from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_configured
@@ -97,6 +100,16 @@ def train(
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
     with context.raise_on_all_ranks():
         micro_batch_size(config.training, context.world_size)
+    with context.on_main_rank(directory.locked):
+        _train_locked(config, resume, context, directory)
+        context.barrier()
+    return directory
+
+
+def _train_locked(
+    config: RunConfig, resume: str | None, context: DistributedContext, directory: RunDirectory
+) -> None:
+    with context.raise_on_all_ranks():
         if resume is None:
             directory.refuse_if_used(config.output.overwrite)
     reset_peak_memory(context.device)
@@ -137,8 +150,6 @@ def train(
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
         print(_summary(directory, report, steps))
-    context.barrier()
-    return directory
 
 
 def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase, PreparedData]:
@@ -149,7 +160,13 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     tokenizer = required_tokenizer(checkpoint)
     context_length = getattr(checkpoint.config, "max_position_embeddings", None)
-    return checkpoint, tokenizer, prepare(config.data, tokenizer, context_length)
+    data, rows = prepare(config.data, tokenizer, context_length), embedding_rows(checkpoint.config)
+    padding = fit_padding(tokenizer, rows)
+    if padding is not None and os.environ.get("RANK", "0") == "0":
+        print(padding, file=sys.stderr)
+    check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in data.train))
+    check_questions(tokenizer, rows, config.data.prompt, data.test[: config.evaluation.limit])
+    return checkpoint, tokenizer, dataclasses.replace(data, pad_id=tokenizer.pad_token_id)
 
 
 def planned_manifest(config: RunConfig, data: PreparedData, context: DistributedContext) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -212,6 +212,18 @@ class DistributedContext:
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(errors) if text is not None]
         if failed:
             raise InputError("; ".join(failed))
+
+    @contextmanager
+    def on_main_rank(self, enter: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+        """Hold a context manager on the main rank during the block; where entering it fails, all ranks end.
+
+        Raises: Exception: as `raise_on_all_ranks`.
+        """
+        with ExitStack() as stack:
+            with self.raise_on_all_ranks():
+                if self.is_main:
+                    stack.enter_context(enter())
+            yield
 
     def refuse_disagreement(self, values: Mapping[str, str]) -> None:
         """Compare what the ranks know about the run; a collective.

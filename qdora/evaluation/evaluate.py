@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -15,11 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qdora.config import AnswerKind, RunConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token, prompt_ids
+from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import for_generation
 from qdora.errors import InputError, suggest
-from qdora.evaluation.generation import Generation, check_prompts, eos_token_ids, generate
-from qdora.evaluation.scores import Prediction, Scores, summarize, write_scores
+from qdora.evaluation.generation import (
+    Generation,
+    NonFiniteLogitsError,
+    check_prompts,
+    eos_token_ids,
+    generate,
+)
+from qdora.evaluation.scores import Prediction, Scores, locked_reports, summarize, write_scores
 from qdora.models.load import load_with_adapter, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
@@ -97,26 +104,30 @@ def evaluate_adapter(
         task: only this task of the test set.
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
-    with context.raise_on_all_ranks():
-        check_data(config.data)
-        checkpoint = open_checkpoint(config.model.path, config.model.revision)
-        tokenizer = required_tokenizer(checkpoint)
-        choose_pad_token(tokenizer)
-        test = load_test(config.data, tokenizer)
-        examples = [example for example in test.examples if task in (None, example.task)]
-        if not examples:
-            names = {example.task for example in test.examples}
-            raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
-    if test.skipped and context.is_main:
-        print(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}", file=sys.stderr)
-    quantization = config.evaluation.quantization
-    quantize = Quantization(quantization) if quantization and adapter else None
-    model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
-    scores = evaluate_configured(model, tokenizer, examples, config, context)
-    if context.is_main and folder is not None:
-        for score in scores:
-            write_scores(score, folder)
-    context.barrier()
+    with context.on_main_rank(lambda: nullcontext() if folder is None else locked_reports(folder, task)):
+        with context.raise_on_all_ranks():
+            check_data(config.data)
+            checkpoint = open_checkpoint(config.model.path, config.model.revision)
+            tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
+            padding = fit_padding(tokenizer, rows)
+            test = load_test(config.data, tokenizer)
+            examples = [example for example in test.examples if task in (None, example.task)]
+            if not examples:
+                names = {example.task for example in test.examples}
+                raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
+            check_questions(tokenizer, rows, config.data.prompt, examples[: config.evaluation.limit])
+        if padding is not None:
+            context.say(padding)
+        if test.skipped:
+            context.say(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}")
+        quantization = config.evaluation.quantization
+        quantize = Quantization(quantization) if quantization and adapter else None
+        model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
+        scores = evaluate_configured(model, tokenizer, examples, config, context)
+        if context.is_main and folder is not None:
+            for score in scores:
+                write_scores(score, folder)
+        context.barrier()
     return scores
 
 
@@ -143,7 +154,8 @@ def evaluate(
     Returns: one `Scores` per task, in the order of their first example.
     Raises:
         InputError: no examples, unknown template, a prompt longer than the model's context allows, or a
-            choice task whose answer words are unknown.
+            choice task whose answer words are unknown; a token that the model's embedding has no row
+            for; logits that are not finite.
         TypeError: an option of decoding is missing or unknown.
     """
     if wrong := Decoding.__required_keys__ ^ (decoding.keys() - Decoding.__optional_keys__):
@@ -152,8 +164,11 @@ def evaluate(
         raise InputError("evaluation: there are no examples to score")
     context = context or DistributedContext()
     groups = _by_task(tokenizer, decoding, examples, kind)
+    rows = embedding_rows(model.config)
+    choose_pad_token(tokenizer, rows)
     for group in groups:
         origins = [example.origin for example in group.examples]
+        check_ids(tokenizer, rows, zip(origins, group.prompts, strict=True))
         check_prompts(model, group.prompts, decoding["max_new_tokens"], origins)
     longest = max(len(ids) for group in groups for ids in group.prompts)
     tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"])
@@ -226,16 +241,23 @@ def _evaluate_task(
             bar.set_postfix_str(f"exact match {correct / done:.1%}", refresh=False)
             bar.update(len(batch))
 
-        generations = generate(
-            model,
-            tokenizer,
-            [prompts[index] for index in chosen],
-            pad_id=choose_pad_token(tokenizer),
-            max_new_tokens=decoding["max_new_tokens"],
-            batch_size=decoding["batch_size"],
-            progress=progress,
-            synced=synced,
-        )
+        generations, failure = [], None
+        try:
+            generations = generate(
+                model,
+                tokenizer,
+                [prompts[index] for index in chosen],
+                pad_id=int(tokenizer.pad_token_id),
+                max_new_tokens=decoding["max_new_tokens"],
+                batch_size=decoding["batch_size"],
+                progress=progress,
+                synced=synced,
+            )
+        except NonFiniteLogitsError as error:
+            failure = error
+        with context.raise_on_all_ranks():
+            if failure is not None:
+                raise failure
     # An example that several ranks generate has the same greedy answer on all of them.
     by_index = dict(context.gather(list(zip(chosen, generations, strict=True))))
     seconds = max(context.gather([time.perf_counter() - started]))

@@ -12,10 +12,58 @@ from functools import partial
 from typing import cast
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qdora.errors import InputError
+from qdora.quant.base import FrozenWeight
+from qdora.training.optimizer import local_shard
+
+
+class NonFiniteLogitsError(InputError):
+    """The model computed NaN or infinity, of which any text and a score could be made."""
+
+
+class _LogitsWatch(LogitsProcessor):
+    """Notes NaN and infinite logits, without waiting for the device at each token."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._bad |= ~(scores < torch.inf).all()  # minus infinity forbids a token
+        return scores
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises: NonFiniteLogitsError: there were some."""
+        if not self._bad:
+            return
+        named = _non_finite_weight(model)
+        why = f"{named} holds such values" if named else "the computation overflows, try another model.dtype"
+        raise NonFiniteLogitsError(
+            f"the model's logits are NaN or infinite, so there is nothing to score: {why}"
+        )
+
+
+def _non_finite_weight(model: PreTrainedModel) -> str | None:
+    """Name of a weight that holds NaN or infinity; of a sharded one as far as a rank sees it alone."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(local_shard(parameter)).all():
+            return str(name)
+    for name, module in model.named_modules():
+        # A quantized weight holds NaN in a scale of its scales, behind integers.
+        if not isinstance(module, FrozenWeight) or any(isinstance(p, DTensor) for p in module.parameters()):
+            continue
+        if not all(torch.isfinite(tile).all() for _, tile in module.tiles(torch.float32)):
+            return str(name)
+    return None
 
 
 @dataclass(frozen=True)
@@ -60,6 +108,7 @@ def generate(
             must then have equally many prompts.
     Returns: one generation per prompt, in the order of `prompts`.
     Raises: InputError: as `check_prompts`.
+        NonFiniteLogitsError: at the end where `synced`, else after the batch.
     """
     check_prompts(model, prompts, max_new_tokens)
     eos_ids = eos_token_ids(model, tokenizer)
@@ -73,14 +122,18 @@ def generate(
     )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     done: dict[int, Generation] = {}
+    watch = _LogitsWatch(model.device)
     with _generation_mode(model, config), torch.no_grad():
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            outputs = _generate_batch(model, [prompts[i] for i in indices], pad_id, synced)
+            outputs = _generate_batch(model, [prompts[i] for i in indices], pad_id, synced, watch)
+            if not synced:
+                watch.check(model)
             read = {i: _read(ids, eos_ids, tokenizer) for i, ids in zip(indices, outputs, strict=True)}
             done.update(read)
             if progress is not None:
                 progress(read)
+    watch.check(model)
     return [done[index] for index in range(len(prompts))]
 
 
@@ -133,7 +186,7 @@ def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterat
 
 
 def _generate_batch(
-    model: PreTrainedModel, batch: Sequence[Sequence[int]], pad_id: int, synced: bool
+    model: PreTrainedModel, batch: Sequence[Sequence[int]], pad_id: int, synced: bool, watch: LogitsProcessor
 ) -> list[list[int]]:
     """The generated ids of each row, EOS and the padding after it included."""
     pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
@@ -141,7 +194,12 @@ def _generate_batch(
     ids_BP = pad_left(prompts, padding_value=pad_id).to(model.device)
     mask_BP = pad_left([torch.ones_like(prompt) for prompt in prompts]).to(model.device)
     call = cast("Callable[..., torch.Tensor]", model.generate)
-    ids_BT = call(input_ids=ids_BP, attention_mask=mask_BP, synced_gpus=synced)
+    ids_BT = call(
+        input_ids=ids_BP,
+        attention_mask=mask_BP,
+        synced_gpus=synced,
+        logits_processor=LogitsProcessorList([watch]),
+    )
     rows: list[list[int]] = ids_BT[:, ids_BP.shape[1] :].tolist()
     return rows
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from qdora.data.readers import read_text
 from qdora.errors import InputError
 from qdora.files import parse_object, read_json, staging_directory, write_json, write_text
+from qdora.output import locked
 from qdora.tasks.base import Task
 from qdora.tasks.scoring import Verdict
 
@@ -237,6 +239,21 @@ def write_scores(scores: Scores, directory: str | Path) -> Path:
     except (OSError, InputError) as error:
         raise InputError(f"{path}: scores cannot be written: {error}") from error
     return path
+
+
+@contextmanager
+def locked_reports(folder: Path, task: str | None) -> Iterator[None]:
+    """Keep other processes from writing the reports of a task, or of all tasks, to a folder.
+
+    Raises: InputError: another process does; the folder cannot be written.
+    """
+    file, name = folder / ".reports.lock", f"the folder of reports {folder}"
+    with ExitStack() as stack:
+        stack.enter_context(locked(file, name, shared=task is not None))
+        if task is not None:
+            own = file.with_name(f".{quote(task, safe='')}.lock")
+            stack.enter_context(locked(own, f"{name}, task {task}"))
+        yield
 
 
 def read_scores(path: str | Path) -> Scores:

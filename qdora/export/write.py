@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,16 +13,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.adapters.inject import adapted_layers
+from qdora.adapters.inject import adapted_layers, refuse_overflow
 from qdora.adapters.layer import AdaptedLinear
 from qdora.errors import InputError
 from qdora.files import atomic_directory
 from qdora.models.formats.safetensors import cast_checked, write_model_folder
+from qdora.output import check_writable
 from qdora.quant.dense import DenseWeight
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-_HINT = "; export with --dtype bf16"
 
 
 def merge_and_export(
@@ -49,8 +49,8 @@ def merge_and_export(
     directory = Path(directory)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
-    if directory.exists() and not overwrite and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: already exists and is not empty; choose another or pass --overwrite")
+    check_output(directory, overwrite)
+    refuse_overflow(model, "the model")
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
     with atomic_directory(directory) as folder:
@@ -63,6 +63,17 @@ def merge_and_export(
             tokenizer,
         )
     return directory
+
+
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Raises: InputError: an export cannot be written there, or would replace something unasked."""
+    check_writable(directory, f"the output {directory}")
+    if os.path.ismount(directory):
+        raise InputError(
+            f"the output {directory} is a mount point, which is not replaced; name a folder in it"
+        )
+    if directory.exists() and not overwrite and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: already exists and is not empty; choose another or pass --overwrite")
 
 
 def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -84,15 +95,15 @@ def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple
             inside = (f"{name}.",)
             if any(id(parameter) in seen for parameter in module.base.parameters()):
                 continue  # an output layer that is tied to the embedding
-            yield f"{name}.weight", cast_checked(f"{name}.weight", module.merged(torch.float32), dtype, _HINT)
+            yield f"{name}.weight", _cast(f"{name}.weight", module.merged(torch.float32), dtype)
             if module.bias is not None:
-                yield f"{name}.bias", cast_checked(f"{name}.bias", module.bias, dtype, _HINT)
+                yield f"{name}.bias", _cast(f"{name}.bias", module.bias, dtype)
             continue
         for leaf, tensor in _own_tensors(module):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 full = f"{name}.{leaf}" if name else leaf
-                yield full, cast_checked(full, tensor, dtype, _HINT)
+                yield full, _cast(full, tensor, dtype)
 
 
 def merged_onto(
@@ -113,7 +124,12 @@ def merged_onto(
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None and name.endswith(".weight"):
             tensor = layer.merged(torch.float32, onto=DenseWeight(tensor))
-        yield name, cast_checked(name, tensor, dtype, _HINT)
+        yield name, _cast(name, tensor, dtype)
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    hint = "; export with --dtype bf16" if dtype == torch.float16 else ""
+    return cast_checked(name, tensor, dtype, hint)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -57,6 +57,9 @@ def build_model(checkpoint: Checkpoint, compute: torch.dtype, quantization: Quan
         quantization = Quantization("none")  # for layers that were left as they are
     _check_sizes(checkpoint)
     model = _architecture(checkpoint.config, checkpoint.origin, compute)
+    generation_config = checkpoint.generation_config()
+    if generation_config is not None:
+        model.generation_config = generation_config
     names = frozenset(checkpoint.names())
     tied = _tied_output(model)
     unused = names & {f"{tied}.weight"}

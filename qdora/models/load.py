@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.fingerprint import combine, sample_digest, sample_rows, set_base_fingerprint
 from qdora.adapters.full import quantize_layers
+from qdora.adapters.inject import refuse_overflow
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, read_saved
 from qdora.config import DtypeName, ModelConfig, QuantizationName
@@ -148,6 +149,8 @@ def load_with_adapter(
         if saved is not None:
             check_base(model, saved)
             assign_saved(model, saved)
+            if context.fsdp is None:
+                refuse_overflow(model, str(saved.directory))
         if quantize is not None:
             quantize_layers(model, quantize)
     return model
@@ -216,9 +219,6 @@ class _WeightLoader:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.context.device)
-        generation_config = self.checkpoint.generation_config()
-        if generation_config is not None:
-            self.model.generation_config = generation_config
         set_base_fingerprint(self.model, self._fingerprint())
 
     def _load(self, name: str) -> None:

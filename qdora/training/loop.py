@@ -32,11 +32,15 @@ from qdora.resources import SlowdownWatch, keep_freed_memory
 from qdora.signals import REPEATED, STOPPING, StopSignal
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
-from qdora.training.optimizer import AdapterOptimizer, learning_rate
+from qdora.training.optimizer import AdapterOptimizer, learning_rate, local_shard
 
 
 class DivergedError(InputError):
-    """The loss or its gradient is not finite; the message names step and batch."""
+    """The loss, its gradient or a parameter left all bounds; the message names step and batch or tensor."""
+
+
+LARGEST_PARAMETER = torch.finfo(torch.float16).max
+"""A parameter beyond it has diverged, even if the loss is finite: DoRA divides by a norm that overflows."""
 
 
 def _nothing(_: object) -> None:
@@ -101,7 +105,7 @@ class Trainer:
     def run(self, start: int, callbacks: Callbacks) -> None:
         """Train from step `start` (steps already done) to the end.
 
-        Raises: DivergedError: a loss is not finite.
+        Raises: DivergedError: a loss is not finite, or a parameter that would be saved.
             InterruptedRunError: asked to stop; a checkpoint was written.
         """
         self.model.train()
@@ -116,6 +120,7 @@ class Trainer:
                 done = step + 1
                 last = done == self.total_steps
                 if signal_number and not last:
+                    self._refuse_divergence(done)
                     callbacks.save(done)
                     raise InterruptedRunError(
                         f"stopped after step {done} of {self.total_steps}, a checkpoint was written; "
@@ -123,6 +128,7 @@ class Trainer:
                         128 + signal_number,
                     )
                 if last or (self.config.save_every and done % self.config.save_every == 0):
+                    self._refuse_divergence(done)
                     callbacks.save(done)
                 self._evaluate(done, callbacks)
         self.model.eval()
@@ -179,6 +185,21 @@ class Trainer:
             if slow is not None:
                 tqdm.write(f"step {step + 1}: {slow}", file=sys.stderr)
         return metrics, (stop.number or int(signal.SIGTERM)) if stopping else None
+
+    @torch.no_grad()
+    def _refuse_divergence(self, done: int) -> None:
+        """Look at parameters that are to be saved, whose last update no loss has seen; a collective.
+
+        Raises: DivergedError: on all ranks, with the first tensor.
+        """
+        locals_ = {name: local_shard(p) for name, p in self.parameters.items()}
+        largest = {name: float(p.abs().max()) for name, p in locals_.items() if p.numel()}
+        found = [(n, value) for n, value in largest.items() if not value <= LARGEST_PARAMETER]
+        for name, value in self.context.gather(found):
+            raise DivergedError(
+                f"step {done}: after its update {name} holds a value of {value:g}; nothing of it was saved. "
+                f"Lower training.learning_rate or set training.clip_norm"
+            )
 
     def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
         """This rank's micro-batches; sequences of about one length in each, so that little is padding."""

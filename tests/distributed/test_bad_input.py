@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qdora.run import RunDirectory
 from tests.distributed.ranks import ends, start_ranks
 from tests.e2e.runs import tiny_tree, write_config, write_questions
 from tests.tiny import write_tiny_model
@@ -65,6 +67,17 @@ def test_a_shard_that_one_rank_cannot_read(two):
     path = two[1] / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     assert_refused(two, "model.safetensors", "truncated")
+
+
+def test_a_run_that_another_process_writes(two):
+    """Catches: ranks that wait for the main rank, which alone has found the run locked; two writers of it."""
+    run = RunDirectory(two[0].parent / "run")
+    with run.locked():
+        for code, output in ends(start_ranks([["train", "--config", "config.yaml"]] * 2, two)):
+            assert code == 2, output
+            assert f"output.dir {run.path} is in use by process {os.getpid()} on " in output
+        assert [path.name for path in run.path.iterdir()] == [".lock"]
+    assert not run.path.exists()
 
 
 def test_a_batch_that_does_not_divide(tmp_path, two):

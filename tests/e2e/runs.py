@@ -51,7 +51,9 @@ def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") 
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    """Of this process, with this checkout's package before an installed one."""
+    ours = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **ours}
 
 
 def start(*words: str, launcher: bool = False) -> subprocess.Popen[str]:

@@ -28,6 +28,8 @@ from qdora.files import parse_object, read_json, write_json
 from qdora.models.formats import Checkpoint, TensorInfo, read_bytes
 from qdora.quant.stored import stored_type
 
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -117,11 +119,13 @@ class SafetensorsFolder(Checkpoint):
 
     def generation_config(self) -> GenerationConfig | None:
         """As `Checkpoint.generation_config`."""
-        path = self.path / "generation_config.json"
-        if not path.is_file():
-            return None
+        path = self.path / GENERATION_FILE
         try:
-            generation: GenerationConfig = GenerationConfig.from_dict(read_json(path, CheckpointError))
+            if path.is_file():
+                generation: GenerationConfig = GenerationConfig.from_dict(read_json(path, CheckpointError))
+            else:  # early models have such settings among the others
+                path = self.path / CONFIG_FILE
+                generation = GenerationConfig.from_model_config(read_json(path, CheckpointError))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be used: {error}") from None
         return generation
@@ -135,7 +139,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
             quantized by something other than bitsandbytes.
         CheckpointError: config.json is not JSON or holds impossible values.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise _no_config(folder)
     tree = read_json(path, CheckpointError)
@@ -289,16 +293,40 @@ def write_model_folder(
         config: written with `dtype` and without its quantization; not changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    write_settings(folder, config, dtype, generation_config, tokenizer)
     _write_shards(folder, tensors)
+
+
+def write_settings(
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Write all of a model folder but its weights.
+
+    Generation settings are written as they are, so that every client does what it does with the base model.
+    `save_pretrained` refuses some that are published, and that `from_pretrained` takes: a temperature without
+    `do_sample`, which transformers ignores and vLLM follows.
+
+    Args: as `write_model_folder`; the folder is there.
+    Raises: InputError: the tokenizer cannot be saved.
+    """
     config = deepcopy(config)
     config.dtype = dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    config.save_pretrained(folder)
+    config.to_json_file(folder / CONFIG_FILE)
     if generation_config is not None:
-        generation_config.save_pretrained(folder)
+        generation_config.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except OSError:
+            raise  # a full disk, say
+        except Exception as error:  # each class of tokenizers has errors of its own
+            raise InputError(f"{tokenizer.name_or_path}: its tokenizer cannot be saved: {error}") from error
 
 
 def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype, hint: str = "") -> torch.Tensor:
@@ -309,6 +337,9 @@ def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype, hint: str 
     tensor = tensor.detach()
     cast = tensor.to("cpu", dtype)
     if not torch.isfinite(cast).all():
+        if not torch.isfinite(tensor).all():
+            kind = "NaN" if tensor.isnan().any() else "infinite values"
+            raise InputError(f"{name}: holds {kind}, in whatever dtype it is written")
         largest = float(tensor.float().abs().max())
         raise InputError(
             f"{name}: a value of magnitude {largest:g} does not fit {dtype}, whose largest is "

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qdora.evaluation.evaluate as evaluation
@@ -217,6 +218,34 @@ def test_prompts_are_those_of_training(
     )
     assert seen == [trained.input_ids[: trained.prompt_length]]
     assert (tokenizer.eos_token_id in seen[0]) is parse
+
+
+def test_padding_beyond_the_embedding_is_replaced_and_a_token_is_named(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Catches: `index out of range in self` where a token was added to the tokenizer and not to the model."""
+    (expected,) = evaluate(model, tokenizer, EXAMPLES, **SETTINGS)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["<|im_start|>"])
+    (scores,) = evaluate(model, tokenizer, EXAMPLES, **SETTINGS)
+    assert scores.predictions == expected.predictions
+    bad = Example("<|im_start|>1 + 1?", "", "2", "synthetic", "file.json:17")
+    with pytest.raises(InputError, match=r"file\.json:17: token '<\|im_start\|>' has id 101, .* 100 rows"):
+        evaluate(model, tokenizer, [*EXAMPLES, bad], **SETTINGS)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
+    with pytest.raises(InputError, match=r"ends texts with '<\|im_end\|>', whose id 102 is beyond"):
+        evaluate(model, tokenizer, EXAMPLES, **SETTINGS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_have_no_score(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, value: float
+) -> None:
+    """Catches: 0.0% for a model that computes NaN, or a rank that waits for the one that saw it."""
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(InputError, match=r"NaN or infinite.*: model\.norm\.weight holds such values"):
+        evaluate(model, tokenizer, EXAMPLES, **SETTINGS)
 
 
 def test_no_examples_is_an_error(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -84,6 +84,29 @@ def test_values_beyond_float16_are_named_and_nothing_is_written(tmp_path, tiny_m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("value", "kind"), [("nan", "NaN"), ("inf", "infinite values")])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_values_that_no_dtype_holds_are_named(tmp_path, tiny_model_folder, value, kind, dtype):
+    """Catches: the advice to export NaN as bf16, given where bf16 was asked for."""
+    model, _ = adapted(tiny_model_folder)
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[5] = float(value)
+    with pytest.raises(InputError, match=rf"layers\.0\.input_layernorm\.weight: holds {kind}") as error:
+        merge_and_export(model, None, tmp_path / "out", dtype)
+    assert "--dtype" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_norms_that_overflow_are_refused(tmp_path, tiny_model_folder):
+    """Catches: a layer whose infinite norm turns it off, in the model and in its export alike."""
+    model, _ = adapted(tiny_model_folder)
+    layer = adapted_layers(model)["model.layers.1.mlp.down_proj"]
+    with torch.no_grad():
+        layer.update.b_OR.fill_(1e30)
+    with pytest.raises(InputError, match=r"values of model\.layers\.1\.mlp\.down_proj .*norm .* overflows"):
+        merge_and_export(model, None, tmp_path / "out", "bf16")
+
+
 def test_merging_is_lazy(tiny_model_folder):
     """Catches: all layers merged before the first is written."""
     model, _ = adapted(tiny_model_folder)
@@ -97,13 +120,14 @@ def test_merging_is_lazy(tiny_model_folder):
     assert merged == ["model.layers.0.self_attn.q_proj"]
 
 
-def test_verification_sees_a_changed_weight(tmp_path, tiny_model_folder):
-    """Catches: a verification that passes whatever was written."""
+@pytest.mark.parametrize("factor", [1.5, float("nan"), float("inf")])
+def test_verification_sees_a_changed_weight(tmp_path, tiny_model_folder, factor):
+    """Catches: a verification that passes whatever was written, or passes NaN because it compares unequal."""
     model, _ = adapted(tiny_model_folder)
     merge_and_export(model, None, tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
-    tensors["model.layers.0.self_attn.v_proj.weight"].mul_(1.5)
+    tensors["model.layers.0.self_attn.v_proj.weight"].mul_(factor)
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(VerificationError, match="exceeds the bound"):
         verify_export(tmp_path / "out", model, IDS)

@@ -273,12 +273,16 @@ def test_folder_without_config(tmp_path: Path) -> None:
 
 
 def test_tokenizer_and_generation_config_are_optional(tmp_path: Path) -> None:
-    """Catches: a folder without a tokenizer failing to load, or one with it losing it."""
+    """Catches: a folder without a tokenizer failing to load, settings lost that early models keep apart."""
     saved(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     checkpoint = opened(tmp_path)
     assert checkpoint.tokenizer() is None
-    assert checkpoint.generation_config() is None
+    tree = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"temperature": 0.5, "eos_token_id": 7}))
+    generation = checkpoint.generation_config()
+    assert generation is not None
+    assert (generation.temperature, generation.eos_token_id) == (0.5, 7)
 
     words = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)

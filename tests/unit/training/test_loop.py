@@ -147,6 +147,31 @@ def test_divergence_names_step_and_batch_and_changes_nothing(tiny_model_folder, 
     assert saved == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])
+@pytest.mark.parametrize("when", ["last", "save_every", "stop"])
+def test_an_update_that_no_loss_has_seen_is_not_saved(tiny_model_folder, monkeypatch, when, value):
+    """Catches: a checkpoint or a finished adapter of NaN or 1e30, since the loss came before the update."""
+    trainer = make_trainer(tiny_model_folder, max_steps=2 if when == "last" else 5, save_every=2)
+    if when == "stop":
+        trainer.config = trainer.config.model_copy(update={"save_every": None})
+    name = next(n for n in trainer.parameters if n.endswith("layers.1.mlp.up_proj.update.b_OR"))
+    update, saved = trainer.optimizer.step, []
+
+    def step(rate):
+        update(rate)
+        with torch.no_grad():
+            trainer.parameters[name][0, 1] = value if trainer.optimizer.state()["step/" + name] == 2 else 0.1
+
+    def log(metrics):
+        if when == "stop" and metrics.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.optimizer, "step", step)
+    with pytest.raises(DivergedError, match=rf"step 2: after its update {name} holds a value of"):
+        run(trainer, log=log, save=saved.append)
+    assert saved == []
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tiny_model_folder, number, code):
     """Catches: a run killed in the middle of a step, or whose signal handlers stay behind."""
