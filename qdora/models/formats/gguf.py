@@ -249,7 +249,7 @@ class GGUFFile(Checkpoint):
                     alone, gguf_file=self.path.name
                 )
         except Exception as error:
-            raise InputError(f"{self.path}: its tokenizer cannot be read: {error}") from error
+            raise InputError(f"{self.path}: its tokenizer cannot be used: {error}") from error
         tokenizer.name_or_path = str(self.path)
         if self.metadata.get("tokenizer.ggml.pre") == "smollm":
             _split_digits(tokenizer)

@@ -113,8 +113,9 @@ class SafetensorsFolder(Checkpoint):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )
+            tokenizer("a text")  # settings of a wrong type fail no earlier
         except Exception as error:
-            raise InputError(f"{self.path}: its tokenizer cannot be read: {error}") from error
+            raise InputError(f"{self.path}: its tokenizer cannot be used: {error}") from error
         return tokenizer
 
     def generation_config(self) -> GenerationConfig | None:

@@ -299,7 +299,7 @@ def test_damaged_tokenizer_and_generation_config(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(InputError, match="tokenizer cannot be read"):
+    with pytest.raises(InputError, match="tokenizer cannot be used"):
         opened(tmp_path).tokenizer()
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         opened(tmp_path).generation_config()
