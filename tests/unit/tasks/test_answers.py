@@ -16,7 +16,7 @@ from qdora.tasks.scoring import (
     SCORERS,
     Verdict,
     chosen_letter,
-    gold_number,
+    gold_answer,
     last_number_string,
     score_answer,
     score_choice,
@@ -261,7 +261,7 @@ def test_gold_and_output_are_read_alike(output: str, gold: str, correct: bool) -
 @given(st.text(alphabet="0123456789.,:/-+ $%e^x½\nthe answer is#", max_size=40))
 def test_the_gold_number_of_a_text_is_its_answer(text: str) -> None:
     """Catches: a gold answer whose value changes where it is cut out of its solution."""
-    gold = gold_number(text)
+    gold = gold_answer(text)
     stated = stated_number(text)
     assert (gold is None) is (stated is None)
     if gold is not None:
