@@ -25,7 +25,8 @@ _HASH_LINE = re.compile(r"^[ \t]*####([^\n]{0,80})$", re.MULTILINE)
 TO_WHAT = r"[*_\s]*(?:(?:to|for)\b[^.:\n]{0,80}?)?"
 STATES = r"(?:\b(?:is|was|are|equals|(?:would|will|must|should) be)\b|[:=])"
 MARKER = re.compile(rf"\\boxed\s*\{{|\banswer\b{TO_WHAT}{STATES}", re.IGNORECASE)
-# Characters read after a marker; without a bound a model that repeats a marker costs quadratic time.
+# Markers read, and characters after each: a model that repeats a marker costs quadratic time without bounds.
+_MOST_MARKERS = 8
 _REACH = 300
 _MARKUP = re.compile(r"[\s*_:]*")
 _SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s|$|[A-Z*])|(?=\n)|$)")
@@ -33,7 +34,7 @@ _UNIT_WORDS = re.compile(r"\s?%?(?:\s[^\W\d]+){0,3}\s?\.?")
 
 # A dollar sign can be money: a formula has no space inside its two, and no digit after the second.
 _FORMULA = re.compile(
-    r"\$\$([^$]+)\$\$|\$(?![\s$])([^$\n]*[^$\s])\$(?!\d)|\\\(([^\n]*?)(?:\\\)|$)|\\\[(.*?)(?:\\\]|\Z)",
+    r"\$\$([^$]+)\$\$|(?<!\d)\$(?![\s$])([^$\n]*[^$\s])\$(?!\d)|\\\(([^\n]*?)(?:\\\)|$)|\\\[(.*?)(?:\\\]|\Z)",
     re.DOTALL | re.MULTILINE,
 )
 _RUN = re.compile(
@@ -55,20 +56,33 @@ _UNFINISHED = " .,:-+*/×÷·⋅^=≈("
 _CALCULATION = re.compile(
     r"(?:[+*/×÷^]|\\(?:times|cdot|div)|(?<=[0-9])x|\s[-x])\s?[$€£(]?[0-9.\\]|\\frac\s?[0-9{]"
 )
-_EXPRESSION = re.compile(r"(?<=[0-9)}])\s?(?:[+*×÷·⋅^]|x(?=\ ?[0-9(\\]))|\\|[√π]|[0-9)]\(")
-_STATED = re.compile(r"[=≈^\\√π]")
-_WORTH_READING = re.compile(r"[=+*×÷·⋅^≈\\√π(]|[0-9] ?x")
+_EXPRESSION = re.compile(r"(?<=[0-9)}])\s?(?:[+*×÷·⋅^]|x(?=\ ?[0-9(\\]))|\\|[√π]|[0-9)/]\(|/\s?-|^\s*-\s?\(")
+# The parts of these are no answers where the whole cannot be worked out.
+_POWER = re.compile(r"[\\^√π]|[0-9)]\*\*[0-9(]")
+_FUNCTION = re.compile(r"\\(?:log|ln|exp|sin|cos|tan|cot|binom|sum|prod|int|lim)\s*_?\s*$")
+_STATED = re.compile(r"[=≈^\\√π]|[0-9)]\*\*[0-9(]")
+_WORTH_READING = re.compile(r"[=+*×÷·⋅^≈\\√π(]|[0-9] ?x|/-|\$[^$\n]*\$")
 
 
 def stated_number(text: str) -> Number | None:
     """The number that a text gives as its answer, or None; see the module's docstring for the order."""
     text = before_next_question(plain(text))
-    return marked_number(text) or _last_number(text)
+    try:
+        return _hash_number(text) or _answer_number(text) or _last_number(text)
+    except _NotWorkedOutError:
+        return None
 
 
 def marked_number(text: str) -> Number | None:
     """The number behind a mark of the answer, in plain text without a next question; None without one."""
-    return _hash_number(text) or _answer_number(text)
+    try:
+        return _hash_number(text) or _answer_number(text)
+    except _NotWorkedOutError:
+        return None
+
+
+class _NotWorkedOutError(Exception):
+    """What is stated is an expression without a value that can be given; its parts are no answers."""
 
 
 def before_next_question(text: str) -> str:
@@ -79,7 +93,7 @@ def before_next_question(text: str) -> str:
 
 def after_markers(text: str, marker: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
     """The text after each marker, the last marker first, and whether that is what a box holds."""
-    for found in reversed(list(marker.finditer(text))):
+    for found in reversed(list(marker.finditer(text))[-_MOST_MARKERS:]):
         after = text[found.end() : found.end() + _REACH]
         boxed = found.group().endswith("{") and (closed := _closing(after)) < len(after)
         yield _MARKUP.sub("", after[:closed] if boxed else after, count=1), boxed
@@ -129,17 +143,20 @@ def _last_number(text: str) -> Number | None:
     """The last number, or the value of the formula or expression that ends in it."""
     last = next(reversed(find_numbers(text)), None)
     end = max(map(text.rfind, (*"0123456789π", "\\pi")))
-    start = max(0, end - _REACH)
-    window = text[start : end + _REACH]
+    cut = max(0, end - _REACH)
+    window = text[cut : end + _REACH]
     if end < 0 or not _WORTH_READING.search(window):
         return last
     for formula in _FORMULA.finditer(window):
-        if formula.start() <= end - start < formula.end() and _content(formula):
-            return _number_in(_content(formula), True) or last
-    *_, run = ["", *_runs(window)]
+        if formula.start() <= end - cut < formula.end() and _content(formula):
+            return _number_in(_content(formula), True)
+    *_, (start, run) = [(0, ""), *_runs(window)]
     # In prose the last number may stand in "a 20 x 15 foot lawn".
-    stated = _STATED.search(run) or run.strip() == text.strip()
-    return (_value(run, False) if stated else None) or last
+    if _STATED.search(run) or run.strip() == text.strip():
+        return _value(run, False) or last
+    if _FUNCTION.search(window[:start]):
+        raise _NotWorkedOutError
+    return last
 
 
 def _is_formula(text: str, formula: re.Match[str]) -> bool:
@@ -165,18 +182,24 @@ def _number_in(text: str, formula: bool) -> Number | None:
 
 def _first_number(text: str, formula: bool) -> Number | None:
     """The first number of a text, or the value of the expression in which it stands."""
-    if _WORTH_READING.search(text) and (number := _value(next(_runs(text), ""), formula)):
-        return number
+    if formula or _WORTH_READING.search(text):
+        start, run = next(_runs(text), (0, ""))
+        factorial = formula and text.startswith("!", start + len(run))
+        if factorial or ("=" not in run and _FUNCTION.search(text[:start])):
+            raise _NotWorkedOutError
+        if number := _value(run, formula):
+            return number
     return next(iter(find_numbers(text)), None)
 
 
-def _runs(text: str) -> Iterator[str]:
-    """The runs of numbers, operators and brackets in a text, of those that have a number."""
+def _runs(text: str) -> Iterator[tuple[int, str]]:
+    """The runs of numbers, operators and brackets in a text, of those that have a number; their positions."""
     for run in _RUN.finditer(text):
         if _HAS_VALUE.search(run.group()):
             # The hyphen of "M-3" is no sign.
             symbolic = run.start() > 0 and text[run.start() - 1].isalpha()
-            yield run.group().lstrip("+-") if symbolic else run.group()
+            operators = len(run.group()) - len(run.group().lstrip("+-")) if symbolic else 0
+            yield run.start() + operators, run.group()[operators:]
 
 
 def _value(run: str, formula: bool) -> Number | None:
@@ -192,4 +215,6 @@ def _value(run: str, formula: bool) -> Number | None:
             number = read_expression(part.strip())
         if number:
             return number
+    if _POWER.search(run.rpartition("=")[2]):
+        raise _NotWorkedOutError
     return None

@@ -2,7 +2,7 @@ r"""Values of expressions: LaTeX, sums, products, powers, roots, π; math-verify
 
 math-verify limits its time by SIGALRM, which works in the main thread alone and would interrupt a
 training run.  So it runs without, and what it gets is bounded instead: a looping model writes anything.
-Only digits, brackets, operators and six macros are passed on, no more than 120 characters and four levels
+Only digits, brackets, operators and six macros are passed on, no more than 100 characters and four levels
 of brackets; exponents are literals of up to three digits.  math-verify leaves a power as it stands;
 it is worked out here where the result is small.
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from qdora.tasks.numbers import Number, plain
 
-_LONGEST = 120
+_LONGEST = 100
 _DEEPEST = 4
 _LARGEST_EXPONENT = 1_000
 _MOST_BITS = 1_024
@@ -45,13 +45,17 @@ _SPELLINGS = tuple(
         (r"\\sqrt\s*([0-9])(?![0-9])", r"\\sqrt{\1}"),
         (r"\^\s*([-+]?[0-9]+|\\frac\{[0-9]+\}\{[0-9]+\})", r"^{\1}"),
         (r"\^\s*\(([^()]*)\)", r"^{\1}"),
+        # "8 (= 5 + 3)" and "5 (3 red)" explain, "10 (√3 + 1)" is a product.
+        (r"(?<=[0-9])\s+\((?=[0-9]*\s*\\(?:sqrt|pi))", "("),
         (r"(?<=[0-9)}])\(|\)(?=[0-9\\])", lambda match: r"\cdot (" if match.group() == "(" else r")\cdot "),
     )
 )
 _ALLOWED = re.compile(r"(?:\\(?:frac|times|cdot|div|pi)(?![a-zA-Z])|\\sqrt(?:\[[0-9]\])?|[-0-9.+*/^(){} ])+")
 _AMBIGUOUS = re.compile(
     r"[0-9]\s+[0-9(]|[)}]\s*[0-9]|\\pi\s*[0-9(]|[)}]\s+\(|\^\s*\{(?:[^{}]|\{[^{}]*\})*\}\s*\^|[0-9]{31}"
+    r"|(?:/|\\div)\s*[0-9.]+\s*\\(?:pi|sqrt)"  # 1/2π
 )
+_NEXT_ARGUMENT = re.compile(r"\}\s*\{")
 _EXPONENT = re.compile(
     r"\^\s*\{\s*[-+]?(?:([0-9]{1,3})(?:\s*/\s*[0-9]{1,2})?|\\frac\{([0-9]{1,3})\}\{[0-9]{1,2}\})\s*\}"
 )
@@ -87,6 +91,8 @@ def _spelled(text: str, values: dict[str, Fraction]) -> str | None:
         text = pattern.sub(meaning, text)
     depths = list(_depths(text))
     if not _ALLOWED.fullmatch(text) or _AMBIGUOUS.search(text) or min(depths) < 0 or depths[-1] != 0:
+        return None
+    if text.count("\\frac") != len(_NEXT_ARGUMENT.findall(text)):
         return None
     exponents = [int(literal or above) for literal, above in _EXPONENT.findall(text)]
     largest = 1

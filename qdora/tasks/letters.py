@@ -11,7 +11,7 @@ from qdora.tasks.answers import MARKER, STATES, TO_WHAT, after_markers, before_n
 
 _COMMAND = re.compile(r"\\(?:text|math|bold)[a-z]*\s*\{\s*([^{}]{0,80}?)\s*\}")
 _MARKUP = re.compile(r"\\[()\[\]]")
-_EMPHASIS = str.maketrans("", "", "$*_`")
+_EMPHASIS = str.maketrans("", "", '$*_`"“”')
 
 _NAMED = (
     r"(?i:(?:the\s+)?(?:correct\s+|right\s+|best\s+|final\s+)?(?:option|choice|answer|letter)\b\s*:?\s*)?"
@@ -25,8 +25,8 @@ _MARKER = re.compile(
 # A bare A before a word is the article, but not before one that follows no article.
 _NO_NOUN = r"(?:because|since|as|is|which|so|for|with|and|but|or)\b"
 _LETTER = re.compile(
-    rf"{_NAMED}(?:[(\[{{]\s*([A-Ea-e])\s*[)\]}}]|([a-e])\)|([B-E])(?!\w|['’])"
-    rf"|(A)(?!\w|['’]|\s+(?!{_NO_NOUN})[a-z]))"
+    rf"{_NAMED}(?:[(\[{{]\s*([A-Ea-e])\s*[)\]}}]|([a-e])\)|([B-E])(?!\w|['’]|-\w)"
+    rf"|(A)(?!\w|['’]|-\w|\s+(?!{_NO_NOUN})[a-z]))"
 )
 _ANOTHER = re.compile(r"\s*(?:/|&|\bor\b|\band\b)\s*(?:[Oo]ption\s+)?[(\[]?[A-E](?!\w)")
 _CALLED_CORRECT = re.compile(
@@ -59,8 +59,9 @@ def marked_letter(text: str) -> str | None:
 def chosen_letter(text: str) -> str | None:
     """The letter that a text chooses, or None.
 
-    In this order: the marked one; the last that is called correct; alone; the only label, `B) 12 apples`, at
-    the start of the first or last line; the last in brackets or after `Option`.
+    In this order: the marked one; the last that is called correct; the one that is all of the text or of its
+    last line; the only label, `B) 12 apples`, at the start of the first or last line; the last in brackets or
+    after `Option`.
     """
     text = before_next_question(text)
     if (marked := marked_letter(text)) is not None:
@@ -69,13 +70,14 @@ def chosen_letter(text: str) -> str | None:
     called, mentioned = (list(pattern.finditer(text)) for pattern in (_CALLED_CORRECT, _MENTION))
     if called:
         return _of(called[-1])
-    return lone_letter(text) or _labelled(text) or (_of(mentioned[-1]) if mentioned else None)
+    lines = [line.strip() for line in text.strip().split("\n")]
+    in_line = lone_letter(text) or lone_letter(lines[-1]) or _labelled(text, lines)
+    return in_line or (_of(mentioned[-1]) if mentioned else None)
 
 
-def _labelled(text: str) -> str | None:
+def _labelled(text: str, lines: list[str]) -> str | None:
     """The letter with which the first or last line begins, where no other is a label."""
     labels = list(_LABEL.finditer(text))
-    lines = [line.strip() for line in text.strip().split("\n")]
     begins = any(_LABEL.match(line) for line in (lines[0], lines[-1]))
     return _of(labels[0]) if begins and len(set(map(_of, labels))) == 1 else None
 

@@ -50,6 +50,13 @@ _LATEX = (
     (re.compile(r"\\(?:approx|simeq)(?![a-zA-Z])"), "≈"),
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:]|\^\s*\{?\s*\\circ\b\s*\}?"), ""),
     (re.compile(r"\\ "), " "),
+    # A power of a unit: cm^2.
+    (
+        re.compile(
+            r"(\\(?:text|math)[a-z]*\s*\{[^{}]{0,40}\}|(?<!\\pi)(?<=[a-zA-Z]))\s?\^\s?(?:\{[23]\}|[23](?![0-9]))"
+        ),
+        r"\1",
+    ),
 )
 _FRACTION = re.compile(
     r"((?<=[0-9])\s*)?\\frac\s*(?:\{\s*([0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}|([0-9])\s*([0-9]))(?=([0-9]))?"
@@ -138,7 +145,7 @@ def plain(text: str) -> str:
     Fractions become `\frac`, not a slash: 3 ÷ ½ is not 3 ÷ 1 / 2.
     """
     text = _SPACED_THOUSANDS.sub(",", text)
-    if "\\" in text or "{" in text:
+    if any(sign in text for sign in "\\{^"):
         for macro, meaning in _MACROS:
             text = text.replace(macro, meaning)
         for pattern, spelling in _LATEX:

@@ -30,6 +30,9 @@ from qdora.tasks.answers import before_next_question, marked_number, stated_numb
 from qdora.tasks.letters import chosen_letter, lone_letter, marked_letter
 from qdora.tasks.numbers import plain, same_value
 
+RULES = 2
+"""Version of the rules by which answers are read: figures of two versions are not comparable."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -51,19 +54,46 @@ def score_answer(
 ) -> dict[str, Verdict]:
     """Compare a model's output with a gold answer, by every scorer of its kind.
 
+        verdicts = score_answer("So each gets $7 \\frac{1}{2}$.", "7.5")
+        verdicts["normalized"].correct  # True
+
     Args:
         output: what the model generated, without the prompt.
-        gold: the gold answer; `numeric`: or a worked solution that states it.
+        gold: the gold answer; `numeric`: a number or a letter A-E, or a worked solution that states it.
         kind: `numeric`, `choice` or `text`.
-        words: `choice`: the words looked for in the output.
+        words: `choice`: the words looked for in the output, one of them the gold answer.
     Returns: verdicts by the scorer's name, the scorer of the headline score first.
-    Raises: InputError: another kind, or output or gold answer are not text.
+    Raises: InputError: another kind; output, gold answer or a word are not text; `choice` without words, or
+        with a gold answer that is none of them; words with another kind.
     """
-    if kind not in SCORERS:
+    if not isinstance(kind, str) or kind not in SCORERS:
         raise InputError(f"kind {kind!r} of answers; {suggest(str(kind), SCORERS)}")
     for name, text in (("output", output), ("gold", gold)):
         if not isinstance(text, str):
             raise InputError(f"{name} {text!r} is a {type(text).__name__}; allowed: text")
+    _check_words(words, kind, gold)
+    return verdicts_of(output, gold, kind, words)
+
+
+def _check_words(words: Sequence[str], kind: AnswerKind, gold: str) -> None:
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        raise InputError(
+            f'words {words!r} is a {type(words).__name__}; allowed: a list such as ["true", "false"]'
+        )
+    if kind != "choice":
+        if words:
+            raise InputError(f"words {list(words)!r} belong to kind 'choice', not to {kind!r}")
+        return
+    if bad := [word for word in words if not isinstance(word, str) or not word]:
+        raise InputError(f"words: {bad[0]!r} is none; allowed: text of at least one character")
+    if not words:
+        raise InputError("kind 'choice' needs words, the answers that are looked for in an output")
+    if gold not in words:
+        raise InputError(f"gold {gold!r} is none of the words; {suggest(gold, words)}")
+
+
+def verdicts_of(output: str, gold: str, kind: AnswerKind, words: Sequence[str]) -> dict[str, Verdict]:
+    """`score_answer` without its checks."""
     arguments = (output, gold, words) if kind == "choice" else (output, gold)
     return {name: scorer(*arguments) for name, scorer in SCORERS[kind].items()}
 
