@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qdora
 from qdora.config import AnswerKind
 from qdora.data.rows import Example
 from qdora.errors import InputError
@@ -316,6 +319,19 @@ def test_score_answer_refuses_words_that_do_nothing(
     """Catches: every letter of a string looked for, words ignored, a gold answer that no output can reach."""
     with pytest.raises(InputError, match=message):
         score_answer("it is true", gold, kind=kind, words=words)
+
+
+def test_the_readme_scores_as_it_says() -> None:
+    """Catches: an example that a reader copies and that does something else."""
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (block,) = (code for code in blocks if "score_answer" in code)
+    assert "from qdora import score_answer\n" in block
+    claims = re.findall(r"^(score_answer\(.*)  # (True|False)$", block, re.MULTILINE)
+    assert len(claims) == 3
+    for call, claimed in claims:
+        names = {"score_answer": qdora.score_answer, "words": ["true", "false"]}
+        assert str(eval(call, names)) == claimed, call
 
 
 def test_known_tasks_keep_their_kind() -> None:
