@@ -43,7 +43,7 @@ _RUN = re.compile(
         \\(?:frac|sqrt|pi|times|cdot|div)(?![a-zA-Z])
       | [$€£]?\ ?[0-9][0-9.,:]*%?
       | (?<!\w)\.[0-9]+
-      | [-+*/×÷·⋅^=≈√π(){}]
+      | [-+*/×÷·⋅^=≈√π(){}⁻⁰¹²³⁴-⁹]
       | \[[0-9]\]
       | (?<=[0-9)}\ ])[xX](?=\ ?[0-9(\\])
       | \ (?=\S)
@@ -56,12 +56,14 @@ _UNFINISHED = " .,:-+*/×÷·⋅^=≈("
 _CALCULATION = re.compile(
     r"(?:[+*/×÷^]|\\(?:times|cdot|div)|(?<=[0-9])x|\s[-x])\s?[$€£(]?[0-9.\\]|\\frac\s?[0-9{]"
 )
-_EXPRESSION = re.compile(r"(?<=[0-9)}])\s?(?:[+*×÷·⋅^]|x(?=\ ?[0-9(\\]))|\\|[√π]|[0-9)/]\(|/\s?-|^\s*-\s?\(")
+_EXPRESSION = re.compile(
+    r"(?<=[0-9)}])\s?(?:[+*×÷·⋅^⁻⁰¹²³⁴-⁹]|x(?=\ ?[0-9(\\]))|\\|[√π]|[0-9)/]\(|/\s?-|^\s*-\s?\("
+)
 # The parts of these are no answers where the whole cannot be worked out.
-_POWER = re.compile(r"[\\^√π]|[0-9)]\*\*[0-9(]")
+_POWER = re.compile(r"[\\^√π⁻⁰¹²³⁴-⁹]|[0-9)]\*\*[0-9(]|\}\s*\{")
 _FUNCTION = re.compile(r"\\(?:log|ln|exp|sin|cos|tan|cot|binom|sum|prod|int|lim)\s*_?\s*$")
-_STATED = re.compile(r"[=≈^\\√π]|[0-9)]\*\*[0-9(]")
-_WORTH_READING = re.compile(r"[=+*×÷·⋅^≈\\√π(]|[0-9] ?x|/-|\$[^$\n]*\$")
+_STATED = re.compile(r"[=≈^\\√π⁻⁰¹²³⁴-⁹]|[0-9)]\*\*[0-9(]")
+_WORTH_READING = re.compile(r"[=+*×÷·⋅^≈\\√π(⁰¹²³⁴-⁹]|[0-9] ?x|/-|\$[^$\n]*\$")
 
 
 def stated_number(text: str) -> Number | None:

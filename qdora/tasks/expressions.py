@@ -30,6 +30,7 @@ _MOST_BITS = 1_024
 _IRRATIONAL_PLACES = 40
 _LARGEST_IRRATIONAL = 10**15
 
+_RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _SPELLINGS = tuple(
     (re.compile(pattern), meaning)
     for pattern, meaning in (
@@ -39,6 +40,7 @@ _SPELLINGS = tuple(
         (r"[·⋅]", r"\\cdot "),
         (r"÷", r"\\div "),
         (r"π", r"\\pi "),
+        (r"[⁻⁰¹²³⁴-⁹]+", lambda match: f"^{{{match.group().translate(_RAISED)}}}"),
         (r"√\s?([0-9]+)|√\s?\(([^()]*)\)", r"\\sqrt{\1\2}"),
         (r"(?<=[0-9)}])\*\*", "^"),
         (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),

@@ -45,10 +45,12 @@ _NUMBER = re.compile(
 
 _ORNAMENT = re.compile(r"[$€£]\s?|^\+|,")
 _MACROS = (("\\$", ""), ("\\%", "%"), ("{,}", ","), ("\\!", ""))
+_DEGREE_OR_ORDINAL = r"(?:\\circ\b|(?:st|nd|rd|th)\b|\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\})"
 _LATEX = (
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(?:approx|simeq)(?![a-zA-Z])"), "≈"),
-    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:]|\^\s*\{?\s*\\circ\b\s*\}?"), ""),
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:]"), ""),
+    (re.compile(rf"\^\s*(?:{_DEGREE_OR_ORDINAL}|\{{\s*{_DEGREE_OR_ORDINAL}\s*\}})"), ""),
     (re.compile(r"\\ "), " "),
     # A power of a unit: cm^2.
     (
