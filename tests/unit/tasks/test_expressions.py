@@ -96,9 +96,16 @@ def test_values_are_exact() -> None:
     assert value("5(3)") == 15
 
 
-def test_it_works_in_any_thread_and_keeps_signal_handlers(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_works_in_any_thread_and_keeps_signal_handlers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches: math-verify's SIGALRM, which fails outside the main thread and replaces handlers."""
     before = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT)]
+    # It warns once a process.
+    monkeypatch.setattr("math_verify.parser.TIMEOUT_WARNING_SHOWN", False)
+    logger = logging.getLogger("math_verify.parser")
+    for kept in tuple(logger.filters):
+        logger.removeFilter(kept)
     read_expression.cache_clear()
     with caplog.at_level(logging.DEBUG), ThreadPoolExecutor(4) as pool:
         found = list(pool.map(read_expression, [rf"{i} \times 5" for i in range(20)]))
