@@ -188,6 +188,7 @@ def test_text_compares_first_lines() -> None:
 
 
 @pytest.mark.parametrize("kind", SCORERS)
+@settings(deadline=None)  # the first expression imports sympy
 @given(output=st.text(max_size=80), answer=st.sampled_from(["", "3", "B", "true"]))
 def test_every_kind_reports_its_scorers(kind: str, output: str, answer: str) -> None:
     """Catches: a scorer missing from the report, and a verdict of correct without two answers."""
