@@ -21,6 +21,7 @@ from qdora.experiments.report import markdown, write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
 from qdora.run import RunDirectory
 from qdora.tasks.prepare import PreparedData
+from qdora.tasks.scoring import RULES
 from qdora.training.metrics import read_metrics
 
 CONFIG_COPY = "compare.yaml"
@@ -134,6 +135,7 @@ def _inputs(run: ArmRun, adapter: Path | None) -> dict[str, Any]:
         "config": run.config.model_dump(mode="json", include=kept, exclude=unused),
         "test": run.manifest["data"]["fingerprints"]["test"],
         "adapter": adapter and file_digest(adapter / "adapter_model.safetensors"),
+        "rules": RULES,
     }
 
 

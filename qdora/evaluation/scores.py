@@ -18,7 +18,7 @@ from qdora.errors import InputError
 from qdora.files import parse_object, read_json, staging_directory, write_json, write_text
 from qdora.output import locked
 from qdora.tasks.base import Task
-from qdora.tasks.scoring import Verdict
+from qdora.tasks.scoring import RULES, Verdict
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ class Scores:
         seconds: wall-clock time of the generation.
         cut_off: outputs that reached the token limit without EOS.
         predictions: one per question, in the order of the examples.
+        rules: version of the rules by which answers were read, `scoring.RULES`; files before 2 do not say it.
     """
 
     task: str
@@ -161,6 +162,7 @@ class Scores:
     seconds: float
     cut_off: int
     predictions: tuple[Prediction, ...]
+    rules: int = 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -198,6 +200,7 @@ def summarize(
         seconds=seconds,
         cut_off=sum(not p.stopped for p in predictions),
         predictions=tuple(predictions),
+        rules=RULES,
     )
 
 

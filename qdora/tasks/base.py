@@ -23,7 +23,7 @@ from qdora.data.rows import (
     text_of,
 )
 from qdora.errors import InputError
-from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_answer, score_published
+from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_published, verdicts_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Task:
         """
         worked = self.gold == "solution"
         answer = example.completion if worked else example.answer
-        verdicts = score_answer(output, answer, kind=self.kind, words=self.words)
+        verdicts = verdicts_of(output, answer, self.kind, self.words)
         if "published" in verdicts and not worked:
             gold = published_gold(example.answer, example.completion)
             verdicts["published"] = score_published(output, gold)

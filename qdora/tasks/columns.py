@@ -10,7 +10,7 @@ from qdora.config import DatasetConfig
 from qdora.data.readers import read_hub, read_rows
 from qdora.data.rows import BadRowError, Example, Row, text_of
 from qdora.tasks.base import Task, held_out_split, question_of
-from qdora.tasks.scoring import gold_number
+from qdora.tasks.scoring import gold_answer
 
 _CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\d)\b")
 # What tables have where a number is missing: a gold answer that every output would miss.
@@ -72,7 +72,7 @@ def _extract(completion: str, config: DatasetConfig) -> str:
     if config.answer_kind == "text":
         return completion
     if config.answer_kind == "numeric":
-        answer, wanted = gold_number(completion), "number"
+        answer, wanted = gold_answer(completion), "number"
     else:
         found = _CHOICE.search(completion.lower())
         answer, wanted = found and found.group(), "choice such as true or answer2"

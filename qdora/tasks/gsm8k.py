@@ -13,7 +13,7 @@ from qdora.config import DatasetConfig
 from qdora.data.readers import read_hub, read_rows, require
 from qdora.data.rows import BadRowError, Example, Row, text_of
 from qdora.tasks.base import Task
-from qdora.tasks.scoring import gold_number
+from qdora.tasks.scoring import gold_answer
 
 DATASET = "openai/gsm8k"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -39,7 +39,7 @@ class Gsm8k(Task):
         """The solution without its annotations for a calculator, and the number behind its ####."""
         question, solution = text_of(row, "question"), text_of(row, "answer")
         _, hashes, tail = solution.rpartition("####")
-        answer = gold_number(hashes + tail) if hashes else None
+        answer = gold_answer(hashes + tail) if hashes else None
         if answer is None:
             raise BadRowError("column 'answer' has no '#### N' with the gold answer")
         return Example(question, _CALCULATOR.sub("", solution), answer, self.name, row.origin)

@@ -1,10 +1,11 @@
-r"""The one grammar of numbers, as people and models write them: gold answers and outputs are read alike.
+r"""Numbers as people and models write them: gold answers and outputs are read alike.
 
-Understood: thousands commas, currency signs, plus and (unicode) minus, decimals,
-`3/4`, `1 1/2`, `½`, `\frac{3}{4}`, `1.5e3`, `3 x 10^8`, ratios and clock times
-`3:2`.  A percent sign and any unit word beside a number are left out of its value:
-`50%` is 50, `12 apples` is 12.  Not understood, on purpose: number words (`five`),
-magnitude words (`2 million` is 2), a decimal comma, unit conversion.
+Understood: thousands commas and spaces, currency signs, plus and (unicode) minus, decimals,
+`3/4`, `1 1/2`, `½`, `\frac{3}{4}`, `1.5e3`, `3 x 10^8`, ratios and clock times `3:2`.
+A percent sign and any unit word beside a number are left out of its value: `50%` is 50,
+`12 apples` is 12.  Not understood, on purpose: number words (`five`), magnitude words
+(`2 million` is 2), a decimal comma, unit conversion.  Operations, powers and roots are
+`expressions`.
 """
 
 from __future__ import annotations
@@ -43,9 +44,26 @@ _NUMBER = re.compile(
 )
 
 _ORNAMENT = re.compile(r"[$€£]\s?|^\+|,")
-_MACROS = (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("\\!", ""), ("\\,", ""))
-_FRACTION_MACRO = re.compile(r"\\[dt]?frac\s*\{\s*([0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}")
-_SPACED_THOUSANDS = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
+_MACROS = (("\\$", ""), ("\\%", "%"), ("{,}", ","), ("\\!", ""))
+_DEGREE_OR_ORDINAL = r"(?:\\circ\b|(?:st|nd|rd|th)\b|\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\})"
+_LATEX = (
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:approx|simeq)(?![a-zA-Z])"), "≈"),
+    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:]"), ""),
+    (re.compile(rf"\^\s*(?:{_DEGREE_OR_ORDINAL}|\{{\s*{_DEGREE_OR_ORDINAL}\s*\}})"), ""),
+    (re.compile(r"\\ "), " "),
+    # A power of a unit: cm^2.
+    (
+        re.compile(
+            r"(\\(?:text|math)[a-z]*\s*\{[^{}]{0,40}\}|(?<!\\pi)(?<=[a-zA-Z]))\s?\^\s?(?:\{[23]\}|[23](?![0-9]))"
+        ),
+        r"\1",
+    ),
+)
+_FRACTION = re.compile(
+    r"((?<=[0-9])\s*)?\\frac\s*(?:\{\s*([0-9.,]+)\s*\}\s*\{\s*([0-9.,]+)\s*\}|([0-9])\s*([0-9]))(?=([0-9]))?"
+)
+_SPACED_THOUSANDS = re.compile(r"(?<=[0-9])(?:[\u00a0\u2009\u202f~]|\\[ ,;:])(?=[0-9]{3}(?![0-9]))")
 _VULGAR_FRACTION = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 # Minus sign, hyphens, en dash, full-width hyphen; fraction slash; no-break, thin and narrow spaces.
 _CHARACTERS = str.maketrans("\u2212\u2010\u2011\u2013\uff0d\u2044\u00a0\u2009\u202f", "-----/   ")
@@ -89,7 +107,15 @@ class Number:
 
 def find_numbers(text: str) -> list[Number]:
     """All numbers in the text, in order; strings of digits too long to be one are skipped."""
-    return [number for match in _NUMBER.finditer(plain(text)) if (number := _read(match))]
+    text = _FRACTION.sub(_slashed, plain(text))
+    return [number for match in _NUMBER.finditer(text) if (number := _read(match))]
+
+
+def whole_number(text: str) -> Number | None:
+    """The number that the whole text is, apart from space, a percent sign and a final point."""
+    text = _FRACTION.sub(_slashed, plain(text)).strip()
+    match = _NUMBER.match(text)
+    return _read(match) if match and text[match.end() :].strip() in ("", "%", ".", "%.") else None
 
 
 def same_value(one: Number, other: Number) -> bool:
@@ -116,14 +142,30 @@ def same_value(one: Number, other: Number) -> bool:
 
 
 def plain(text: str) -> str:
-    """The text with typographic and LaTeX spellings of numbers in ASCII."""
-    for macro, meaning in _MACROS:
-        text = text.replace(macro, meaning)
-    text = _FRACTION_MACRO.sub(r" \1/\2 ", text)
+    r"""The text with each typographic and LaTeX spelling of a sign, space or fraction in one form.
+
+    Fractions become `\frac`, not a slash: 3 ÷ ½ is not 3 ÷ 1 / 2.
+    """
     text = _SPACED_THOUSANDS.sub(",", text)
-    # NFKC spells ½ as 1⁄2, with a fraction slash.
-    text = _VULGAR_FRACTION.sub(lambda match: " " + unicodedata.normalize("NFKC", match.group()), text)
+    if any(sign in text for sign in "\\{^"):
+        for macro, meaning in _MACROS:
+            text = text.replace(macro, meaning)
+        for pattern, spelling in _LATEX:
+            text = pattern.sub(spelling, text)
+    text = _VULGAR_FRACTION.sub(_vulgar, text)
     return text.translate(_CHARACTERS)
+
+
+def _vulgar(match: re.Match[str]) -> str:
+    # NFKC spells ½ as 1⁄2, with a fraction slash.
+    numerator, _, denominator = unicodedata.normalize("NFKC", match.group()).partition("\u2044")
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
+
+
+def _slashed(match: re.Match[str]) -> str:
+    before, *parts, digit = match.groups()
+    numerator, denominator = (part for part in parts if part)
+    return f"{'' if before is None else ' '}{numerator}/{denominator}{' ' if digit else ''}"
 
 
 def _read(match: re.Match[str]) -> Number | None:

@@ -15,7 +15,7 @@ from qdora.config import DatasetConfig
 from qdora.data.readers import read_hub, read_rows
 from qdora.data.rows import Example, Row, text_of
 from qdora.tasks.base import Task, held_out_split
-from qdora.tasks.scoring import gold_number, published_gold
+from qdora.tasks.scoring import gold_answer, published_gold
 
 DATASET = "microsoft/orca-math-word-problems-200k"
 HELD_OUT = 5_000
@@ -43,7 +43,7 @@ class OrcaMath(Task):
         the published 500.
         """
         question, solution = text_of(row, "question"), text_of(row, "answer")
-        answer = published_gold(gold_number(solution) or "", solution)
+        answer = published_gold(gold_answer(solution) or "", solution)
         return Example(question, solution, answer, self.name, row.origin)
 
 

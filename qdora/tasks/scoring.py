@@ -1,4 +1,4 @@
-r"""Answer extraction and comparison: pure functions on text.
+r"""Comparison of answers: pure functions on text.
 
 Numeric tasks have two scorers, both always reported:
 
@@ -10,11 +10,9 @@ reference *solution*, are equal as strings.  Signs are not seen (-3 is 3), comma
 a number are equal, here no answer is wrong; and where a data set has a column for the gold
 answer, a solution that reaches another value does not overrule it.
 
-`normalized` compares values.  Outputs and worked solutions are read alike: the answer is, in
-this order, the first line `#### N`; the last `answer is N`, `answer: N` or `\boxed{N}`; the
-last number.  What follows a new question header, which the model invented, is not read.  A
-gold answer that is a letter A-E is matched by the letter chosen.  The value rules are those
-of `numbers`.
+`normalized` compares values.  Gold answers, worked solutions and outputs are read by the one grammar of
+`answers`, `numbers` and `expressions`.  A gold answer that is a letter A-E is matched by the chosen
+letter, see `letters`.
 
 Choice tasks follow LLM-Adapters (commonsense_evaluate.py): the first occurrence, case
 sensitive and also within words, of any of the task's answer words.
@@ -23,12 +21,17 @@ sensitive and also within words, of any of the task's answer words.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qdora.config import AnswerKind
 from qdora.errors import InputError, suggest
-from qdora.tasks.numbers import Number, find_numbers, plain, same_value
+from qdora.tasks.answers import before_next_question, marked_number, stated_number
+from qdora.tasks.letters import chosen_letter, lone_letter, marked_letter
+from qdora.tasks.numbers import plain, same_value
+
+RULES = 2
+"""Version of the rules by which answers are read: figures of two versions are not comparable."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,46 @@ def score_answer(
 ) -> dict[str, Verdict]:
     """Compare a model's output with a gold answer, by every scorer of its kind.
 
+        verdicts = score_answer("So each gets $7 \\frac{1}{2}$.", "7.5")
+        verdicts["normalized"].correct  # True
+
     Args:
         output: what the model generated, without the prompt.
-        gold: the gold answer; `numeric`: or a worked solution that states it.
+        gold: the gold answer; `numeric`: a number or a letter A-E, or a worked solution that states it.
         kind: `numeric`, `choice` or `text`.
-        words: `choice`: the words looked for in the output.
+        words: `choice`: the words looked for in the output, one of them the gold answer.
     Returns: verdicts by the scorer's name, the scorer of the headline score first.
-    Raises: InputError: another kind, or output or gold answer are not text.
+    Raises: InputError: another kind; output, gold answer or a word are not text; `choice` without words, or
+        with a gold answer that is none of them; words with another kind.
     """
-    if kind not in SCORERS:
+    if not isinstance(kind, str) or kind not in SCORERS:
         raise InputError(f"kind {kind!r} of answers; {suggest(str(kind), SCORERS)}")
     for name, text in (("output", output), ("gold", gold)):
         if not isinstance(text, str):
             raise InputError(f"{name} {text!r} is a {type(text).__name__}; allowed: text")
+    _check_words(words, kind, gold)
+    return verdicts_of(output, gold, kind, words)
+
+
+def _check_words(words: Sequence[str], kind: AnswerKind, gold: str) -> None:
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        raise InputError(
+            f'words {words!r} is a {type(words).__name__}; allowed: a list such as ["true", "false"]'
+        )
+    if kind != "choice":
+        if words:
+            raise InputError(f"words {list(words)!r} belong to kind 'choice', not to {kind!r}")
+        return
+    if bad := [word for word in words if not isinstance(word, str) or not word]:
+        raise InputError(f"words: {bad[0]!r} is none; allowed: text of at least one character")
+    if not words:
+        raise InputError("kind 'choice' needs words, the answers that are looked for in an output")
+    if gold not in words:
+        raise InputError(f"gold {gold!r} is none of the words; {suggest(gold, words)}")
+
+
+def verdicts_of(output: str, gold: str, kind: AnswerKind, words: Sequence[str]) -> dict[str, Verdict]:
+    """`score_answer` without its checks."""
     arguments = (output, gold, words) if kind == "choice" else (output, gold)
     return {name: scorer(*arguments) for name, scorer in SCORERS[kind].items()}
 
@@ -85,10 +115,9 @@ def score_normalized(output: str, answer: str) -> Verdict:
     Args:
         answer: the gold answer, or a worked solution that states it.
     """
-    letter = _GOLD_LETTER.fullmatch(answer.strip())
-    if letter:
+    if letter := _gold_letter(answer):
         chosen = chosen_letter(output)
-        return Verdict(chosen, letter[1].upper(), chosen == letter[1].upper())
+        return Verdict(chosen, letter, chosen == letter)
     found, gold = stated_number(output), stated_number(answer)
     same = found is not None and gold is not None and same_value(found, gold)
     return Verdict(found.text if found else None, gold.text if gold else None, same)
@@ -137,84 +166,15 @@ def published_gold(answer: str, solution: str) -> str:
     return in_solution if in_solution and score_normalized(in_solution, answer).correct else answer
 
 
-# A model that does not stop goes on with the next question of its prompt format.
-_NEXT_QUESTION = re.compile(
-    r"\n[ \t]*#{0,4}[ \t]*(?:question|problem|instruction|q)[ \t]*[0-9]*[ \t]*[:.]", re.IGNORECASE
-)
-_HASH_LINE = re.compile(r"^[ \t]*####([^\n]{0,80})$", re.MULTILINE)
-_MARKER = re.compile(
-    r"\\boxed\s*\{"
-    r"|\banswer\b[*_\s]*(?:(?:to|for)\b[^.:\n]{0,80}?)?(?:\b(?:is|was|are|equals|(?:would|will) be)\b|[:=])",
-    re.IGNORECASE,
-)
-# Characters read after a marker; without a bound a model that repeats a marker costs quadratic time.
-_REACH = 300
-_MARKUP = re.compile(r"[\s*_:]*(?:\\[(\[]\s*)?")
-_SENTENCE = re.compile(r"[^\n]*?(?:[.!?](?=\s|$|[A-Z*])|(?=\n)|$)")
-_UNIT_WORDS = re.compile(r"\s?%?(?:\s[^\W\d]+){0,3}\s?\.?")
-_OPERATION = re.compile(r"(?:[+*/×÷]|\s[-x])\s?[$€£(]?[0-9.]")
-
-_GOLD_LETTER = re.compile(r"\(?([A-Ea-e])[).]*")
-# A bare A before a word is the article: "the answer is A penny".
-_LETTER = re.compile(
-    r"(?:(?:option|choice)\s+)?(?:[(\[{]\s*([A-Ea-e])\s*[)\]}]|([B-E])(?!\w)|(A)(?!\w|['’]|\s+[a-z]))",
-)
-_LONE_LETTER = re.compile(r"\(?([A-E])[).:]*")
-_BRACKETED_LETTER = re.compile(r"\(([A-E])\)")
+def gold_answer(solution: str) -> str | None:
+    """The number or letter that a worked solution states, read as in an output; None without one."""
+    number = None if (letter := _gold_letter(solution)) else stated_number(solution)
+    return letter or (number.bare if number else None)
 
 
-def stated_number(text: str) -> Number | None:
-    """The number that a text gives as its answer, or None; see the module's docstring for the order."""
-    text = _before_next_question(plain(text))
-    return _hash_number(text) or _marked_number(text) or next(reversed(find_numbers(text)), None)
-
-
-def gold_number(solution: str) -> str | None:
-    """The number that a worked solution gives as its answer, read as in an output; None without one."""
-    number = stated_number(solution)
-    return number.bare if number else None
-
-
-def chosen_letter(text: str) -> str | None:
-    """The letter A-E that a text chooses: after the last marker, alone, or the last one in brackets."""
-    text = _before_next_question(text)
-    for after in _after_markers(text):
-        if letter := _LETTER.match(after):
-            return next(group for group in letter.groups() if group).upper()
-    alone = _LONE_LETTER.fullmatch(text.strip())
-    return alone[1] if alone else next(reversed(_BRACKETED_LETTER.findall(text)), None)
-
-
-def _before_next_question(text: str) -> str:
-    """The text up to the point where the model asks itself the next question."""
-    header = _NEXT_QUESTION.search(text)
-    return text[: header.start()] if header and text[: header.start()].strip() else text
-
-
-def _hash_number(text: str) -> Number | None:
-    """The first `#### N`; a heading such as `#### Step 1` or `#### 1. Cost` is none."""
-    for line in map(str.strip, _HASH_LINE.findall(text)):
-        numbers = find_numbers(line)
-        if len(numbers) != 1 or not line.startswith(numbers[0].text):
-            continue
-        if _UNIT_WORDS.fullmatch(line, len(numbers[0].text)):
-            return numbers[0]
-    return None
-
-
-def _marked_number(text: str) -> Number | None:
-    """The number in the last sentence that states an answer; of `is 5 * 3 = 15 apples` that of the result."""
-    for after in _after_markers(text):
-        sentence = _SENTENCE.match(after)
-        assert sentence is not None  # the pattern ends at the end of the line at the latest
-        calculation, _, result = sentence.group().rpartition("=")
-        numbers = _OPERATION.search(calculation) and find_numbers(result)
-        if numbers := numbers or find_numbers(sentence.group()):
-            return numbers[0]
-    return None
-
-
-def _after_markers(text: str) -> Iterator[str]:
-    """The text after each answer marker, the last marker first."""
-    for marker in reversed(list(_MARKER.finditer(text))):
-        yield _MARKUP.sub("", text[marker.end() : marker.end() + _REACH], count=1)
+def _gold_letter(answer: str) -> str | None:
+    """The letter that a gold answer is, or that a worked solution marks as its answer instead of a number."""
+    if letter := lone_letter(answer):
+        return letter
+    text = before_next_question(plain(answer))
+    return None if marked_number(text) else marked_letter(text) or None

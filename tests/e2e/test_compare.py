@@ -158,6 +158,15 @@ def test_resume_repeats_nothing_that_is_finished(tiny_model_folder, tmp_path, ca
     assert run_command("compare", [*words, "--resume", "--set", "set={evaluation.limit: 3}"]) == 0
     assert (calls["run"], calls["load_with_adapter"]) == (0, 3)
 
+    # Scores by earlier rules of reading answers.
+    calls.clear()
+    scored = json.loads((folder / "scored.json").read_bytes())
+    for entry in scored.values():
+        del entry["inputs"]["rules"]
+    (folder / "scored.json").write_text(json.dumps(scored))
+    assert run_command("compare", [*words, "--resume", "--set", "set={evaluation.limit: 3}"]) == 0
+    assert (calls["run"], calls["load_with_adapter"]) == (0, 3)
+
     # Another seed and another arm; then an arm that has changed.
     calls.clear()
     added = write_comparison(

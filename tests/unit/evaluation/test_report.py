@@ -37,6 +37,15 @@ def test_round_trip(scores: Scores, tmp_path: Path) -> None:
     assert read_scores(path) == scores
 
 
+def test_a_report_of_earlier_rules_is_read_and_known(scores: Scores, tmp_path: Path) -> None:
+    """Catches: figures of other rules of reading answers taken for today's, or their files refused."""
+    path = write_scores(scores, tmp_path)
+    tree = json.loads(path.read_text())
+    assert tree.pop("rules") == scores.rules == 2
+    path.write_text(json.dumps(tree))
+    assert read_scores(path) == replace(scores, rules=1)
+
+
 def test_contract_of_the_files(scores: Scores, tmp_path: Path) -> None:
     """Catches: a key that scripts rely on renamed, or a scorer left out of the report."""
     tree = json.loads(write_scores(scores, tmp_path).read_text())
