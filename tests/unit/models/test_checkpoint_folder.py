@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from qdora.errors import CheckpointError, InputError
 from qdora.models.formats.safetensors import SafetensorsFolder
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_tokenizer
 
 INDEX = "model.safetensors.index.json"
 
@@ -303,3 +303,7 @@ def test_damaged_tokenizer_and_generation_config(tmp_path: Path) -> None:
         opened(tmp_path).tokenizer()
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         opened(tmp_path).generation_config()
+    tiny_tokenizer().save_pretrained(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", model_max_length=[[]])
+    with pytest.raises(InputError, match="tokenizer cannot be used: .*not supported between"):
+        opened(tmp_path).tokenizer()
