@@ -305,5 +305,5 @@ def test_damaged_tokenizer_and_generation_config(tmp_path: Path) -> None:
         opened(tmp_path).generation_config()
     tiny_tokenizer().save_pretrained(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", model_max_length=[[]])
-    with pytest.raises(InputError, match="tokenizer cannot be used: .*not supported between"):
+    with pytest.raises(InputError, match=r"tokenizer cannot be used: .*not supported between"):
         opened(tmp_path).tokenizer()
