@@ -221,6 +221,19 @@ def test_peft_derives_the_base_anew_and_so_do_we(tmp_path, init, dtype, rslora, 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize(("init", "quantization"), [("pissa", "none"), ("olora", "nf4")])
+def test_commands_load_a_start_of_peft_as_python_does(tmp_path, init, quantization):
+    """Catches: a base that is derived before its weights are there, or twice."""
+    folder = write_tiny_model(tmp_path / "model", dtype=torch.float32)
+    peft_adapter(peft_base_model(folder, torch.float32), tmp_path / "theirs", init)
+    settings = ModelConfig(path=str(folder), quantization=quantization, dtype="float32")
+    checkpoint = open_checkpoint(settings.path)
+    loaded = load_with_adapter(checkpoint, settings, DistributedContext(), tmp_path / "theirs")
+    ours = model_of(folder, quantization)
+    load_adapter(ours, tmp_path / "theirs")
+    assert relative(logits(loaded), logits(ours)) < 1e-6
+
+
 def four_bit_model(folder):
     """The model with bitsandbytes' layers, as transformers makes them."""
     return AutoModelForCausalLM.from_pretrained(
