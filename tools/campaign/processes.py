@@ -19,7 +19,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from tests.distributed.ranks import free_port
+from tests.distributed.ranks import ROOT, free_port
 
 COMMANDS = ("train", "evaluate", "export", "compare")
 TIMEOUT = 20.0
@@ -139,14 +139,20 @@ def start(
 
 def start_server() -> None:
     """Start the server and wait for its imports, so that they do not count for the first run."""
-    process = _context().Process(target=os.getpid)
-    process.start()
-    process.join()
+    before = dict(os.environ)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [before.get("PYTHONPATH")])])
+    try:
+        process = _context().Process(target=os.getpid)
+        process.start()
+        process.join()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     # The server has no threads and has computed nothing, so its children start as a new process would.
     ours = [__name__, "qdora.cli", *(f"qdora.commands.{name}" for name in COMMANDS)]
     context.set_forkserver_preload(["__main__", *ours, "matplotlib.backends.backend_agg"])
