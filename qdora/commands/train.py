@@ -165,7 +165,7 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     if padding is not None and os.environ.get("RANK", "0") == "0":
         print(padding, file=sys.stderr)
     check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in data.train))
-    check_questions(tokenizer, rows, config.data.prompt, data.test[: config.evaluation.limit])
+    check_questions(tokenizer, rows, config.data, data.test[: config.evaluation.limit])
     return checkpoint, tokenizer, dataclasses.replace(data, pad_id=tokenizer.pad_token_id)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from qdora.config import DataConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token, prompt_ids
 from qdora.errors import DataError
@@ -53,16 +54,16 @@ def check_ids(
 
 
 def check_questions(
-    tokenizer: PreTrainedTokenizerBase, rows: int, prompt: str, examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase, rows: int, config: DataConfig, examples: Sequence[Example]
 ) -> None:
     """`check_ids` of the prompts of examples, which are tokenized for it only where one could be refused.
 
-    Args:
-        prompt: name of the template.
     Raises: DataError: as `check_ids`.
     """
     if _exceeds(tokenizer, rows):
-        ids = prompt_ids(tokenizer, prompt, [example.question for example in examples])
+        questions = [example.question for example in examples]
+        special = config.parse_special_tokens
+        ids = prompt_ids(tokenizer, config.prompt, questions, parse_special_tokens=special)
         check_ids(tokenizer, rows, zip([example.origin for example in examples], ids, strict=True))
 
 

@@ -115,7 +115,7 @@ def evaluate_adapter(
             if not examples:
                 names = {example.task for example in test.examples}
                 raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
-            check_questions(tokenizer, rows, config.data.prompt, examples[: config.evaluation.limit])
+            check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
         if padding is not None:
             context.say(padding)
         if test.skipped:

@@ -167,18 +167,24 @@ def test_padding_beyond_the_embedding_is_replaced(tmp_path, trained, extended, c
     assert (ours / name).read_text() == (plain / name).read_text().replace(str(trained), str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("token", "token_id", "more"),
+    [("<|im_start|>", 101, []), ("[PAD]", 100, ["--set", "data.parse_special_tokens=true"])],
+)
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_a_token_beyond_the_embedding_is_named_with_its_row(tmp_path, extended, capsys, part):
+def test_a_token_beyond_the_embedding_is_named_with_its_row(
+    tmp_path, extended, capsys, part, token, token_id, more
+):
     """Catches: `index out of range in self` in the middle of an epoch or of the last evaluation."""
     config = write_config(tmp_path, tiny_tree(tmp_path, extended, max_steps=1))
     path = tmp_path / f"{part}.jsonl"
     lines = path.read_text().splitlines()
-    lines[4] = json.dumps({"question": "<|im_start|>1+1?", "answer": "1 + 1 = 2. The answer is 2."})
+    lines[4] = json.dumps({"question": f"{token}1+1?", "answer": "1 + 1 = 2. The answer is 2."})
     path.write_text("\n".join(lines))
-    wanted = f"{path}:5: token '<|im_start|>' has id 101, but the model's embedding has 100 rows"
-    assert wanted in fails(capsys, "train", "--config", config)
+    wanted = f"{path}:5: token {token!r} has id {token_id}, but the model's embedding has 100 rows"
+    assert wanted in fails(capsys, "train", "--config", config, *more)
     assert not (tmp_path / "run").exists()
-    assert wanted in fails(capsys, "evaluate", "--model", str(extended), "--data", str(path))
+    assert wanted in fails(capsys, "evaluate", "--model", str(extended), "--data", str(path), *more)
 
 
 def test_an_eos_token_beyond_the_embedding(tmp_path, extended, capsys):
