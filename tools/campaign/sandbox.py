@@ -5,6 +5,7 @@ The parent has imported everything and computed nothing, so a fork is ready in m
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -129,6 +130,7 @@ def _work(play: Any, seeds: range, folder: Path, pipe: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (4 * MEMORY, 4 * MEMORY))  # the machine's other work lives on
     signal.signal(signal.SIGALRM, _ring)
     watch = Watch()
+    gc.freeze()  # training collects garbage, which is to be a case's and not that of all imports
     for seed in seeds:
         case = folder / f"case-{seed}"
         case.mkdir()
