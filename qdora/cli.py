@@ -29,6 +29,7 @@ _LONGEST_SENTENCE = 2000
 
 # Refusals of the operating system that the user can mend; any other OSError is shown in full.
 _USERS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG}
+_USERS_ERRORS |= {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

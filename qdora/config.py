@@ -21,6 +21,8 @@ UpdateType = Literal["lora", "vera", "none"]
 InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 PromptName = Literal["question_answer", "alpaca", "chat"]
+_MOST = 2**53  # up to here a float counts by ones
+Count = Annotated[int, Field(ge=1, le=_MOST)]
 AnswerKind = Literal["numeric", "choice", "text"]
 
 
@@ -89,7 +91,7 @@ class AdapterConfig(Section):
     """Train the magnitude of each row apart from its direction (arXiv:2402.09353 §4)."""
     init: InitName = "kaiming"
     """`lora`: how A and B start; docs/configuration.md has each."""
-    r: Annotated[int, Field(ge=1)] = 16
+    r: Count = 16
     """Rank of the low-rank update."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The update is scaled by alpha / r (alpha / sqrt(r) with `rslora`)."""
@@ -99,7 +101,7 @@ class AdapterConfig(Section):
     """Layers with a low-rank update: module names, dotted suffixes, or globs over the full name."""
     magnitude_targets: tuple[str, ...] | None = None
     """Layers with a magnitude; the same as `targets` where not given."""
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    rank_pattern: dict[str, Count] = {}
     """Rank of the layers that a pattern matches, instead of `r`; the first that matches counts."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Alpha of the layers that a pattern matches, instead of `alpha`; the first that matches counts."""
@@ -164,13 +166,13 @@ class DatasetConfig(Section):
     """`file` and `hub`: the columns."""
     answer_kind: AnswerKind = "numeric"
     """`file` and `hub`: how answers are compared."""
-    count: Annotated[int, Field(ge=1)] | None = None
+    count: Count | None = None
     """`synthetic`: how many problems to generate."""
-    held_out: Annotated[int, Field(ge=0)] = 0
+    held_out: Annotated[int, Field(ge=0, le=_MOST)] = 0
     """`file`, `hub`, `orca_math`: rows at the end of the shuffled set that form the split `test`."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the shuffle, of the generator and of mixing."""
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
     """Use only so many examples, the first ones after shuffling."""
 
 
@@ -181,7 +183,7 @@ class DataConfig(Section):
     test: DatasetConfig
     prompt: PromptName = "question_answer"
     """Template, the same in training and in evaluation."""
-    max_length: Annotated[int, Field(ge=8)] = 512
+    max_length: Annotated[int, Field(ge=8, le=_MOST)] = 512
     """Longest example in tokens, prompt and completion together."""
     parse_special_tokens: bool = False
     """Read the text of a special token in a question or completion, such as `</s>`, as that token."""
@@ -206,18 +208,18 @@ class TrainingConfig(Section):
     key = "training"
     mode: Literal["adapter", "full"] = "adapter"
     """`full` trains every weight of an unquantized model; there is no adapter then."""
-    max_steps: Annotated[int, Field(ge=1)] | None = None
+    max_steps: Count | None = None
     """Optimizer steps; give this or `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training set; give this or `max_steps`."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Count = 16
     """Sequences per optimizer step, over all processes and micro-batches."""
-    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    gradient_accumulation: Count = 1
     """Micro-batches into which a process splits its share of the batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay after warm-up, down to 0 (`linear`, `cosine`)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=_MOST)] = 0
     """Steps over which the rate rises linearly from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -228,9 +230,9 @@ class TrainingConfig(Section):
     """Recompute each decoder layer in backward instead of keeping its activations."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of A, of the data order and of dropout."""
-    save_every: Annotated[int, Field(ge=1)] | None = None
+    save_every: Count | None = None
     """Steps between checkpoints; where not given, only at the end."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints kept."""
     async_checkpoints: bool = False
     """Write checkpoints while the next steps compute, from a copy of the trained state in CPU memory."""
@@ -252,13 +254,13 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Generation and scoring."""
 
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Count | None = None
     """Score only the first so many test examples."""
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Count = 32
     """Prompts generated together, per process."""
-    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    max_new_tokens: Count = 256
     """Longest generated answer in tokens."""
-    every: Annotated[int, Field(ge=1)] | None = None
+    every: Count | None = None
     """Steps between evaluations during training; none where not given."""
     quantization: QuantizationName | None = None
     """`training.mode: full`: quantize the trained weights to this format before they are scored."""

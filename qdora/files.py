@@ -260,6 +260,11 @@ def _clear(left: Path) -> None:
         _delete(left)
 
 
+def path_exists(path: Path) -> bool:
+    """Whether there is such a file or folder; no name is too long to ask, as it is for the method."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def fsync(path: Path) -> None:
     """Fsync a file's contents, or a directory's entries."""
     handle = os.open(path, os.O_RDONLY)

@@ -10,7 +10,7 @@ import torch
 
 from qdora.adapters.base import Factors, LowRankUpdate, adapter_parameter, assign_full
 from qdora.adapters.init import CONVERT, INITS, init_from_peft
-from qdora.adapters.peft_settings import expression
+from qdora.adapters.peft_settings import expression, number, patterns
 from qdora.config import AdapterConfig
 from qdora.quant.base import FrozenWeight
 
@@ -125,17 +125,18 @@ class LoraUpdate(LowRankUpdate):
     @classmethod
     def config_from_peft(cls, settings: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
         """As `LowRankUpdate.config_from_peft`, PEFT's patterns resolved to full names."""
-        r, alpha = int(settings["r"]), float(settings["lora_alpha"])
+        r, alpha = number(settings, "r"), float(number(settings, "lora_alpha"))
+        rank_of, alpha_of = patterns(settings, "rank_pattern"), patterns(settings, "alpha_pattern")
         init = init_from_peft(settings.get("init_lora_weights", True))
-        ranks = {name: int(_by_pattern(settings.get("rank_pattern"), name, r)) for name in layers}
-        alphas = {name: float(_by_pattern(settings.get("alpha_pattern"), name, alpha)) for name in layers}
+        ranks = {name: _by_pattern(rank_of, name, r) for name in layers}
+        alphas = {name: float(_by_pattern(alpha_of, name, alpha)) for name in layers}
         return {
             "r": r,
             "alpha": alpha,
-            "rslora": bool(settings.get("use_rslora", False)),
+            "rslora": settings.get("use_rslora") or False,
             "rank_pattern": {name: value for name, value in ranks.items() if value != r},
             "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-            "dropout": float(settings.get("lora_dropout", 0.0)),
+            "dropout": float(number(settings, "lora_dropout", 0.0)),
             "init": "kaiming" if INITS[init].from_weight else init,  # `load_extra` repeats the others
         }
 
@@ -165,9 +166,9 @@ def _integer(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+def _by_pattern(values: Mapping[str, float], name: str, default: float) -> float:
     """PEFT's rule: the first key that, as a regular expression, matches the name or its dotted end."""
-    for key, value in (patterns or {}).items():
+    for key, value in values.items():
         if expression(rf"(.*\.)?({key})$").match(name):
             return value
     return default

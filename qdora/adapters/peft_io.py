@@ -298,7 +298,9 @@ def _adapter_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
             dtype="bfloat16" if all(t.dtype == torch.bfloat16 for t in of_updates) else "float32",
             **own,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise InputError(f"{path / CONFIG_FILE}: setting {error} is missing") from None
+    except (TypeError, ValueError) as error:
         raise InputError(f"{path / CONFIG_FILE}: {error}") from None
 
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+_LARGEST = 1e300
+
 READ = (
     {"peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     | {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern"}
@@ -70,6 +72,31 @@ def refuse_unsupported(settings: Mapping[str, Any]) -> None:
 
 def _is_off(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
+
+
+def number(settings: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A number of the settings.
+
+    Raises: KeyError: it is missing, and there is no default.  TypeError: it is no finite number.
+    """
+    return _number(key, settings[key] if default is None else settings.get(key, default))
+
+
+def patterns(settings: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Numbers by pattern of the layers that have them.
+
+    Raises: TypeError: it is no mapping to finite numbers.
+    """
+    value = settings.get(key) or {}
+    if not isinstance(value, dict):
+        raise TypeError(f"{key} = {value!r}; expected numbers by pattern")
+    return {pattern: _number(f"{key}.{pattern}", each) for pattern, each in value.items()}
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        raise TypeError(f"{name} = {value!r}; expected a finite number")
+    return value
 
 
 def refuse_unchosen(settings: Mapping[str, Any], layers: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from qdora.adapters.base import Factors, LowRankUpdate, SharedBuffers, adapter_parameter
+from qdora.adapters.peft_settings import number
 from qdora.config import AdapterConfig
 
 D_INITIAL = 0.1
@@ -119,7 +120,7 @@ class VeraUpdate(LowRankUpdate):
     @classmethod
     def config_from_peft(cls, settings: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
         """As `LowRankUpdate.config_from_peft`."""
-        return {"r": int(settings["r"]), "dropout": float(settings.get("vera_dropout", 0.0))}
+        return {"r": number(settings, "r"), "dropout": float(number(settings, "vera_dropout", 0.0))}
 
     @classmethod
     def saved_shapes(cls, shape: tuple[int, int], r: int) -> dict[str, tuple[int, ...]]:
@@ -129,7 +130,7 @@ class VeraUpdate(LowRankUpdate):
     @classmethod
     def seed_from_peft(cls, settings: Mapping[str, Any]) -> int:
         """PEFT's projection_prng_key."""
-        return int(settings.get("projection_prng_key") or 0)
+        return int(number(settings, "projection_prng_key", 0))
 
     @classmethod
     def shared_tensors(cls, updates: Mapping[str, Self]) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ import numpy as np
 from qdora.data.folders import COMPRESSED, data_files, kind_of
 from qdora.data.rows import Row
 from qdora.errors import DataError, InputError, suggest
+from qdora.files import path_exists
 
 _NAMES_SHOWN = 12
 
@@ -50,7 +51,7 @@ def require(path: Path, expected: str) -> None:
 
     Raises: InputError: it does not; names what was expected and what is there.
     """
-    if not path.exists():
+    if not path_exists(path):
         raise InputError(f"{path}: no such file or folder; expected {expected}; {_nearby(path)}")
 
 

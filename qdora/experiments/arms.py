@@ -134,7 +134,7 @@ class ArmRun:
         try:
             self.directory.finished_adapter()
             done = read_metrics(self.directory.metrics_file)
-        except (InputError, FileNotFoundError):
+        except InputError:
             return False
         return len(done) == int(self.manifest["steps"])
 

@@ -140,7 +140,10 @@ def output_name(model: PreTrainedModel) -> str | None:
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
-    """Refuse sizes that the stored tensors cannot have, before time and memory go into such a model."""
+    """Refuse sizes that the stored tensors cannot have, before time and memory go into such a model.
+
+    Raises: CheckpointError: naming the size; also for a probability of dropout that is none.
+    """
     shapes = [checkpoint.info(name).shape for name in checkpoint.names()]
     longest = max((size for shape in shapes for size in shape), default=0)
     most = {
@@ -156,6 +159,11 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.origin}: its configuration says {key} {size}; its {len(shapes)} tensors allow "
                 f"1 to {bound}"
+            )
+    for key, value in vars(config).items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, int | float) and not 0 <= value < 1:
+            raise CheckpointError(
+                f"{checkpoint.origin}: its configuration says {key} {value}; allowed: from 0 to below 1"
             )
 
 

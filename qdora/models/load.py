@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qdora.adapters.base import refuse_non_finite
 from qdora.adapters.fingerprint import combine, sample_digest, sample_rows, set_base_fingerprint
 from qdora.adapters.full import quantize_layers
 from qdora.adapters.inject import refuse_overflow
@@ -95,6 +96,7 @@ def load_model(
         progress: show a bar on standard error; on the main rank where None.
     Returns: the model in evaluation mode; what `adapt` returned.
     Raises: InputError: as `build_model` and `adapt`; on all ranks where it happened to one.
+            A weight holds NaN or infinite values.
         CheckpointError: a file became shorter.
     """
     meta, report = build_adapted(checkpoint, settings, context, adapt)
@@ -241,8 +243,10 @@ class _WeightLoader:
             if stored is not None:
                 tensors = stored.read(self.checkpoint.read, shard, self.context.device)
                 self._read(name, self._local_rows(name))
+                refuse_non_finite({f"{name}.{k}": t for k, t in tensors.items()}, self.checkpoint.origin)
             else:
                 w_RI = self._read(name, base.rows_to_read(shard)).to(self.context.device)
+                refuse_non_finite({name: w_RI}, self.checkpoint.origin)
         if stored is None:
             # Outside the block above: the ranks gather the scales of each other here.
             tensors = base.from_rows(w_RI, shard, self.context.gather_rows)
@@ -253,6 +257,8 @@ class _WeightLoader:
         with self.context.raise_on_all_ranks():
             rows = None if self._shard_of(target) == FULL else self._local_rows(name)
             tensor = self._read(name, rows).to(self.context.device, target.dtype)
+            if isinstance(target, nn.Parameter):  # a buffer may be a mask of infinities
+                refuse_non_finite({name: tensor}, self.checkpoint.origin)
         if isinstance(target, nn.Parameter):
             replace_parameter(self.model, target, parameter_like(target, self._like(target, tensor)))
         else:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qdora.errors import InputError, nearest, suggest
-from qdora.files import file_digest, staging_directory, write_json
+from qdora.files import file_digest, path_exists, staging_directory, write_json
 from qdora.models.formats import Checkpoint
 from qdora.models.formats.gguf import GGUFFile
 from qdora.models.formats.safetensors import SafetensorsFolder, cast_checked, write_model_folder
@@ -191,9 +191,9 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
             a revision of something that is not on the hub.
         CheckpointError: it is there and damaged.
     """
-    path = Path(path_or_id).expanduser()
+    path = local_path(path_or_id)
     packaged = path_or_id.startswith(PREFIX)
-    if packaged or (path_or_id and path.exists()):
+    if packaged or (path_or_id and path_exists(path)):
         if revision is not None:
             raise InputError(
                 f"model {path_or_id!r}: revision {revision!r} given, but only hub models have revisions"
@@ -221,6 +221,17 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
         hint = f"nor is there a folder of that name here{_sibling_hint(path)}"
         raise InputError(f"model {_explain_hub(path_or_id, revision, error)}; {hint}") from error
     return SafetensorsFolder.open(Path(folder), path_or_id)
+
+
+def local_path(path_or_id: str) -> Path:
+    """The path that a model's name would be, `~` expanded.
+
+    Raises: InputError: there is no user of that name.
+    """
+    try:
+        return Path(path_or_id).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"model {path_or_id!r}: {error}") from None
 
 
 def is_hub_id(text: str) -> bool:

@@ -29,11 +29,11 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
-from qdora.files import read_json
+from qdora.files import path_exists, read_json
 from qdora.models.build import build_architecture
 from qdora.models.formats.safetensors import read_config
 from qdora.models.load import compute_dtype
-from qdora.models.sources import PREFIX, is_hub_id, open_checkpoint
+from qdora.models.sources import PREFIX, is_hub_id, local_path, open_checkpoint
 from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_backward, real_tensors
 from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
 from qdora.quant import Quantization
@@ -152,10 +152,10 @@ def _find_config(
     model: ModelConfig, folder: str | None, configuration: Path
 ) -> tuple[PreTrainedConfig, torch.dtype]:
     """A transformers configuration, and the dtype of the stored weights."""
-    path = Path(folder if folder is not None else model.path).expanduser()
+    path = local_path(str(folder if folder is not None else model.path))
     if folder is not None or path.is_dir():
         return _read_folder(path)
-    if model.path.startswith(PREFIX) or path.exists() or not is_hub_id(model.path):
+    if model.path.startswith(PREFIX) or path_exists(path) or not is_hub_id(model.path):
         checkpoint = open_checkpoint(model.path, model.revision)
         stored = next(f.dtype for name in checkpoint.names() if len((f := checkpoint.info(name)).shape) > 1)
         return checkpoint.config, stored

@@ -15,6 +15,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
+from qdora.errors import InputError
 from qdora.files import wrap_os_errors, write_text
 
 
@@ -60,9 +61,18 @@ def append_metrics(path: Path, metrics: StepMetrics) -> None:
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """The steps of a run, oldest first; damaged lines, such as a kill leaves, are left out."""
+    """The steps of a run, oldest first; damaged lines, such as a kill leaves, are left out.
+
+    Raises: InputError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     steps = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in lines:
         with contextlib.suppress(ValidationError):
             steps.append(_LINE.validate_json(line, strict=True))
     return steps
@@ -73,7 +83,7 @@ def keep_until(path: Path, step: int) -> int:
 
     Returns: how many lines up to it are missing.
     """
-    kept = {m.step: m for m in read_metrics(path) if m.step <= step} if path.exists() else {}
+    kept = {m.step: m for m in read_metrics(path) if m.step <= step}
     if path.exists():
         write_text(path, "".join(m.line() for m in kept.values()))
     return step - len(kept)

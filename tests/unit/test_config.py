@@ -89,6 +89,7 @@ def test_a_wrong_type_is_refused_and_never_converted(tmp_path, override, key, ex
         ("training.clip_norm=0", "training.clip_norm: .*greater than 0"),
         ("training.max_steps=0", "training.max_steps: .*greater than or equal to 1"),
         ("training.learning_rate=1e400", "training.learning_rate: .*finite number, got inf"),
+        (f"training.warmup_steps=1{'0' * 400}", "training.warmup_steps: .*less than or equal to"),
         ("training.weight_decay=.nan", "training.weight_decay: .*finite number, got nan"),
     ],
 )

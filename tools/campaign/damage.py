@@ -152,6 +152,7 @@ def _refusal_fault(printed: str, case: Case) -> str | None:
         return f"refused without a sentence: {printed[-300:]!r}"
     if len(sentence) > LONGEST_SENTENCE:
         return f"a sentence of {len(sentence)} characters: {sentence[:200]!r}"
-    if case.output is not None and case.output.exists():
+    diverged = "Lower training.learning_rate" in sentence  # a run that has begun stays
+    if case.output is not None and case.output.exists() and not diverged:
         return f"refused, and left {case.output.name}: {sentence[:300]}"
     return None

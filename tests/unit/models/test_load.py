@@ -279,6 +279,8 @@ def test_checkpoint_must_fit_its_configuration(tmp_path, edit, message):
         ({"vocab_size": -100}, "vocab_size -100"),
         ({"head_dim": 2**40}, "head_dim 1099511627776"),
         ({"intermediate_size": -1}, "no model can be built of its configuration: RuntimeError"),
+        ({"attention_dropout": 1e308}, "says attention_dropout 1e\\+308; allowed: from 0 to below 1"),
+        ({"attention_dropout": float("nan")}, "says attention_dropout nan"),
     ],
 )
 def test_impossible_sizes_are_refused_before_such_a_model_is_built(
@@ -290,6 +292,26 @@ def test_impossible_sizes_are_refused_before_such_a_model_is_built(
     (folder / "config.json").write_text(json.dumps(tree | sizes))
     with pytest.raises(CheckpointError, match=message):
         load_base(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_base_weight_that_is_no_number_is_named(tiny_model_folder, tmp_path, name, value):
+    """Catches: a flipped bit of a download that shows as a loss of NaN, and blames the learning rate."""
+    folder = Path(shutil.copytree(tiny_model_folder, tmp_path / "m"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[7] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"tensor {name} holds (NaN|infinite values)"):
+        load_base(folder)
+
+
+def test_a_name_that_no_file_can_have_is_no_model():
+    """Catches: `File name too long`, or an unknown user's `~`, as a traceback."""
+    with pytest.raises(InputError, match="no such file or folder"):
+        load_base("x/" * 3 + "y" * 5000)
+    with pytest.raises(InputError, match="home directory"):
+        load_base("~nobody-of-this-name/model")
 
 
 def test_fingerprint_tells_bases_apart(tiny_model_folder, tmp_path):

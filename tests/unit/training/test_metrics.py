@@ -56,6 +56,13 @@ def test_peak_memory_is_in_bytes():
     assert 50 << 20 < peak_memory(torch.device("cpu")) < 1 << 40
 
 
+def test_a_run_without_metrics_has_no_steps_and_a_folder_is_refused(tmp_path):
+    """Catches: a traceback at the end of a resumed run whose metrics.jsonl was removed or replaced."""
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_metrics(tmp_path)
+
+
 @pytest.mark.parametrize("damage", [b"\xff", b"{}", b"[[", b'{"step": "2"}'])
 def test_a_damaged_line_costs_that_line_alone(tmp_path, damage):
     """Catches: all later steps lost, or a traceback after hours of training; and nobody told."""
