@@ -89,15 +89,26 @@ class Run:
         """What all ranks printed."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
-    def orphans(self) -> list[int]:
-        """Processes that a rank started and that outlived it; they are killed."""
+    def orphans(self, patience: float = 5) -> list[int]:
+        """Processes that a rank started and that outlived it by so many seconds; they are killed.
+
+        One that asks git for the commit ends by itself.
+        """
+        deadline = time.monotonic() + patience
+        while (found := self._living()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in found:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        return found
+
+    def _living(self) -> list[int]:
         sessions = {process.pid for process in self.processes}
         found = []
         for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):  # noqa: PTH208
             with contextlib.suppress(OSError):
                 if os.getsid(pid) in sessions and not _is_zombie(pid):
                     found.append(pid)
-                    os.kill(pid, signal.SIGKILL)
         return found
 
 
