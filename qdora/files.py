@@ -24,7 +24,9 @@ from safetensors.torch import save_file
 
 from qdora.errors import InputError
 
-_TEMPORARY, _REPLACED, _REMOVED = ".tmp-", ".replaced", ".removed"
+TEMPORARY = ".tmp-"
+"""Behind `.NAME`, before a random end: what is being written, and is removed at the next write of NAME."""
+_REPLACED, _REMOVED = ".replaced", ".removed"
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -144,7 +146,7 @@ def _locked_sibling(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
     """
     with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}{_TEMPORARY}*"):
+        for left in path.parent.glob(f".{glob.escape(path.name)}{TEMPORARY}*"):
             with contextlib.suppress(OSError), _locked(left):
                 _clear(left)
         temporary = make(path)
@@ -173,7 +175,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _temporary_file(path: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}{TEMPORARY}", dir=path.parent)
     os.close(handle)
     return Path(name)
 
@@ -185,7 +187,7 @@ def temporary_directory(path: Path) -> Path:
     """
     with wrap_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
+        return Path(tempfile.mkdtemp(prefix=f".{path.name}{TEMPORARY}", dir=path.parent))
 
 
 def replace_directory(temporary: Path, path: Path) -> None:
@@ -214,7 +216,8 @@ def _exchange(new: Path, path: Path, replaced: Path) -> None:
         if os.path.lexists(replaced) and not os.path.lexists(path):
             replaced.rename(path)
         raise
-    _delete(replaced)
+    with contextlib.suppress(OSError):  # the new one stands; what is left here goes at the next write
+        _delete(replaced)
 
 
 def remove(path: Path) -> None:
@@ -248,7 +251,7 @@ def clear_leftovers(folder: Path, name: str) -> None:
     Raises: InputError: the folder cannot be written.
     """
     with wrap_os_errors(folder):
-        for left in sorted([*folder.glob(f".{name}{_TEMPORARY}*"), *folder.glob(f".{name}{_REMOVED}")]):
+        for left in sorted([*folder.glob(f".{name}{TEMPORARY}*"), *folder.glob(f".{name}{_REMOVED}")]):
             _clear(left)
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qdora.errors import InputError
+from qdora.files import TEMPORARY
 
 LOCK = ".lock"
 
@@ -66,8 +67,8 @@ def check_writable(path: Path, name: str) -> None:
     Raises: InputError: it cannot, and why.
     """
     with _made(path.parent, name), _explained(path.parent, name):
-        # As long as the longest name that an atomic write takes.
-        handle, probe = tempfile.mkstemp(".replaced", f".{path.name}.", path.parent)
+        # As long as the longest name that an atomic write takes; after a kill the next write removes it.
+        handle, probe = tempfile.mkstemp("-checking", f".{path.name}{TEMPORARY}", path.parent)
         os.close(handle)
         Path(probe).unlink()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from qdora.files import (
     write_tensors,
     write_text,
 )
+from qdora.output import check_writable
 
 ROOT = Path(__file__).parents[2]
 
@@ -304,3 +306,34 @@ def test_what_is_no_folder_is_removed(tmp_path, kind):
     path.write_text("") if kind == "file" else path.symlink_to(tmp_path / "elsewhere")
     remove(path)
     assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_an_old_folder_that_cannot_be_removed_is_no_error_and_goes_later(tmp_path, monkeypatch):
+    """Catches: a complete export said to have failed, because its device became read-only after it."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def refuse(path, *arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refuse)
+        with atomic_directory(target) as folder:
+            (folder / "new").write_text("new")
+    assert tree(target) == {"new": "new"}
+    assert len(list(tmp_path.iterdir())) == 2
+    with atomic_directory(target) as folder:
+        (folder / "new").write_text("newer")
+    assert tree(tmp_path) == {"out/new": "newer"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_check_left_goes_with_the_next_write(tmp_path, monkeypatch):
+    """Catches: a file of `check_writable` that stays for ever beside what was to be written."""
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lambda path, **options: None)
+        check_writable(tmp_path / "out", "out")
+    assert len(list(tmp_path.iterdir())) == 1
+    write_text(tmp_path / "out", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -100,7 +100,8 @@ def commands(inputs: Inputs, trained: Path) -> list[Command]:
     return [
         Command("train", train, ("--resume",)),
         Command("evaluate", ("evaluate", "--run", str(trained), "--output", "")),
-        Command("export", ("export", "--run", str(trained), "--output", "")),
+        # Where a device fails between the renames and their fsync, the whole export may stand there.
+        Command("export", ("export", "--run", str(trained), "--output", ""), ("--overwrite",)),
         Command("compare", compare, ("--resume",)),
         Command("train, FSDP", train, ("--resume",), 2, SHARDED),
     ]
@@ -202,9 +203,10 @@ class _Case:
         if "Traceback" in output:
             self.fault("a traceback", hurt)
         said = sum(line.startswith(f"qdora {name}: ") for line in output.splitlines())
-        expected = sum(code is not None and code > 0 for code in codes)
-        if said != expected:
-            self.fault(f"{said} sentences of {expected} processes that failed", hurt)
+        failed = sum(code is not None and code > 0 for code in codes)
+        killed = sum(code is not None and code < 0 for code in codes)  # some after they have said so
+        if not failed <= said <= failed + killed:
+            self.fault(f"{said} sentences of {failed} processes that failed", hurt)
         if orphans := hurt.orphans():
             self.fault(f"processes {orphans} outlived it", hurt)
         self.outcome = "went on" if not any(codes) else "refused, and done again"
@@ -229,6 +231,8 @@ class _Case:
             self.faults += [f"tmp/{p.name} is left over" for p in (self.folder / "tmp").glob("*")]
             hidden = [path.name for path in self.disk.iterdir() if path.name != "run"]
             self.faults += [f"{name} is left over beside the folder" for name in hidden]
+            if self.kind == "failing write":  # a lock file that cannot be removed locks nothing
+                self.faults = [line for line in self.faults if ".lock is left over" not in line]
 
     def fault(self, line: str, run: Run) -> None:
         self.faults.append(f"{line} ({run.output[-2500:]!r})")
