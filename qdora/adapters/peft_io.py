@@ -116,7 +116,7 @@ def save_adapter(model: nn.Module, directory: str | Path | None) -> None:
         metadata[_FINGERPRINT] = fingerprint
     directory = Path(directory)
     write_json(directory / CONFIG_FILE, settings)
-    # Last: a folder with weights is a whole adapter.
+    # Last: an adapter counts as complete where its weights file is there.
     write_file(directory / WEIGHTS_FILE, lambda path: write_tensors(path, tensors, metadata))
 
 

@@ -38,7 +38,7 @@ def check_ids(
     """Compare token ids with the rows of the embedding that they choose.
 
     Args:
-        sequences: origin and token ids of each; not looked at where the whole vocabulary has its rows.
+        sequences: origin and token ids of each; not read where every id of the vocabulary has a row.
     Raises: DataError: an id has no row; the origin, the token and the id are named.
     """
     if not _exceeds(tokenizer, rows):

@@ -59,7 +59,7 @@ _CALCULATION = re.compile(
 _EXPRESSION = re.compile(
     r"(?<=[0-9)}])\s?(?:[+*×÷·⋅^⁻⁰¹²³⁴-⁹]|x(?=\ ?[0-9(\\]))|\\|[√π]|[0-9)/]\(|/\s?-|^\s*-\s?\("
 )
-# The parts of these are no answers where the whole cannot be worked out.
+# Where such an expression cannot be evaluated, none of its operands is taken for the answer.
 _POWER = re.compile(r"[\\^√π⁻⁰¹²³⁴-⁹]|[0-9)]\*\*[0-9(]|\}\s*\{")
 _FUNCTION = re.compile(r"\\(?:log|ln|exp|sin|cos|tan|cot|binom|sum|prod|int|lim)\s*_?\s*$")
 _STATED = re.compile(r"[=≈^\\√π⁻⁰¹²³⁴-⁹]|[0-9)]\*\*[0-9(]")

@@ -112,7 +112,7 @@ def find_numbers(text: str) -> list[Number]:
 
 
 def whole_number(text: str) -> Number | None:
-    """The number that the whole text is, apart from space, a percent sign and a final point."""
+    """The number that a text consists of, apart from space, a percent sign and a final point."""
     text = _FRACTION.sub(_slashed, plain(text)).strip()
     match = _NUMBER.match(text)
     return _read(match) if match and text[match.end() :].strip() in ("", "%", ".", "%.") else None
