@@ -18,9 +18,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import qdora.commands.evaluate
-import qdora.commands.export
-import qdora.commands.train  # noqa: F401  (before the fork)
 from qdora.models.load import load_base
 from tests.e2e.runs import metrics
 from tools.campaign.mutations import (
