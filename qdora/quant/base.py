@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -46,6 +46,39 @@ FULL = Shard()
 def no_gather(rows: torch.Tensor, size: int) -> torch.Tensor:
     """The `GatherRows` of a process alone: its rows are all rows."""
     return rows
+
+
+class StoredWeight(NamedTuple):
+    """What a kernel reads of a frozen weight: its values, or its codes and what they stand for.
+
+    A value is table[code] * scale, the scale absmax[block], or where that is quantized too
+    nested_code[absmax[block]] * nested_absmax[block / nested_block_size] + offset.
+
+    Attributes:
+        values: (out, in) floating point, or (out, in / codes per byte) uint8, high nibble first.
+        table: float32, the value of each code: (16,) for two codes a byte, (256,) for one; None for floating
+            point, which has none of the rest either.
+        absmax, nested_absmax, nested_code, offset, block_size, nested_block_size: as in `BlockwiseWeight`.
+    """
+
+    values: torch.Tensor
+    table: torch.Tensor | None = None
+    absmax: torch.Tensor | None = None
+    nested_absmax: torch.Tensor | None = None
+    nested_code: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    block_size: int = 1
+    nested_block_size: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.values.shape[0], self.values.shape[1] * codes_per_byte(self.table)
+
+
+def codes_per_byte(table: torch.Tensor | None) -> int:
+    """How many values an element of `StoredWeight.values` holds."""
+    return 2 if table is not None and table.numel() == 16 else 1
 
 
 class FrozenWeight(nn.Module, ABC):
@@ -116,6 +149,10 @@ class FrozenWeight(nn.Module, ABC):
         Args:
             s_O: (out,) at least float32; each row is multiplied by its entry.
         """
+
+    def stored(self) -> StoredWeight | None:
+        """What a kernel reads, without gradients; None where no kernel reads the format."""
+        return None
 
     @abstractmethod
     def rows_to_read(self, shard: Shard) -> slice:

@@ -11,22 +11,33 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from functools import cache
 from typing import ClassVar, Self
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 
-from qdora.quant.base import TILE_BYTES, FrozenWeight, GatherRows, Shard, align_rows, rows_per_tile
+from qdora.quant.base import (
+    TILE_BYTES,
+    FrozenWeight,
+    GatherRows,
+    Shard,
+    StoredWeight,
+    align_rows,
+    rows_per_tile,
+)
 
 SCALES_PER_BLOCK = 256
 """Scales that share one scale of the second quantization, unless a checkpoint says otherwise."""
 CODE_BOOK = 256
 """Entries of the code book of the second quantization."""
 
-# On import: made at its first use, it could be the fake tensor of an estimate.
-_DYNAMIC_MAP: torch.Tensor = bnb.create_dynamic_map()  # type: ignore[no-untyped-call]
+# On import: made at their first use, they could be the fake tensors of an estimate.
+_TABLES: dict[tuple[str, torch.device], torch.Tensor] = {
+    ("nf4", torch.device("cpu")): bnb.get_4bit_type("nf4", device="cpu"),  # type: ignore[no-untyped-call]
+    ("fp4", torch.device("cpu")): bnb.get_4bit_type("fp4", device="cpu"),  # type: ignore[no-untyped-call]
+    ("int8", torch.device("cpu")): bnb.create_dynamic_map(),  # type: ignore[no-untyped-call]
+}
 
 
 class BlockwiseWeight(FrozenWeight):
@@ -107,6 +118,19 @@ class BlockwiseWeight(FrozenWeight):
             self.absmax.detach(), self.nested_absmax, self.nested_code, self.nested_block_size, torch.float32
         )
         return scales.add_(self.offset)
+
+    def stored(self) -> StoredWeight:
+        """As `FrozenWeight.stored`, the codes."""
+        return StoredWeight(
+            self.packed.detach(),
+            code_values(self.quantization, self.device),
+            self.absmax.detach(),
+            self.nested_absmax,
+            self.nested_code,
+            self.offset,
+            self.block_size,
+            self.nested_block_size,
+        )
 
     def tiles(
         self, dtype: torch.dtype, s_O: torch.Tensor | None = None
@@ -209,10 +233,19 @@ class BlockwiseWeight(FrozenWeight):
         )
 
 
-@cache
+def code_values(quantization: str, device: torch.device) -> torch.Tensor:
+    """(16,) or (256,) float32: the value, in -1 to 1, of each of bitsandbytes' codes of a format."""
+    found = _TABLES.get((quantization, device))
+    if found is None:
+        found = _TABLES[quantization, torch.device("cpu")].to(device)
+        if type(found) is torch.Tensor:  # not the fake tensor of an estimate
+            _TABLES[quantization, device] = found
+    return found
+
+
 def code_book(device: torch.device) -> torch.Tensor:
     """(256,) float32: the values of bitsandbytes' dynamic 8-bit codes, in -1 to 1 (arXiv:2110.02861 §2)."""
-    return _DYNAMIC_MAP.to(device)
+    return code_values("int8", device)
 
 
 def _meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

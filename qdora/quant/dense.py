@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from qdora.quant.base import FrozenWeight, GatherRows, Shard, rows_per_tile
+from qdora.quant.base import FrozenWeight, GatherRows, Shard, StoredWeight, rows_per_tile
 
 
 class DenseWeight(FrozenWeight):
@@ -54,6 +54,10 @@ class DenseWeight(FrozenWeight):
         for start in range(0, self.out_features, step):
             rows = slice(start, min(start + step, self.out_features))
             yield rows, w_OI[rows].to(dtype) if s_O is None else (w_OI[rows] * s_O[rows, None]).to(dtype)
+
+    def stored(self) -> StoredWeight:
+        """As `FrozenWeight.stored`, the values alone."""
+        return StoredWeight(self.weight.detach())
 
     def rows_to_read(self, shard: Shard) -> slice:
         """The shard's own rows."""

@@ -1,0 +1,29 @@
+"""The kernels of Triton, run by its interpreter on the CPU beside everything else that runs as ever."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> ModuleType:
+    """A second copy of the module of kernels, whose functions are interpreted."""
+    triton = pytest.importorskip("triton", reason="needs Triton, which this system has no package of")
+    found = importlib.util.find_spec("qdora.adapters.kernels.triton_kernels")
+    assert found is not None
+    assert found.origin is not None
+    spec = importlib.util.spec_from_file_location("tests.interpreted_kernels", found.origin)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    triton.knobs.runtime.interpret = True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        triton.knobs.runtime.interpret = False
+    return module
