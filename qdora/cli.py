@@ -33,7 +33,7 @@ _USERS_ERRORS |= {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 lost another process, 2 bad input, 128 + n stopped by signal n."""
+    """Run a command and exit: 0 done, 1 failed in part, 2 bad input, 128 + n stopped by signal n."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print("usage: qdora COMMAND [options]\n")
@@ -79,7 +79,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     try:
         if name in _COMPUTING:
             _set_up(parsed)
-        command.run(parsed)
+        code: int | None = command.run(parsed)
     except InputError as error:
         return _ended(name, f"error: {error}", 2)
     except InterruptedRunError as stop:
@@ -95,7 +95,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         if lost is None:
             raise
         leave(_ended(name, f"error: {lost}", 1))
-    return 0
+    return code or 0
 
 
 def _set_up(parsed: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from qdora.adapters.layer import AdaptedLinear
-from qdora.benchmark.peers import alternate, medians, peft_layer, ratios, timed
+from qdora.benchmark.peers import alternate, autocast, medians, peft_layer, ratios, timed
 from qdora.config import AdapterConfig
 
 
@@ -54,7 +55,11 @@ def benchmark_layer(
         "peft qdora": peft_layer(w_OI, config, dora=True, compute=dtype),
         "peft qlora": peft_layer(w_OI, config, dora=False, compute=dtype),
     }
-    arms = {name: _pass(layer, x_BTI, g_BTO, device) for name, layer in layers.items()}
+    # Our layers compute in the dtype of their inputs by themselves.
+    arms = {
+        name: _pass(layer, x_BTI, g_BTO, autocast(device, dtype) if "peft" in name else nullcontext())
+        for name, layer in layers.items()
+    }
     seconds = alternate(arms, rounds, title=str(shape))
     return {
         "shape": asdict(shape),
@@ -76,7 +81,7 @@ def _our_layer(w_OI: torch.Tensor, config: AdapterConfig, *, dora: bool) -> Adap
 
 
 def _pass(
-    layer: nn.Module, x_BTI: torch.Tensor, g_BTO: torch.Tensor, device: torch.device
+    layer: nn.Module, x_BTI: torch.Tensor, g_BTO: torch.Tensor, precision: AbstractContextManager[object]
 ) -> Callable[[], float]:
     trained = [p for p in layer.parameters() if p.requires_grad]
 
@@ -85,6 +90,12 @@ def _pass(
             parameter.grad = None
             torch.autograd.graph.increment_version([parameter])
         x = x_BTI.detach().requires_grad_()
-        return timed(lambda: layer(x).backward(g_BTO), device)
+
+        def work() -> None:
+            with precision:
+                y = layer(x)
+            y.backward(g_BTO.to(y.dtype))
+
+        return timed(work, x.device)
 
     return once

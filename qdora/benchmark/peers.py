@@ -52,6 +52,16 @@ def peft_model(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(dense.config, dtype=compute)
     tensors = dict(merged_tensors(dense, compute))
     model.load_state_dict(tensors, strict=not model.config.get_text_config().tie_word_embeddings)
+    return adapt_4bit(model, settings, config, dora=dora, compute=compute)
+
+
+def adapt_4bit(
+    model: PreTrainedModel, settings: ModelConfig, config: AdapterConfig, *, dora: bool, compute: torch.dtype
+) -> nn.Module:
+    """Quantize a dense transformers model to NF4, in place, and give it a PEFT adapter.
+
+    Args, Returns: as `peft_model`.
+    """
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not output:
@@ -60,6 +70,14 @@ def peft_model(
             )
             model.set_submodule(name, quantized)
     return _adapt(model, config, list(config.targets), dora)
+
+
+def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
+    """How PEFT's users compute in bf16, `Trainer(bf16=True)` for them: float32 adapters multiply in bf16.
+
+    Without it PEFT casts every input up to its adapter's float32.  No effect with another dtype.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
 
 
 def linear_4bit(

@@ -9,7 +9,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers, inject
-from qdora.benchmark.peers import Arm, alternate, medians, peft_model, ratio, ratios, square_product, timed
+from qdora.benchmark.peers import (
+    Arm,
+    alternate,
+    autocast,
+    medians,
+    peft_model,
+    ratio,
+    ratios,
+    square_product,
+    timed,
+)
 from qdora.config import AdapterConfig, ModelConfig, RunConfig, TrainingConfig
 from qdora.data.batches import IGNORED_LABEL, Batch
 from qdora.distributed.context import DistributedContext
@@ -35,11 +45,11 @@ def benchmark_step(config: RunConfig, batch: Batch, device: torch.device, rounds
         adapter = config.adapter.model_copy(update={"dora": dora})
         model = _load(settings.model_copy(update={"quantization": "nf4"}), device, adapter)
         flops[name] = necessary_flops(model, batch)
-        arms[name] = _our_step(model.train(), config.training, batch, device)
+        arms[name] = our_step(model.train(), config.training, batch, device)
     dense = _load(settings.model_copy(update={"quantization": "none"}), device, None)
     for name, dora in (("peft qdora", True), ("peft qlora", False)):
         peer_model = peft_model(dense, settings, config.adapter, dora=dora, compute=dtype)
-        arms[name] = _peer_step(peer_model, config.training, batch, device)
+        arms[name] = peer_step(peer_model, config.training, batch, device, dtype)
     del dense, model, peer_model
     seconds = alternate(arms, rounds, warmup=3, title="training step")
     qdora_step = arms["qdora"]
@@ -99,7 +109,8 @@ def necessary_flops(model: PreTrainedModel, batch: Batch) -> int:
     return int(flops + text.num_hidden_layers * attention)
 
 
-def _our_step(model: PreTrainedModel, training: TrainingConfig, batch: Batch, device: torch.device) -> Arm:
+def our_step(model: PreTrainedModel, training: TrainingConfig, batch: Batch, device: torch.device) -> Arm:
+    """A step of our model as training takes it, on one batch."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = AdapterOptimizer(parameters, training)
     ids_BT, labels_BT = batch.input_ids_BT.to(device), batch.labels_BT.to(device)
@@ -113,15 +124,19 @@ def _our_step(model: PreTrainedModel, training: TrainingConfig, batch: Batch, de
     return lambda: timed(step, device)
 
 
-def _peer_step(model: nn.Module, training: TrainingConfig, batch: Batch, device: torch.device) -> Arm:
-    """As PEFT's users train: the model's own loss, torch's AdamW on float32 adapters."""
+def peer_step(
+    model: nn.Module, training: TrainingConfig, batch: Batch, device: torch.device, compute: torch.dtype
+) -> Arm:
+    """As PEFT's users train: the model's own loss, torch's AdamW on float32 adapters, bf16 by autocast."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, fused=True)
     ids_BT, labels_BT = batch.input_ids_BT.to(device), batch.labels_BT.to(device)
 
     def step() -> None:
         optimizer.zero_grad()
-        model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss.backward()
+        with autocast(device, compute):
+            loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 

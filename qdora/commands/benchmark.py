@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from qdora.benchmark.gpu.commands import ROOT
+from qdora.benchmark.gpu.goals import goals
+from qdora.benchmark.gpu.run import Clock, Record, Setup, run_stages
+from qdora.benchmark.gpu.sizes import SIZES
+from qdora.benchmark.gpu.stages import STAGES
 from qdora.benchmark.layer import ARMS, LARGE, PAIRS, SMALL, benchmark_layer
 from qdora.benchmark.peers import describe_machine, gemm_rate, peft_module
 from qdora.benchmark.step import benchmark_step
@@ -16,18 +27,26 @@ from qdora.commands.train import read_inputs
 from qdora.config import AdapterConfig, RunConfig
 from qdora.config_file import load_config
 from qdora.data.batches import Batch, BatchPlan, collate
-from qdora.errors import InputError
-from qdora.files import write_json
+from qdora.errors import InputError, suggest
+from qdora.files import read_json, write_json
 from qdora.models.load import compute_dtype, resolve_device
 from qdora.output import check_file
 from qdora.quant.base import TILE_BYTES
 from qdora.resources import keep_freed_memory
 
+TIME_LIMIT = 450
+"""Seconds of the stages of `gpu`: with its imports it takes less than eight minutes."""
+_GO_ON = "--go-on"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("what", choices=("layer", "train"), help="one layer, or a full training step")
-    parser.add_argument("--json", metavar="FILE", help="write every figure there as well")
+    parser.add_argument(
+        "what",
+        choices=("layer", "train", "gpu"),
+        help="one layer, a full training step, or all that there is to measure on a GPU",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write every figure there as well; gpu: as stages end")
     parser.add_argument("--rounds", type=int, help="rounds that count (layer: 40 small, 10 large; train: 7)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
     dtypes = ("auto", "float32", "bfloat16")
@@ -43,14 +62,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", default="configs/quickstart.yaml", help="train: model, adapter and data of this run"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument(
+        "--time-limit", type=float, default=TIME_LIMIT, metavar="SECONDS", help="gpu: of all stages together"
+    )
+    parser.add_argument("--stages", metavar="A,B", help=f"gpu: some of {','.join(STAGES)} (default: all)")
+    parser.add_argument("--model", metavar="FILE", help="gpu: the 135M model's GGUF file, for the demo")
+    parser.add_argument("--size", choices=tuple(SIZES), help="gpu: full (default on a GPU), or toy")
+    parser.add_argument(_GO_ON, action="store_true", help=argparse.SUPPRESS)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Entry of the command."""
+def run(arguments: argparse.Namespace) -> int:
+    """Entry of the command; 1 where a stage failed."""
     peft_module()
     _check(arguments)
     figures = check_file(arguments.json, "--json")
     device = resolve_device(arguments.device)
+    if arguments.what == "gpu":
+        return _gpu(arguments, device, figures)
     dtype = compute_dtype(arguments.dtype, device)
     keep_freed_memory()  # for PEFT's arms as well
     if arguments.tile_mib is not None:
@@ -60,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"\n{machine['device']}, {machine['threads']} threads, {dtype}")
     if figures is not None:
         write_json(figures, {"machine": machine, "dtype": str(dtype), **measured})
+    return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -74,6 +103,54 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--rounds {arguments.rounds}; allowed: 1 or more")
     if arguments.tile_mib is not None and arguments.tile_mib <= 0:
         raise InputError(f"--tile-mib {arguments.tile_mib}; allowed: above 0")
+
+
+def _gpu(arguments: argparse.Namespace, device: torch.device, file: Path | None) -> int:
+    names = _stage_names(arguments.stages)
+    size = arguments.size or ("full" if device.type == "cuda" else "toy")
+    if file is None:
+        raise InputError("gpu needs --json FILE: each stage is written there as it ends")
+    if not arguments.time_limit > 0:
+        raise InputError(f"--time-limit {arguments.time_limit}; allowed: seconds, above 0")
+    if size == "full" and device.type != "cuda":
+        raise InputError("--size full needs a CUDA device; allowed here: toy")
+    if arguments.model is not None and not Path(arguments.model).is_file():
+        raise InputError(f"--model {arguments.model}: there is no such file; expected the 135M model's GGUF")
+    if not (ROOT / "launch" / "train.py").is_file():
+        raise InputError("gpu runs the scripts in launch/ and the tests; start it in a source checkout")
+    head = {"machine": describe_machine(device), "size": size}
+    former = read_json(file)["stages"] if arguments.go_on else []
+    done = [record for record in former if record["status"] != "not begun"]
+
+    def write(records: Sequence[Record]) -> None:
+        write_json(file, head | {"stages": records, "goals": goals(records, SIZES[size])})
+
+    def restart(left: list[str]) -> None:
+        """Go on with the other stages in a new process: this one has lost the device."""
+        words = ["gpu", "--json", str(file), "--size", size, "--device", arguments.device, _GO_ON]
+        words += ["--stages", ",".join(left), "--time-limit", str(setup.clock.left)]
+        words += ["--model", arguments.model] if arguments.model else []
+        sys.stdout.flush()
+        shutil.rmtree(setup.folder)
+        os.execv(sys.executable, [sys.executable, str(ROOT / "launch" / "benchmark.py"), *words])
+
+    with tempfile.TemporaryDirectory(prefix="qdora-gpu-") as folder:
+        model = None if arguments.model is None else Path(arguments.model)
+        setup = Setup(device, SIZES[size], Clock(arguments.time_limit), Path(folder), model)
+        records = run_stages({name: STAGES[name] for name in names}, setup, write, done, restart)
+    print(f"\n{head['machine']['device']}, size {size}: goals on an H100")
+    print(tabulate(goals(records, SIZES[size]), headers="keys", floatfmt=".4g", missingval="-"))
+    print("\n" + tabulate([(r["stage"], r["status"], r.get("seconds")) for r in records], missingval="-"))
+    return int(any(record["status"] == "failed" for record in records))
+
+
+def _stage_names(asked: str | None) -> list[str]:
+    """The stages that were asked for, in their own order."""
+    names = list(STAGES) if asked is None else [name.strip() for name in asked.split(",")]
+    for name in names:
+        if name not in STAGES:
+            raise InputError(f"--stages {asked}: there is no stage {name!r}; {suggest(name, STAGES)}")
+    return [name for name in STAGES if name in names]
 
 
 def _layers(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
