@@ -2,10 +2,10 @@
 
     python tools/small_moves.py [--json FILE] [--plot FILE.png]
 
-A stack of QDoRA layers learns what a slightly different stack computes, in 200 steps at 1e-5: each moves a weight by
-less than its spacing in bf16.  Every arm has float32 masters and sees the same batches; they differ in
-the dtype of the inputs alone, in which the layers compute.  A fall is that of the loss over the run, and
-`kept` its slope on the fall in float32, over all steps.
+A stack of adapted layers learns what a slightly different stack computes, in 200 steps at 1e-5: each moves
+a weight by less than its spacing in bf16.  Every arm has float32 masters and sees the same batches; they
+differ in the dtype of the inputs alone, in which the layers compute.  `kept` is the slope of the fall of the
+loss in bf16 on that in float32, over all steps.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def draw_seed() -> torch.Tensor:
 def keep_mask(like: torch.Tensor, inputs: int, dropout: float, seed: torch.Tensor) -> torch.Tensor:
     """(N, inputs) of 0 and 1/(1-p), dtype and rows of `like`; p is `dropout` rounded to 16 bits.
 
-    The same for the same seed.  Four decisions come from each 64 random bits, since a CPU draws them one after
-    the other.
+    The same for the same seed.  Four decisions come from each 64 random bits, since a CPU draws them one
+    after the other.
 
     Args:
         seed: () int64 on the CPU.

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from qdora.adapters import UPDATES
 from qdora.adapters.base import DTYPES, Factors, LowRankUpdate
 from qdora.adapters.magnitude import Magnitude, NormCache
-from qdora.adapters.product import Scaling, adapted_product, scales_output
+from qdora.adapters.product import Scaling, adapted_product
+from qdora.adapters.tiles import scales_output
 from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
 from qdora.quant import Quantization
@@ -25,8 +26,9 @@ class AdaptedLinear(nn.Module):
     """y = s ∘ (W x + c B A drop(x)) + bias,  s = m / ||W + c BA||_row  (1 without a magnitude).
 
     The norm is a constant in backward (DoRA, arXiv:2402.09353 §4.3) unless its exact gradient
-    is asked for.  It is computed when a factor has changed, and used again until one changes: by a kernel on a
-    GPU, on a CPU in float32 from a product that rides along with the forward pass, in 16 bits before it.
+    is asked for.  It is computed when a factor has changed, and used again until one changes: by a kernel
+    where there is one, else in float32 from a product that rides along with the forward pass, in 16 bits
+    before it.
 
     Attributes:
         base: the (O, I) weight; frozen but for full fine-tuning.

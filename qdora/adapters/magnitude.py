@@ -222,9 +222,9 @@ class NormCache:
 
     @torch.no_grad()
     def refresh(self, factors: Factors) -> None:
-        """Bring the norm up to date with a kernel, so that no forward pass has to; nothing where there is none.
+        """Bring the norm up to date where there is a kernel for it, so that no forward pass has to.
 
-        Nor where the factors are sharded: there they are at hand in a forward pass alone.
+        Not where the factors are sharded: there they are at hand in a forward pass alone.
         """
         if self._watched is None and kernels.available(self._weight.device):
             self.norm(factors)

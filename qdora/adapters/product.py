@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from qdora.adapters import tiles
+from qdora.adapters import kernels, tiles
 from qdora.adapters.base import Factors
 from qdora.adapters.dropout import draw_seed, keep_mask
 from qdora.adapters.tiles import OFF_GRID, has_kernels, scales_output
-from qdora.quant.base import FrozenWeight, rows_per_tile
+from qdora.quant.base import FrozenWeight
 
 
 class Scaling(NamedTuple):
@@ -192,6 +192,7 @@ class _AdaptedProduct(torch.autograd.Function):
         if m_O is not None and scales_after:
             if settings.norm_of is not None and wa_OR is not None:
                 row_scale_O = m_O / settings.norm_of(wa_OR)
+            assert row_scale_O is not None
             # In place: the output itself is kept for backward, and no further tensor of its size.
             y_NO.mul_(row_scale_O)
         needs = Operands(*ctx.needs_input_grad[2:])
@@ -220,7 +221,7 @@ class _AdaptedProduct(torch.autograd.Function):
         if y_NO is not None:
             # Σ g ∘ u / n with u = y / s and s n = m.  A magnitude of exactly 0 has y = 0: the least number
             # makes its gradient 0 instead of 0/0.
-            grads["offset_O"] = column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
+            grads["offset_O"] = kernels.column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
             if needs.norm_O:
                 grads["norm_O"] = row_scale_O * grads["offset_O"] * (-1 / ctx.factor)
         if a_RI is not None:
@@ -286,18 +287,6 @@ def _factor_gradients(
             grad_outer = torch.linalg.vecdot(_wide(gh_OR), factors.b_OR.to(_wide_dtype(gh_OR.dtype)))
             grads["outer_O"] = grad_outer if row_scale_O is None else grad_outer * row_scale_O
     return grads, back_NR
-
-
-def column_dot(g_NO: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
-    """Σ_N g ∘ y: (O,) in at least float32, its products held for one tile of tokens at a time."""
-    dtype = torch.promote_types(g_NO.dtype, torch.float32)
-    step = rows_per_tile(g_NO.shape[0], g_NO.shape[1], dtype, g_NO.device)
-    total_O: torch.Tensor | None = None
-    for g_tile, y_tile in zip(g_NO.split(step), y_NO.split(step), strict=True):
-        part_O = torch.linalg.vecdot(g_tile.to(dtype), y_tile.to(dtype), dim=0)
-        total_O = part_O if total_O is None else total_O.add_(part_O)
-    assert total_O is not None
-    return total_O
 
 
 def _times(scale_O: torch.Tensor | None, factor: float, weight: FrozenWeight) -> torch.Tensor:
