@@ -19,7 +19,7 @@ COMMANDS = {
     "export": "merge an adapter and write fp16 or bf16 weights",
     "compare": "train arms under identical conditions and report",
     "estimate": "what a run takes on each GPU, found without one",
-    "benchmark": "what a layer or a training step costs next to PEFT's",
+    "benchmark": "what a layer or a training step costs next to PEFT's, and what a GPU does",
     "demo": "train, score and export the shipped quickstart",
 }
 

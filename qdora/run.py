@@ -173,8 +173,18 @@ def make_manifest(config: RunConfig, *, world_size: int, fields: dict[str, Any])
 
 
 def package_versions(*others: str) -> dict[str, str]:
-    """Installed versions of the packages that decide numbers, and of others."""
-    return {name: importlib.metadata.version(name) for name in (*_VERSIONED, *others)}
+    """Installed versions of the packages that decide numbers, and of others.
+
+    `not installed` of a package that is on the path without its metadata, as this one in a checkout may be.
+    """
+    return {name: _version(name) for name in (*_VERSIONED, *others)}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def git_commit() -> str | None:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import modules
 from torch import nn
@@ -91,6 +92,13 @@ def linear_4bit(
     )
     layer.weight = modules.Params4bit(w_OI.cpu(), requires_grad=False, blocksize=block_size, **nf4)
     return layer.to(w_OI.device)
+
+
+def dequantize(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """(O, I) of a `linear_4bit`, as its forward pass does it."""
+    weight: Any = layer.weight
+    weight.quant_state.dtype = dtype
+    return bnb.dequantize_4bit(weight.data, weight.quant_state)
 
 
 def _adapt(model: nn.Module, config: AdapterConfig, targets: list[str], dora: bool) -> nn.Module:

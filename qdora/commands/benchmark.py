@@ -118,12 +118,14 @@ def _gpu(arguments: argparse.Namespace, device: torch.device, file: Path | None)
         raise InputError(f"--model {arguments.model}: there is no such file; expected the 135M model's GGUF")
     if not (ROOT / "launch" / "train.py").is_file():
         raise InputError("gpu runs the scripts in launch/ and the tests; start it in a source checkout")
-    head = {"machine": describe_machine(device), "size": size}
+    machine = describe_machine(device)
     former = read_json(file)["stages"] if arguments.go_on else []
     done = [record for record in former if record["status"] != "not begun"]
 
     def write(records: Sequence[Record]) -> None:
-        write_json(file, head | {"stages": records, "goals": goals(records, SIZES[size])})
+        write_json(
+            file, {"machine": machine, "size": size, "stages": records, "goals": goals(records, SIZES[size])}
+        )
 
     def restart(left: list[str]) -> None:
         """Go on with the other stages in a new process: this one has lost the device."""
@@ -138,7 +140,7 @@ def _gpu(arguments: argparse.Namespace, device: torch.device, file: Path | None)
         model = None if arguments.model is None else Path(arguments.model)
         setup = Setup(device, SIZES[size], Clock(arguments.time_limit), Path(folder), model)
         records = run_stages({name: STAGES[name] for name in names}, setup, write, done, restart)
-    print(f"\n{head['machine']['device']}, size {size}: goals on an H100")
+    print(f"\n{machine['device']}, size {size}: goals on an H100")
     print(tabulate(goals(records, SIZES[size]), headers="keys", floatfmt=".4g", missingval="-"))
     print("\n" + tabulate([(r["stage"], r["status"], r.get("seconds")) for r in records], missingval="-"))
     return int(any(record["status"] == "failed" for record in records))

@@ -243,3 +243,18 @@ def test_a_run_killed_while_it_is_replaced_can_be_resumed(tmp_path, monkeypatch,
         assert run.metrics_file.exists()
     if not run.checkpoints.exists():
         assert not run.adapter.exists()
+
+
+def test_a_checkout_that_is_not_installed_has_versions(monkeypatch):
+    """Catches: a traceback where the package is on the path but not installed."""
+    found = run_module.importlib.metadata.version
+
+    def version(name):
+        if name == "qdora":
+            raise run_module.importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(run_module.importlib.metadata, "version", version)
+    versions = run_module.package_versions("peft")
+    assert versions["qdora"] == "not installed"
+    assert versions["peft"] == found("peft")

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 
 from qdora.adapters import kernels
 from qdora.benchmark.gpu.models import COMPUTE, STD
 from qdora.benchmark.gpu.run import Figures, Setup, attempt
 from qdora.benchmark.kept import METHODS, SIZES, build_layer, kept_shares, move, parts, relative_errors
-from qdora.benchmark.peers import linear_4bit
+from qdora.benchmark.peers import dequantize, linear_4bit
 from qdora.quant import Quantization
 
 FORMATS = (("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("none", False))
@@ -69,7 +68,7 @@ def _check_weight(
             a_RI = torch.randn(r, inputs, device=device, dtype=COMPUTE)
             b_OR = torch.randn(outputs, r, device=device, dtype=COMPUTE) * STD
             adapted_OI = exact_OI + SCALE * b_OR.double() @ a_RI.double()
-            factors = {"a_RI": a_RI, "b_OR": b_OR, "scale": SCALE}
+            factors: Any = {"a_RI": a_RI, "b_OR": b_OR, "scale": SCALE}
             got = kernels.adapted_tile(stored, all_rows, dtype, s_O=s_O, **factors)
             row(f"tile {name}, r {r}", _error(got, s_O.double()[:, None] * adapted_OI), bound)
             if dtype == torch.float32:
@@ -79,9 +78,7 @@ def _check_weight(
                     1e-6,
                 )
         if quantization == "nf4" and double and shape[0] * shape[1] % 64 == 0:
-            theirs = linear_4bit(w_OI, dtype).weight
-            theirs.quant_state.dtype = dtype
-            same_OI = bnb.dequantize_4bit(theirs.data, theirs.quant_state)
+            same_OI = dequantize(linear_4bit(w_OI, dtype), dtype)
             unlike = float((kernels.adapted_tile(stored, all_rows, dtype) != same_OI).sum())
             row(f"tile {name}, values unlike bitsandbytes'", unlike, 0.0)
 

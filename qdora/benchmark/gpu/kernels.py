@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
 
 from qdora.adapters import kernels
 from qdora.benchmark.gpu.models import COMPUTE, STD
 from qdora.benchmark.gpu.run import Figures, Setup, attempt
-from qdora.benchmark.peers import linear_4bit, timed
+from qdora.benchmark.peers import dequantize, linear_4bit, timed
 from qdora.quant.nf4 import NF4Weight
 
 R = 16
@@ -59,7 +59,7 @@ def _works(setup: Setup, shape: tuple[int, int]) -> Mapping[str, tuple[Callable[
     torch.manual_seed(0)
     w_OI = torch.randn(shape, device=device, dtype=COMPUTE) * STD
     stored = NF4Weight.from_dense(w_OI).stored()
-    theirs = linear_4bit(w_OI, COMPUTE).weight
+    theirs = linear_4bit(w_OI, COMPUTE)
     a_RI, b_OR = (torch.randn(s, device=device, dtype=COMPUTE) * STD for s in ((R, inputs), (outputs, R)))
     s_O = torch.rand(outputs, device=device) + 0.5
     x_NI, g_NO, y_NO = (
@@ -70,14 +70,14 @@ def _works(setup: Setup, shape: tuple[int, int]) -> Mapping[str, tuple[Callable[
     read = outputs * inputs // 2 + outputs * inputs // 64 + 2 * R * (outputs + inputs)
     written = 2 * outputs * inputs
     all_rows = slice(0, outputs)
-    factors = {"a_RI": a_RI, "b_OR": b_OR, "scale": SCALE}
+    factors: Any = {"a_RI": a_RI, "b_OR": b_OR, "scale": SCALE}
     return {
         "tile s(W + cBA)": (
             lambda: kernels.adapted_tile(stored, all_rows, COMPUTE, s_O=s_O, **factors),
             read + written,
         ),
         "tile W": (lambda: kernels.adapted_tile(stored, all_rows, COMPUTE), read + written),
-        "bitsandbytes W": (lambda: bnb.dequantize_4bit(theirs.data, theirs.quant_state), read + written),
+        "bitsandbytes W": (lambda: dequantize(theirs, COMPUTE), read + written),
         "row_norm": (lambda: kernels.row_norm(stored, **factors), read),
         "column_dot": (lambda: kernels.column_dot(g_NO, y_NO), 4 * tokens * outputs),
         "torch column_dot": (
@@ -111,4 +111,4 @@ class Timer:
             end.record()
             events.append((start, end))
         torch.cuda.synchronize(self._device)
-        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+        return statistics.median(float(start.elapsed_time(end)) for start, end in events) / 1e3

@@ -30,9 +30,9 @@ Shared = dict[str, nn.Parameter]
 """Embedding and output layer that several models share: of LLaMA-3-8B two gigabytes."""
 
 
-def adapter_config(dora: bool, **settings: object) -> AdapterConfig:
+def adapter_config(dora: bool) -> AdapterConfig:
     """The adapter of all arms: rank 16 on every linear layer, stored in bf16."""
-    return AdapterConfig(dora=dora, r=16, alpha=32.0, **settings)
+    return AdapterConfig(dora=dora, r=16, alpha=32.0)
 
 
 @torch.no_grad()
@@ -58,7 +58,8 @@ def random_model(
     for name, parameter in model.named_parameters():
         if name.endswith("b_OR"):
             parameter.normal_(std=STD)
-    return model.train()
+    model.train()
+    return model
 
 
 def _materialize(name: str, module: nn.Module, device: torch.device, shared: Shared) -> None:

@@ -108,8 +108,9 @@ def run_stages(
         record |= _run_stage(stage, setup)
         write(records)
         _show(record)
-        if record["status"] == "failed" and restart is not None and _is_lost(setup.device):
-            restart(list(stages)[index + 1 :])
+        left = list(stages)[index + 1 :]
+        if left and restart is not None and record["status"] == "failed" and _is_lost(setup.device):
+            restart(left)
     write(records)
     return records
 

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,7 +14,7 @@ from qdora.benchmark.gpu.models import COMPUTE, Shared, peft_random_model, rando
 from qdora.benchmark.gpu.run import Figures, Setup, attempt
 from qdora.benchmark.peers import Arm, alternate
 from qdora.benchmark.step import our_step, peer_step
-from qdora.config import TrainingConfig
+from qdora.config import QuantizationName, TrainingConfig
 
 ARMS = ("qdora", "qlora", "peft qlora", "peft qdora", "lora bf16")
 """The last one is the floor: dense bf16 weights, no magnitude."""
@@ -31,7 +29,7 @@ def steps(setup: Setup, figures: Figures) -> None:
 
     All arms at both depths stand in memory, so that each round takes all of them one after the other.
     """
-    models: dict[tuple[str, int], nn.Module] = {}
+    models: dict[tuple[str, int], Any] = {}
     shared: Shared = {}
     for arm in ARMS:
         for depth in setup.size.depths:
@@ -59,18 +57,18 @@ def steps(setup: Setup, figures: Figures) -> None:
                     )
 
 
-def _build(setup: Setup, arm: str, depth: int, shared: Shared) -> nn.Module:
+def _build(setup: Setup, arm: str, depth: int, shared: Shared) -> Any:
     config, dora = setup.size.config(depth), "qdora" in arm
     if "peft" in arm:
         return peft_random_model(config, setup.device, dora=dora, shared=shared)
-    quantization = "none" if "bf16" in arm else "nf4"
+    quantization: QuantizationName = "none" if "bf16" in arm else "nf4"
     return random_model(config, setup.device, dora=dora, quantization=quantization, shared=shared)
 
 
 def _whole_steps(
     setup: Setup,
     figures: Figures,
-    models: dict[tuple[str, int], nn.Module],
+    models: dict[tuple[str, int], Any],
     sequences: int,
     tokens: int,
     checkpointing: bool,
@@ -133,7 +131,7 @@ def profile_step(setup: Setup, figures: Figures) -> None:
 def _is_work(event: FunctionEvent, on_device: bool) -> bool:
     if on_device:
         annotation = getattr(event, "is_user_annotation", False)
-        return event.device_type == torch.autograd.DeviceType.CUDA and not annotation
+        return event.device_type.name == "CUDA" and not annotation
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Literal
 
 import torch
 
@@ -40,7 +41,7 @@ def whole_model(setup: Setup, figures: Figures) -> None:
             learning_rate=1e-5,
         )
         architecture = Architecture(config, COMPUTE, COMPUTE, Quantization("nf4"))
-        device = "cuda" if setup.device.type == "cuda" else "cpu"
+        device: Literal["cuda", "cpu"] = "cuda" if setup.device.type == "cuda" else "cpu"
         expected = estimate(architecture, Launch(adapter_config(True), training, tokens, 1, None, device))
         trainer = Trainer(model, examples, training, DistributedContext(device=setup.device), pad_id=0)
         metrics: list[StepMetrics] = []
