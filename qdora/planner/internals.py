@@ -30,6 +30,7 @@ from transformers import masking_utils
 from qdora.adapters import kernels
 from qdora.adapters import tiles as adapted
 from qdora.distributed.context import DistributedContext
+from qdora.distributed.fsdp import parameter_groups
 from qdora.distributed.launch import FsdpSettings
 from qdora.planner.report import Breakdown, Part
 from qdora.quant import QUANTIZATIONS
@@ -172,7 +173,7 @@ class StepTracker(MemTracker):
         """Distinguish the buffers of a sharded model's collectives from other tensors, until the end."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                for group in module._get_fsdp_state()._fsdp_param_groups:
+                for group in parameter_groups(module):
                     for name in ("unshard", "wait_for_unshard"):
                         gathering = self._with("_inside", Part.GATHERED, getattr(group, name))
                         self._replace(group, name, gathering)
