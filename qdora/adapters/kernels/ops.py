@@ -31,7 +31,7 @@ _library.define(f"row_norm({_WEIGHT}, Tensor? a_RI, Tensor? b_OR, float scale) -
 _library.define("column_dot(Tensor g_NO, Tensor y_NO) -> Tensor")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device: CUDA, compute capability 8, Triton 3.6."""
     return device.type == "cuda" and _has_triton(device)
