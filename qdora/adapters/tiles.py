@@ -14,9 +14,9 @@ OFF_GRID = 1.841
 """Factor of a 16-bit tile that moves with training, taken back inside the product.
 
 W from a 16-bit checkpoint stands on the grid of its dtype, where s W with s = 1 + 1e-3 rounds back to W; so
-do the largest weights of a block of NF4, which are its scale.  Off the grid as many elements round up as s asks
-for.  Of the factors between 1 and 2 this one keeps moves of 1e-4 to 1e-3 best: within 11% in one direction,
-within 4% where half of the rows move up and half down, over all 128 fractions of bf16.
+do the largest weights of a block of NF4, which are its scale.  Off the grid as many elements round up as s
+asks for.  Of the factors between 1 and 2 this one keeps moves of 1e-4 to 1e-3 best: within 11% in one
+direction, within 4% where half of the rows move up and half down, over all 128 fractions of bf16.
 """
 
 
