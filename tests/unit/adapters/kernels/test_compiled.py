@@ -1,4 +1,4 @@
-"""Every launch that a large layer makes, compiled for two GPUs without one: nothing spills out of registers."""
+"""Every launch that a large layer makes, compiled for two kinds of GPU without one: nothing spills."""
 
 from __future__ import annotations
 
