@@ -23,8 +23,8 @@ TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 64, 128, 8
 """adapted_tile: 32 values a thread, so that two 8-warp programs and more fit the registers of an SM."""
 NORM_ROWS, NORM_COLUMNS, NORM_WARPS = 16, 256, 8
 """row_norm: a program has whole rows; with 16 each, 4096 rows are 256 programs for the 132 SMs of an H100."""
-DOT_TOKENS, DOT_STEP, DOT_COLUMNS, DOT_WARPS = 128, 16, 128, 4
-"""column_dot: a program sums 128 tokens, so that what is written for the second sum is 2% of what is read."""
+DOT_TOKENS, DOT_STEP, DOT_COLUMNS, DOT_WARPS = 64, 16, 128, 4
+"""column_dot: a program sums 64 tokens, all its loads in flight; what the second sum moves is 3% of them."""
 MAX_RANK, MAX_RANK_WIDE = 64, 16
 """Ranks that one product takes, of 16-bit and of float32 factors, which need no tensor core but registers."""
 
