@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CLOSED_FORM = "tests/unit/adapters/test_closed_form.py"
 NORM = "tests/unit/adapters/test_norm_and_magnitude.py"
+KERNELS = "tests/unit/adapters/kernels/test_closed_form.py"
 SHARDS = "tests/unit/quant/test_shards.py"
 SHARDED = "tests/distributed/test_sharded.py"
 
@@ -119,6 +120,30 @@ MUTANTS = {
         "parameter.copy_(master)\n                master.grad = None\n",
         "parameter.copy_(master)\n                master.copy_(parameter)\n",
         f"{NORM}::test_the_tail_of_a_decayed_rate_moves_as_float32_does",
+    ),
+    "nibbles swapped": Mutant(
+        "adapters/kernels/triton_kernels.py",
+        "tl.join(high, low)",
+        "tl.join(low, high)",
+        f"{KERNELS}::test_tile_is_that_of_bitsandbytes",
+    ),
+    "s of the tile's rows": Mutant(
+        "adapters/kernels/triton_kernels.py",
+        "tl.load(s + row0 + row_O",
+        "tl.load(s + row0 - first + row_O",
+        f"{KERNELS}::test_tile_is_the_scaled_sum",
+    ),
+    "padded ranks counted again": Mutant(
+        "adapters/kernels/triton_kernels.py",
+        "rank_R = rank0 + tl.arange(0, BLOCK_R)",
+        "rank_R = (rank0 + tl.arange(0, BLOCK_R)) % R",
+        f"{KERNELS}::test_tile_is_the_scaled_sum",
+    ),
+    "columns beyond the weight in the norm": Mutant(
+        "adapters/kernels/triton_kernels.py",
+        "scale_OC = tl.where(inside_OC, scale_OC, 0.0)",
+        "pass",
+        f"{KERNELS}::test_row_norm_is_that_of_the_sum",
     ),
     "blocks cut at the shard": Mutant(
         "quant/blockwise.py",

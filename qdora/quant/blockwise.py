@@ -121,9 +121,10 @@ class BlockwiseWeight(FrozenWeight):
 
     def stored(self) -> StoredWeight:
         """As `FrozenWeight.stored`, the codes."""
+        packed = self.packed.detach()
         return StoredWeight(
-            self.packed.detach(),
-            code_values(self.quantization, self.device),
+            packed,
+            code_values(self.quantization, packed.device),
             self.absmax.detach(),
             self.nested_absmax,
             self.nested_code,

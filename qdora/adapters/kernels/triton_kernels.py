@@ -21,12 +21,12 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 64, 128, 8
 """adapted_tile: 32 values a thread, so that two 8-warp programs and more fit the registers of an SM."""
-NORM_ROWS, NORM_COLUMNS, NORM_WARPS = 16, 512, 8
-"""row_norm: a program has whole rows; 16 of them make 256 programs of 4096 rows, for 132 SMs."""
+NORM_ROWS, NORM_COLUMNS, NORM_WARPS = 16, 256, 8
+"""row_norm: a program has whole rows; with 16 each, 4096 rows are 256 programs for the 132 SMs of an H100."""
 DOT_TOKENS, DOT_STEP, DOT_COLUMNS, DOT_WARPS = 128, 16, 128, 4
 """column_dot: a program sums 128 tokens, so that what is written for the second sum is 2% of what is read."""
-MAX_RANK = 64
-"""Ranks that one product takes; a larger rank goes in several."""
+MAX_RANK, MAX_RANK_WIDE = 64, 16
+"""Ranks that one product takes, of 16-bit and of float32 factors, which need no tensor core but registers."""
 
 
 @triton.jit
@@ -169,6 +169,11 @@ def adapted_tile_kernel(
 
 
 @triton.jit
+def _add(left, right):
+    return left + right
+
+
+@triton.jit
 def row_norm_kernel(
     norm,
     values,
@@ -214,16 +219,10 @@ def row_norm_kernel(
     # Sums of two: their order does not follow from where the compiler keeps a value, which differs with
     # and without an update.  So B = 0 has the norm of W itself, to the last bit.
     for level in tl.static_range(LEVELS):
-        left, right = tl.split(tl.reshape(sum_OI, [BLOCK_O, BLOCK_I >> (level + 1), 2]))
-        sum_OI = left + right
+        sum_OI = tl.reduce(tl.reshape(sum_OI, [BLOCK_O, 2, BLOCK_I >> (level + 1)]), 1, _add)
     norm2_O = tl.reshape(sum_OI, [BLOCK_O])
     row_O = row0 + tl.arange(0, BLOCK_O)
     tl.store(norm + row_O, tl.sqrt_rn(tl.where(norm2_O < TINY, TINY, norm2_O)), mask=row_O < O)
-
-
-@triton.jit
-def _add(left, right):
-    return left + right
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -270,9 +269,9 @@ def _update_arguments(
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     if a_RI is None or b_OR is None:
         return (0, 0, 0, 0), {"R": 0, "BLOCK_R": 16}
-    rank = a_RI.shape[0]
-    strides = (*a_RI.stride(), *b_OR.stride())
-    return strides, {"R": rank, "BLOCK_R": min(MAX_RANK, max(16, triton.next_power_of_2(rank)))}
+    rank, wide = a_RI.shape[0], torch.float32 in (a_RI.dtype, b_OR.dtype) or a_RI.dtype != b_OR.dtype
+    block = min(MAX_RANK_WIDE if wide else MAX_RANK, max(16, triton.next_power_of_2(rank)))
+    return (*a_RI.stride(), *b_OR.stride()), {"R": rank, "BLOCK_R": block}
 
 
 def adapted_tile(

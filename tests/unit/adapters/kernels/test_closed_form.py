@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from qdora.adapters.kernels import reference
+from qdora.quant.base import StoredWeight
+from qdora.quant.dense import DenseWeight
 from tests.unit.adapters.kernels.cases import CASES, EPSILON, Case, assert_within, make
 
 layer_of = functools.cache(make)
@@ -64,9 +66,7 @@ def test_an_empty_row_has_a_norm_to_divide_by(module):
     assert norm_O.isnan().tolist() == [False, False, False, True, False]
 
 
-def layer_weight(w_OI: torch.Tensor):
-    from qdora.quant.dense import DenseWeight
-
+def layer_weight(w_OI: torch.Tensor) -> StoredWeight:
     return DenseWeight(w_OI).stored()
 
 
