@@ -193,7 +193,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else here["processor"],
         "threads": here["threads"],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": package_versions("peft"),
+        "versions": package_versions("peft", "triton"),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import shutil
@@ -36,6 +37,8 @@ from qdora.resources import keep_freed_memory
 
 TIME_LIMIT = 450
 """Seconds of the stages of `gpu`: with its imports it takes less than eight minutes."""
+GRACE = 15.0
+"""Seconds after the time limit in which a stage must come to its end."""
 _GO_ON = "--go-on"
 
 
@@ -136,10 +139,13 @@ def _gpu(arguments: argparse.Namespace, device: torch.device, file: Path | None)
         shutil.rmtree(setup.folder)
         os.execv(sys.executable, [sys.executable, str(ROOT / "launch" / "benchmark.py"), *words])
 
+    # A kernel that never ends cannot be asked to stop: the process ends then, with where it stood.
+    faulthandler.dump_traceback_later(arguments.time_limit + GRACE, exit=True, file=2)
     with tempfile.TemporaryDirectory(prefix="qdora-gpu-") as folder:
         model = None if arguments.model is None else Path(arguments.model)
         setup = Setup(device, SIZES[size], Clock(arguments.time_limit), Path(folder), model)
         records = run_stages({name: STAGES[name] for name in names}, setup, write, done, restart)
+    faulthandler.cancel_dump_traceback_later()
     print(f"\n{machine['device']}, size {size}: goals on an H100")
     print(tabulate(goals(records, SIZES[size]), headers="keys", floatfmt=".4g", missingval="-"))
     print("\n" + tabulate([(r["stage"], r["status"], r.get("seconds")) for r in records], missingval="-"))

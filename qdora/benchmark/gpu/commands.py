@@ -205,7 +205,11 @@ def execute(setup: Setup, command: Sequence[str], codes: Sequence[int] = (0,)) -
         try:
             output, _ = process.communicate(timeout=setup.clock.left)
         except subprocess.TimeoutExpired:
-            raise OutOfTimeError(f"the time limit came within: {shlex.join(command)[:200]}") from None
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            raise OutOfTimeError(
+                f"the time limit came within {shlex.join(command)}:\n{output[-2000:]}"
+            ) from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ N tokens   I in_features   O out_features   R rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,21 @@ from qdora.benchmark.gpu.models import COMPUTE, STD
 from qdora.benchmark.gpu.run import Figures, Setup, attempt
 from qdora.benchmark.kept import METHODS, SIZES, build_layer, kept_shares, move, parts, relative_errors
 from qdora.benchmark.peers import dequantize, linear_4bit
+from qdora.config import QuantizationName
 from qdora.quant import Quantization
+from qdora.quant.base import FrozenWeight
 
-FORMATS = (("nf4", True), ("nf4", False), ("fp4", True), ("int8", True), ("none", False))
-"""Formats of the weight, and whether the scales are quantized too."""
-RANKS = (16, 5)
 BOUNDS = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-5}
 """Relative error of a tile as a norm: one rounding to each dtype, with room."""
+# Each line is a kernel that is compiled, for a second or two: the tests have all combinations.
+FORMATS: Sequence[tuple[QuantizationName, bool, Sequence[torch.dtype]]] = (
+    ("nf4", True, tuple(BOUNDS)),
+    ("nf4", False, (COMPUTE,)),
+    ("fp4", True, (COMPUTE,)),
+    ("int8", True, (COMPUTE,)),
+    ("none", False, (COMPUTE,)),
+)
+"""Formats of the weight, whether the scales are quantized too, and dtypes of the tile."""
 SCALE = 1.7
 CERTAIN = 0.02
 """Standard error up to which a kept share counts."""
@@ -30,11 +39,19 @@ def correctness(setup: Setup, figures: Figures) -> None:
     """Errors of the kernels, then what small moves of an adapter keep in bf16."""
     figures["on kernels"] = bool(kernels.available(setup.device))
     rows = figures["kernels"] = []
-    for shape in (setup.size.shapes[-1], (257, 192)):  # the second is no multiple of any block
-        for quantization, double in FORMATS:
+    # The second shape and rank are no multiple of any block.
+    for shape, r in ((setup.size.shapes[-1], 16), ((257, 192), 5)):
+        for quantization, double, dtypes in FORMATS:
             setup.clock.check()
             with attempt(figures, f"kernels on {quantization} {shape}"):
-                _check_weight(setup, shape, quantization, double, rows)
+                torch.manual_seed(0)
+                w_OI = torch.randn(shape, device=setup.device, dtype=COMPUTE) * STD
+                weight = Quantization(quantization, double_quantization=double).from_dense(w_OI)
+                checked = _check_weight(weight, r, dtypes)
+                if quantization == "nf4" and double:
+                    checked |= _check_bits(weight, w_OI)
+                name = f"{quantization}{' double' if double else ''} {shape[0]}x{shape[1]}, r {r}"
+                rows += [_row(what, name, *found) for what, found in checked.items()]
     with attempt(figures, "column_dot"):
         _check_column_dot(setup, rows)
     kept = figures["kept"] = []
@@ -45,42 +62,38 @@ def correctness(setup: Setup, figures: Figures) -> None:
                 _measure_kept(setup, method, trained, dropout, kept)
 
 
+def _row(what: str, of: str, error: float, bound: float) -> dict[str, Any]:
+    return {"what": what, "of": of, "error": error, "bound": bound, "ok": error <= bound}
+
+
 def _check_weight(
-    setup: Setup, shape: tuple[int, int], quantization: Any, double: bool, rows: list[dict[str, Any]]
-) -> None:
-    outputs, inputs = shape
-    device = setup.device
-    torch.manual_seed(0)
-    w_OI = torch.randn(shape, device=device, dtype=COMPUTE) * STD
-    weight = Quantization(quantization, double_quantization=double).from_dense(w_OI)
-    stored, all_rows = weight.stored(), slice(0, outputs)
+    weight: FrozenWeight, r: int, dtypes: Sequence[torch.dtype]
+) -> dict[str, tuple[float, float]]:
+    """Errors of tile and norm, and their bounds."""
+    outputs, inputs = weight.out_features, weight.in_features
+    device, stored = weight.device, weight.stored()
     assert stored is not None
-    exact_OI = weight.dense(torch.float32).double()
     s_O = torch.rand(outputs, device=device) + 0.5
-    where = f"{quantization}{' double' if double else ''} {outputs}x{inputs}"
+    a_RI = torch.randn(r, inputs, device=device, dtype=COMPUTE)
+    b_OR = torch.randn(outputs, r, device=device, dtype=COMPUTE) * STD
+    factors: Any = {"a_RI": a_RI, "b_OR": b_OR, "scale": SCALE}
+    adapted_OI = weight.dense(torch.float32).double() + SCALE * b_OR.double() @ a_RI.double()
+    found = {"row_norm": (_error(kernels.row_norm(stored, **factors), adapted_OI.norm(dim=1)), 1e-6)}
+    for dtype in dtypes:
+        tile = kernels.adapted_tile(stored, slice(0, outputs), dtype, s_O=s_O, **factors)
+        found[f"tile, {dtype}"] = (_error(tile, s_O.double()[:, None] * adapted_OI), BOUNDS[dtype])
+    return found
 
-    def row(what: str, value: float, bound: float) -> None:
-        rows.append({"what": what, "of": where, "error": value, "bound": bound, "ok": value <= bound})
 
-    for dtype, bound in BOUNDS.items():
-        name = str(dtype).removeprefix("torch.")
-        for r in RANKS:
-            a_RI = torch.randn(r, inputs, device=device, dtype=COMPUTE)
-            b_OR = torch.randn(outputs, r, device=device, dtype=COMPUTE) * STD
-            adapted_OI = exact_OI + SCALE * b_OR.double() @ a_RI.double()
-            factors: Any = {"a_RI": a_RI, "b_OR": b_OR, "scale": SCALE}
-            got = kernels.adapted_tile(stored, all_rows, dtype, s_O=s_O, **factors)
-            row(f"tile {name}, r {r}", _error(got, s_O.double()[:, None] * adapted_OI), bound)
-            if dtype == torch.float32:
-                row(
-                    f"row_norm, r {r}",
-                    _error(kernels.row_norm(stored, **factors), adapted_OI.norm(dim=1)),
-                    1e-6,
-                )
-        if quantization == "nf4" and double and shape[0] * shape[1] % 64 == 0:
-            same_OI = dequantize(linear_4bit(w_OI, dtype), dtype)
-            unlike = float((kernels.adapted_tile(stored, all_rows, dtype) != same_OI).sum())
-            row(f"tile {name}, values unlike bitsandbytes'", unlike, 0.0)
+def _check_bits(weight: FrozenWeight, w_OI: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """How many values of a tile without update and scale are not bitsandbytes' to the bit."""
+    stored, found = weight.stored(), {}
+    assert stored is not None
+    theirs = linear_4bit(w_OI, COMPUTE)
+    for dtype in BOUNDS:
+        tile = kernels.adapted_tile(stored, slice(0, weight.out_features), dtype)
+        found[f"unlike bitsandbytes, {dtype}"] = (float((tile != dequantize(theirs, dtype)).sum()), 0.0)
+    return found
 
 
 def _check_column_dot(setup: Setup, rows: list[dict[str, Any]]) -> None:
@@ -88,13 +101,9 @@ def _check_column_dot(setup: Setup, rows: list[dict[str, Any]]) -> None:
     for tokens, outputs in ((setup.size.tokens, setup.size.shapes[0][0]), (37, 257)):
         g_NO, y_NO = (torch.randn(tokens, outputs, device=setup.device, dtype=COMPUTE) for _ in range(2))
         first, second = kernels.column_dot(g_NO, y_NO), kernels.column_dot(g_NO, y_NO)
-        error = _error(first, (g_NO.double() * y_NO.double()).sum(0))
-        of = f"{tokens}x{outputs}"
-        rows.append({"what": "column_dot", "of": of, "error": error, "bound": 1e-5, "ok": error <= 1e-5})
-        differing = float((first != second).sum())
-        rows.append(
-            {"what": "column_dot, second call", "of": of, "error": differing, "bound": 0, "ok": not differing}
-        )
+        of, exact = f"{tokens}x{outputs}", (g_NO.double() * y_NO.double()).sum(0)
+        rows.append(_row("column_dot", of, _error(first, exact), 1e-5))
+        rows.append(_row("column_dot, unlike at a second call", of, float((first != second).sum()), 0.0))
 
 
 def _measure_kept(

@@ -71,7 +71,7 @@ Record = dict[str, Any]
 def attempt(figures: Figures, name: str) -> Iterator[None]:
     """A part of a stage whose failure leaves the other parts: its traceback goes to `figures["errors"]`.
 
-    The stage counts as failed all the same.
+    The stage counts as failed all the same, and its record has the tracebacks.
     """
     try:
         yield
@@ -117,17 +117,20 @@ def run_stages(
 
 def _run_stage(stage: Stage, setup: Setup) -> Record:
     started, figures = time.monotonic(), Figures()
-    ended: Record = {"status": "done"}
+    ended: Record
     try:
         stage(setup, figures)
-        if figures.get("errors"):
-            ended = {"status": "failed", "error": "\n".join(figures["errors"].values())}
+        ended = {"status": "done"}
     except OutOfTimeError as stop:
         ended = {"status": "stopped", "reason": str(stop)}
     except SkipStageError as skip:
         ended = {"status": "skipped", "reason": str(skip)}
     except Exception:
         ended = {"status": "failed", "error": traceback.format_exc()}
+    errors = figures.pop("errors", {})
+    if errors:
+        texts = [f"{name}: {text}" for name, text in errors.items()]
+        ended |= {"status": "failed", "error": "\n".join([*texts, ended.get("error", "")]).rstrip()}
     gc.collect()
     if setup.device.type == "cuda":
         with attempt({}, "memory"):  # fails where the device is lost
@@ -148,7 +151,7 @@ def _show(record: Record) -> None:
     for name, value in record["figures"].items():
         if isinstance(value, list):
             print(f"\n{name}\n" + tabulate(value, headers="keys", floatfmt=".4g", missingval="-"))
-        elif name != "errors":
+        else:
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     tail = record.get("error", record.get("reason", ""))
     print(f"{record['status']} in {record['seconds']:.1f} s" + (f": {tail}" if tail else ""), flush=True)

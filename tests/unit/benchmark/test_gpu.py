@@ -126,23 +126,37 @@ def test_the_time_limit_stops_within_a_stage_and_before_the_next(tmp_path):
     assert records[1]["reason"] == "the time limit came before it"
 
 
-def test_a_killed_run_leaves_what_was_done(tmp_path):
-    """Catches: a file that is written at the end only, or is torn by a kill."""
+ENDS = [("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL), ("hang()", 1)]
+
+
+@pytest.mark.parametrize(("ends", "code"), ENDS)
+def test_a_run_that_is_killed_or_hangs_leaves_what_was_done(tmp_path, ends, code):
+    """Catches: a file that is written at the end only, or is torn by a kill; a kernel without an end that
+    holds the device until somebody looks."""
     file = tmp_path / "gpu.json"
     script = f"""
-import os, signal, sys
+import os, signal, threading
 from qdora.benchmark.gpu import stages
 from qdora.cli import main
-stages.STAGES["kernels"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-main(["benchmark", "gpu", "--json", {str(file)!r}, "--stages", "ceilings,kernels,whole"])
+from qdora.commands import benchmark
+hang = threading.Lock().acquire
+hang()
+benchmark.GRACE = 0.5
+stages.STAGES["kernels"] = lambda *_: {ends}
+words = ["--stages", "ceilings,kernels,whole", "--time-limit", "3"]
+main(["benchmark", "gpu", "--json", {str(file)!r}, *words])
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    (tmp_path / "temporary").mkdir()
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary")}
+    environment = {**os.environ, **ours}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert code < 0 or "Timeout (0:00:03" in done.stderr
     stages = read(file)["stages"]
     assert [r["status"] for r in stages] == ["done", "not begun", "not begun"]
     assert stages[0]["figures"]["copy, bytes/s"] > 0
-    assert list(tmp_path.iterdir()) == [file]
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, "temporary"}
 
 
 def test_a_lost_device_goes_on_in_a_new_process(tmp_path, monkeypatch):
