@@ -304,11 +304,10 @@ def _scaled_rows(
 ) -> torch.Tensor:
     """diag(outer) diag(scale) B, rounded once to `dtype`; at least float32 where None."""
     dtype = dtype or _wide_dtype(b_OR.dtype)
-    scaled_OR = b_OR.to(torch.promote_types(b_OR.dtype, dtype))
     for rows_O in (outer_O, scale_O):
         if rows_O is not None:
-            scaled_OR = scaled_OR * rows_O[:, None]
-    return scaled_OR.to(dtype)
+            b_OR = b_OR * rows_O.to(_wide_dtype(dtype))[:, None]
+    return b_OR.to(dtype)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
