@@ -161,6 +161,7 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         given, weight, dtype = Operands(*tensors), settings.weight, x_NI.dtype
         scales_after = scales_output(dtype, x_NI.device)
+        in_place = not torch.compiler.is_compiling()  # torch 2.11 loses the gradient of such an output
         in_tile = _takes_update(weight, given, settings.dropout, dtype)
         factor = OFF_GRID if dtype.itemsize < 4 and (in_tile or given.offset_O is not None) else 1.0
         m_O = row_scale_O = None
@@ -194,7 +195,7 @@ class _AdaptedProduct(torch.autograd.Function):
                 row_scale_O = m_O / settings.norm_of(wa_OR)
             assert row_scale_O is not None
             # In place: the output itself is kept for backward, and no further tensor of its size.
-            y_NO.mul_(row_scale_O)
+            y_NO = y_NO.mul_(row_scale_O) if in_place else y_NO * row_scale_O
         needs = Operands(*ctx.needs_input_grad[2:])
         needs_x = given.w_OI is not None or (given.a_RI is not None and (in_tile or needs.a_RI))
         ctx.save_for_backward(
@@ -205,9 +206,9 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.settings, ctx.in_tile, ctx.factor = settings, in_tile, factor
         if given.bias_O is None:
             return y_NO
-        if m_O is None:
+        if m_O is None and in_place:
             return y_NO.add_(given.bias_O)
-        return torch.add(y_NO, given.bias_O, out=torch.empty_like(y_NO))
+        return (y_NO + given.bias_O).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -354,7 +355,9 @@ def adapted_product(
         norm_of = None if isinstance(scaling.norm_O, torch.Tensor) else scaling.norm_O
     offset_O = None if scaling is None else scaling.offset_O
     of_update = (None, None, None, None) if factors is None else factors[:4]
-    operands = (*of_update, offset_O, norm_O, trained_OI, bias_O)
+    # A compiler joins this sum to the rest; within the function torch 2.11 would lose its gradient.
+    bias_after_O = bias_O if torch.compiler.is_compiling() else None
+    operands = (*of_update, offset_O, norm_O, trained_OI, None if bias_after_O is not None else bias_O)
     settings = ProductSettings(
         weight,
         scale=1.0 if factors is None else factors.scale,
@@ -363,4 +366,4 @@ def adapted_product(
         norm_of=norm_of,
     )
     result: torch.Tensor = _AdaptedProduct.apply(settings, x_NI, *operands)  # type: ignore[no-untyped-call]
-    return result
+    return result if bias_after_O is None else (result + bias_after_O).to(x_NI.dtype)
