@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CLOSED_FORM = "tests/unit/adapters/test_closed_form.py"
 NORM = "tests/unit/adapters/test_norm_and_magnitude.py"
+SIXTEEN = "tests/unit/adapters/test_sixteen_bits.py"
 KERNELS = "tests/unit/adapters/kernels/test_closed_form.py"
 SHARDS = "tests/unit/quant/test_shards.py"
 SHARDED = "tests/distributed/test_sharded.py"
@@ -45,8 +46,8 @@ class Mutant:
 MUTANTS = {
     "scale dropped": Mutant(
         "adapters/product.py",
-        "h_NR = (kept_NI @ a_cast.T).mul_(settings.scale)",
-        "h_NR = kept_NI @ a_cast.T",
+        "small_NO = _mm(inner_NR, b_scaled.T, settings.scale / factor)",
+        "small_NO = _mm(inner_NR, b_scaled.T, 1 / factor)",
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "scale dropped from the norm": Mutant(
@@ -58,7 +59,7 @@ MUTANTS = {
     "bias scaled": Mutant(
         "adapters/product.py",
         "return torch.add(y_NO, given.bias_O, out=torch.empty_like(y_NO))",
-        "return torch.add(y_NO, given.bias_O * s_O, out=torch.empty_like(y_NO))",
+        "return torch.add(y_NO, given.bias_O * row_scale_O, out=torch.empty_like(y_NO))",
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "norm undetached": Mutant(
@@ -90,6 +91,30 @@ MUTANTS = {
         'torch.autograd.graph.increment_version(group["params"])',
         "pass",
         "tests/unit/training/test_loop.py::test_the_norm_follows_the_update",
+    ),
+    "update added to what is rounded": Mutant(
+        "adapters/product.py",
+        "y_NO[:, rows].addmm_(x_NI, w_tile.T, beta=beta, alpha=alpha)",
+        "y_NO[:, rows].mul_(beta).add_(x_NI @ w_tile.T, alpha=alpha)",
+        f"{SIXTEEN}::test_small_moves_come_through[torch-qlora-update-0.0-start]",
+    ),
+    "tile on the grid": Mutant(
+        "adapters/tiles.py",
+        "OFF_GRID = 1.841",
+        "OFF_GRID = 1.0",
+        f"{SIXTEEN}::test_small_moves_come_through[torch-dora-magnitude-0.0-start]",
+    ),
+    "factor not taken back": Mutant(
+        "adapters/product.py",
+        "grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1 / ctx.factor)",
+        "grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1.0)",
+        f"{SIXTEEN}::test_small_moves_come_through[kernels-qdora-update-0.0-start]",
+    ),
+    "compiled norm of an earlier step": Mutant(
+        "adapters/magnitude.py",
+        "        if torch.compiler.is_compiling():\n            # A graph",
+        "        if torch.compiler.is_compiling() and self._norm_O is None:\n            # A graph",
+        "tests/unit/adapters/test_compile.py::test_a_layer_is_one_graph[qdora-dtype0-1e-06-0.0]",
     ),
     "tile off by one": Mutant(
         "quant/blockwise.py",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -12,6 +14,7 @@ from qdora.adapters import UPDATES
 from qdora.adapters.base import DTYPES, Factors, LowRankUpdate
 from qdora.adapters.magnitude import Magnitude, NormCache
 from qdora.adapters.product import Scaling, adapted_product
+from qdora.adapters.tiles import scales_output
 from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
 from qdora.quant import Quantization
@@ -23,8 +26,9 @@ class AdaptedLinear(nn.Module):
     """y = s ∘ (W x + c B A drop(x)) + bias,  s = m / ||W + c BA||_row  (1 without a magnitude).
 
     The norm is a constant in backward (DoRA, arXiv:2402.09353 §4.3) unless its exact gradient
-    is asked for.  It is computed when a factor has changed, from a product that rides along with the
-    forward pass, and used again until one changes.
+    is asked for.  It is computed when a factor has changed, and used again until one changes: by a kernel
+    where there is one, else in float32 from a product that rides along with the forward pass, in 16 bits
+    before it.
 
     Attributes:
         base: the (O, I) weight; frozen but for full fine-tuning.
@@ -168,7 +172,7 @@ class AdaptedLinear(nn.Module):
             x_NI,
             self.base,
             factors=factors,
-            scaling=self._scaling(factors),
+            scaling=self._scaling(factors, x_NI),
             bias_O=self.bias,
             dropout=dropout,
         )
@@ -181,15 +185,29 @@ class AdaptedLinear(nn.Module):
         weight = self._merged[0] if self.is_merged and self.enabled else self.base
         return adapted_product(x_NI, weight, bias_O=self.bias)
 
-    def _scaling(self, factors: Factors | None) -> Scaling | None:
+    def _scaling(self, factors: Factors | None, x_NI: torch.Tensor) -> Scaling | None:
         if self.magnitude is None:
             return None
-        magnitude, norms = self.magnitude, self._norms
-        if factors is None or (norms.is_fresh(factors) and not self.exact_norm_gradient):
-            return Scaling(magnitude.initial_O, magnitude.offset_O, norms.norm(factors))
-        if self.exact_norm_gradient:
-            return Scaling(magnitude.initial_O, magnitude.offset_O, norms.differentiable_norm(factors))
-        return Scaling(magnitude.initial_O, magnitude.offset_O, lambda wa_OR: norms.remember(factors, wa_OR))
+        norms = self._norms
+        norm_O: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
+        if factors is not None and self.exact_norm_gradient:
+            norm_O = norms.differentiable_norm(factors)
+        elif factors is not None and self._norm_rides_along(factors, x_NI):
+            norm_O = partial(norms.remember, factors)
+        else:
+            norm_O = norms.norm(factors, x_NI.dtype)
+        return Scaling(self.magnitude.initial_O, self.magnitude.offset_O, norm_O)
+
+    def _norm_rides_along(self, factors: Factors, x_NI: torch.Tensor) -> bool:
+        """Whether the product brings along what a stale norm needs."""
+        if torch.compiler.is_compiling() or not scales_output(x_NI.dtype, x_NI.device):
+            return False
+        return not self._norms.is_fresh(factors)
+
+    def refresh_norm(self) -> None:
+        """Bring the norm up to date where that is a kernel's pass over the codes; as `NormCache.refresh`."""
+        if self.update is not None and self.magnitude is not None:
+            self._norms.refresh(self.update.factors())
 
     def replace_base(self, w_OI: torch.Tensor) -> None:
         """Give the frozen weight other values, in its format."""

@@ -19,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from qdora.adapters import kernels
 from qdora.adapters.base import AdapterModule, Factors, adapter_parameter, full_tensor
 from qdora.quant.base import FrozenWeight
 
@@ -74,9 +75,11 @@ def row_norms_squared(weight: FrozenWeight) -> torch.Tensor:
     return norms_O.square_()
 
 
-def weight_times_a(weight: FrozenWeight, a_RI: torch.Tensor) -> torch.Tensor:
-    """W Aᵀ: (O, R) in the weight's norm dtype, for when no forward product is at hand."""
-    dtype = weight.norm_dtype
+def weight_times_a(
+    weight: FrozenWeight, a_RI: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """W Aᵀ: (O, R) in a dtype, the weight's norm dtype unless told otherwise, without a forward product."""
+    dtype = dtype or weight.norm_dtype
     wa_OR = torch.empty(weight.out_features, a_RI.shape[0], dtype=dtype, device=weight.device)
     for rows, w_tile in weight.tiles(dtype):
         torch.mm(w_tile, a_RI.to(dtype).T, out=wa_OR[rows])
@@ -190,34 +193,65 @@ class NormCache:
             self._w2_O = row_norms_squared(self._weight)
         return self._w2_O
 
-    def is_fresh(self, factors: Factors) -> bool:
+    def is_fresh(self, factors: Factors | None) -> bool:
         """Whether the norm is known for the factors as they are now."""
         return self._norm_O is not None and self._versions == self._current(factors)
 
-    def _current(self, factors: Factors) -> tuple[int, ...]:
+    def _current(self, factors: Factors | None) -> tuple[int, ...]:
         """Changes with every write to a factor, in place or by replacing the storage."""
+        if factors is None:
+            return ()
         if self._watched is not None:
             return tuple(t._version for t in self._watched)
         return tuple(number for t in factors.tensors() for number in (t._version, t.data_ptr()))
 
     @torch.no_grad()
-    def norm(self, factors: Factors | None) -> torch.Tensor:
-        """(O,) a constant; computed on its own, with a pass over W, where it is stale."""
-        if factors is None:
-            return positive_root(self.squared_base().clone())
+    def norm(self, factors: Factors | None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """(O,) a constant; computed on its own, with a pass over W, where it is stale.
+
+        Args:
+            dtype: of that pass, where it is no kernel's; the weight's norm dtype unless told otherwise.
+        """
+        if torch.compiler.is_compiling():
+            # A graph cannot see whether a factor was written to, and the codes are quickly read.
+            return self._compute(factors, dtype)
         if not self.is_fresh(factors):
-            self.remember(factors, weight_times_a(self._weight, factors.a_RI))
+            self._keep(factors, self._compute(factors, dtype))
         assert self._norm_O is not None
         return self._norm_O
+
+    @torch.no_grad()
+    def refresh(self, factors: Factors) -> None:
+        """Bring the norm up to date where there is a kernel for it, so that no forward pass has to.
+
+        Not where the factors are sharded: there they are at hand in a forward pass alone.
+        """
+        if self._watched is None and kernels.available(self._weight.device):
+            self.norm(factors)
+
+    def _compute(self, factors: Factors | None, dtype: torch.dtype | None) -> torch.Tensor:
+        weight = self._weight
+        by_kernel = kernels.available(weight.device) or torch.compiler.is_compiling()
+        stored = weight.stored() if by_kernel and weight.norm_dtype == torch.float32 else None
+        if stored is not None:
+            if factors is None:
+                return kernels.row_norm(stored)
+            plain = factors.inner_R is None and factors.outer_O is None
+            a_RI, b_OR = factors[:2] if plain else factors.combined(weight.norm_dtype)
+            return kernels.row_norm(stored, a_RI, b_OR, factors.scale)
+        if factors is None:
+            return positive_root(self.squared_base().clone())
+        return self._from_product(factors, weight_times_a(weight, factors.a_RI, dtype))
 
     def differentiable_norm(self, factors: Factors) -> torch.Tensor:
         """(O,) as `norm`, with its gradient in the factors."""
         a_RI, b_OR = factors.combined(self._weight.norm_dtype)
         if self._wa_OR is None or not self.is_fresh(factors):
             with torch.no_grad():
-                self._wa_OR = weight_times_a(self._weight, a_RI)
-                self._norm_O = factored_norm(self.squared_base(), self._wa_OR, a_RI, b_OR, factors.scale)
-                self._versions = self._current(factors)
+                wa_OR = weight_times_a(self._weight, a_RI)
+                norm_O = factored_norm(self.squared_base(), wa_OR, a_RI, b_OR, factors.scale)
+                self._keep(factors, norm_O)
+                self._wa_OR = wa_OR
         assert self._norm_O is not None
         result: torch.Tensor = _ExactNorm.apply(  # type: ignore[no-untyped-call]
             a_RI, b_OR, self._norm_O, self._wa_OR, self._weight, factors.scale
@@ -227,14 +261,19 @@ class NormCache:
     @torch.no_grad()
     def remember(self, factors: Factors, wa_OR: torch.Tensor) -> torch.Tensor:
         """The norm from W Aᵀ of the stored A, (O, R), which a forward product brought along."""
-        self._wa_OR = None
+        norm_O = self._from_product(factors, wa_OR)
+        self._keep(factors, norm_O)
+        return norm_O
+
+    def _from_product(self, factors: Factors, wa_OR: torch.Tensor) -> torch.Tensor:
         w2_O = self.squared_base()
         a_RI, b_OR = factors.combined(w2_O.dtype)
         if factors.inner_R is not None:
             wa_OR = wa_OR.to(w2_O.dtype) * factors.inner_R
-        self._norm_O = factored_norm(w2_O, wa_OR, a_RI, b_OR, factors.scale)
-        self._versions = self._current(factors)
-        return self._norm_O
+        return factored_norm(w2_O, wa_OR, a_RI, b_OR, factors.scale)
+
+    def _keep(self, factors: Factors | None, norm_O: torch.Tensor) -> None:
+        self._norm_O, self._wa_OR, self._versions = norm_O, None, self._current(factors)
 
     def forget(self) -> None:
         """W has moved: everything is computed again where it lands."""

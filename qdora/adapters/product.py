@@ -6,19 +6,26 @@
 
 W is only ever seen as row tiles.  BA, an identity matrix, or a whole dequantized W never exist:
 backward asks for the tiles again (docs/math.md derives every formula here).
+
+A 16-bit output is rounded once, and everything small is in the sum before that: a rounded W x would take in
+neither a small update nor a small move of s (docs/math.md §4).  So s scales the tile, and the update is
+part of the tile or of what the product is added onto.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from qdora.adapters import kernels, tiles
 from qdora.adapters.base import Factors
-from qdora.quant.base import FrozenWeight, rows_per_tile
+from qdora.adapters.dropout import draw_seed, keep_mask
+from qdora.adapters.tiles import OFF_GRID, has_kernels, scales_output
+from qdora.quant.base import FrozenWeight
 
 
 class Scaling(NamedTuple):
@@ -28,71 +35,13 @@ class Scaling(NamedTuple):
         initial_O: (O,) frozen, at least float32.
         offset_O: (O,) trained; m = initial + offset.
         norm_O: ||W + c BA||, at least float32: a tensor, differentiable where its exact gradient is
-            wanted, or what makes it a constant from the (O, R) product W Aᵀ of the same pass.
+            wanted, or, where `scales_output`, what makes it a constant from the (O, R) product W Aᵀ of the
+            same pass.
     """
 
     initial_O: torch.Tensor
     offset_O: torch.Tensor
     norm_O: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-
-
-def frozen_product(
-    x_NI: torch.Tensor, weight: FrozenWeight, a_RI: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W x, and W Aᵀ where A is given: one pass over the tiles serves both.
-
-    Returns: (N, O) in the dtype of x_NI; (O, R) or None.
-    """
-    u_NO = x_NI.new_empty(x_NI.shape[0], weight.out_features)
-    wa_OR = None if a_RI is None else x_NI.new_empty(weight.out_features, a_RI.shape[0])
-    for rows, w_tile in weight.tiles(x_NI.dtype):
-        if a_RI is not None and wa_OR is not None:
-            # First, while the fresh tile is still in the cores' own caches.
-            torch.mm(w_tile, a_RI.T, out=wa_OR[rows])
-        torch.mm(x_NI, w_tile.T, out=u_NO[:, rows])
-    return u_NO, wa_OR
-
-
-def frozen_product_transposed(
-    g_NO: torch.Tensor, weight: FrozenWeight, s_O: torch.Tensor | None = None
-) -> torch.Tensor:
-    """(s ∘ g) W: (N, I) in the dtype of g_NO, the sum over tiles accumulated in at least float32.
-
-    s scales the rows of W, not the columns of g: for NF4 that is a product with the block scales.
-    """
-    total_NI: torch.Tensor | None = None
-    for rows, w_tile in weight.tiles(g_NO.dtype, s_O):
-        part_NO = g_NO[:, rows]
-        if total_NI is None:
-            total_NI = part_NO @ w_tile
-            if w_tile.shape[0] < weight.out_features:
-                total_NI = total_NI.to(torch.promote_types(g_NO.dtype, torch.float32))
-        elif total_NI.dtype == g_NO.dtype:
-            total_NI.addmm_(part_NO, w_tile)
-        else:
-            total_NI += part_NO @ w_tile
-    assert total_NI is not None
-    return total_NI.to(g_NO.dtype)
-
-
-def keep_mask(like: torch.Tensor, inputs: int, dropout: float, seed: int) -> torch.Tensor:
-    """(N, inputs) of 0 and 1/(1-p), dtype and rows of `like`; p is `dropout` rounded to 16 bits.
-
-    The same for the same seed: backward draws it again, nothing is kept.  Four decisions come from
-    each 64 random bits, since a CPU draws them one after the other.
-    """
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    count = like.shape[0] * inputs
-    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device)
-    bits.random_(-(2**63), None, generator=generator)
-    dropped = min(round(dropout * 2**16), 2**16 - 1)
-    kept = bits.view(torch.int16)[:count].view(-1, inputs) >= dropped - 2**15
-    return kept.to(like.dtype).mul_(2**16 / (2**16 - dropped))
-
-
-def draw_seed() -> int:
-    """A seed from the CPU generator: activation recomputation restores it, and no device waits."""
-    return int(torch.randint(2**62, ()).item())
 
 
 class Operands(NamedTuple):
@@ -135,49 +84,128 @@ class ProductSettings:
     norm_of: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
+def _takes_update(weight: FrozenWeight, given: Operands, dropout: float, dtype: torch.dtype) -> bool:
+    """Whether the update is part of the tiles: two thin products less, where a kernel forms the tiles anyway.
+
+    Not with dropout, whose update has other inputs than W; not with VeRA's vectors; and not where W is
+    used as it is stored.
+    """
+    if given.b_OR is None or given.inner_R is not None or dropout or not has_kernels(dtype, weight.device):
+        return False
+    stored = weight.stored()
+    as_it_is = given.offset_O is None and stored is not None and stored.values.dtype == dtype
+    return stored is not None and not as_it_is
+
+
+def _product(
+    x_NI: torch.Tensor,
+    w_tiles: Iterator[tuple[slice, torch.Tensor]],
+    onto_NO: torch.Tensor | None,
+    alpha: float,
+    a_RI: torch.Tensor | None,
+    out_features: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """alpha W x added onto a tensor, which becomes the result, and W Aᵀ where A is given, in one pass.
+
+    Returns: (N, O) in the dtype of x_NI; (O, R) or None.
+    """
+    y_NO = x_NI.new_empty(x_NI.shape[0], out_features) if onto_NO is None else onto_NO
+    beta = 0 if onto_NO is None else 1
+    wa_OR = None if a_RI is None else x_NI.new_empty(out_features, a_RI.shape[0])
+    for rows, w_tile in w_tiles:
+        if a_RI is not None and wa_OR is not None:
+            # First, while the fresh tile is still in the cores' own caches.
+            torch.mm(w_tile, a_RI.T, out=wa_OR[rows])
+        y_NO[:, rows].addmm_(x_NI, w_tile.T, beta=beta, alpha=alpha)
+    return y_NO, wa_OR
+
+
+def _product_transposed(
+    g_NO: torch.Tensor,
+    w_tiles: Iterator[tuple[slice, torch.Tensor]],
+    onto_NI: torch.Tensor | None,
+    alpha: float,
+) -> torch.Tensor:
+    """alpha g W added onto a tensor: (N, I) in the dtype of g_NO, the sum over tiles in at least float32."""
+    wide = _wide_dtype(g_NO.dtype)
+    total_NI = onto_NI
+    for i, (rows, w_tile) in enumerate(w_tiles):
+        part_NO = g_NO[:, rows]
+        if total_NI is None:
+            total_NI = _mm(part_NO, w_tile, alpha)
+        elif i == 0 or g_NO.dtype == wide:
+            total_NI.addmm_(part_NO, w_tile, alpha=alpha)
+        else:
+            total_NI = total_NI.to(wide).add_(part_NO @ w_tile, alpha=alpha)
+    assert total_NI is not None
+    return total_NI.to(g_NO.dtype)
+
+
+def _mm(left: torch.Tensor, right: torch.Tensor, alpha: float) -> torch.Tensor:
+    """alpha times a product, rounded once."""
+    if alpha == 1:
+        return left @ right
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
+
+
 class _AdaptedProduct(torch.autograd.Function):
-    """See `adapted_product`.  One function: a further autograd node costs as much as a small product."""
+    """See `adapted_product`.  One function: a further autograd node costs as much as a small product.
+
+    `row_scale_O` is s times a factor f, which is `OFF_GRID` where a 16-bit tile moves with training, else 1;
+    every product with it takes the factor back in its alpha, and the scale c enters there too.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, settings: ProductSettings, x_NI: torch.Tensor, *tensors: torch.Tensor | None
     ) -> torch.Tensor:
-        given = Operands(*tensors)
-        dtype = x_NI.dtype
+        given, weight, dtype = Operands(*tensors), settings.weight, x_NI.dtype
+        scales_after = scales_output(dtype, x_NI.device)
+        in_tile = _takes_update(weight, given, settings.dropout, dtype)
+        factor = OFF_GRID if dtype.itemsize < 4 and (in_tile or given.offset_O is not None) else 1.0
+        m_O = row_scale_O = None
+        if given.offset_O is not None and settings.initial_O is not None:
+            m_O = settings.initial_O + given.offset_O
+            if given.norm_O is not None:
+                row_scale_O = m_O / given.norm_O
+        if factor != 1:
+            row_scale_O = _times(row_scale_O, factor, weight)
+        tile_scale_O = None if scales_after else row_scale_O
         a_cast = None if given.a_RI is None else given.a_RI.to(dtype)
-        u_NO, wa_OR = frozen_product(x_NI, settings.weight, None if settings.norm_of is None else a_cast)
-        h_NR = None
-        ctx.dropout_seed = None
-        if a_cast is not None and given.b_OR is not None:
+        update = small_NO = h_NR = dropout_seed = None
+        if in_tile:
+            assert given.a_RI is not None
+            assert given.b_OR is not None
+            update = Factors(given.a_RI, given.b_OR, None, None, settings.scale)
+        elif a_cast is not None and given.b_OR is not None:
             kept_NI = x_NI
             if settings.dropout:
-                ctx.dropout_seed = draw_seed()
-                kept_NI = x_NI * keep_mask(x_NI, x_NI.shape[1], settings.dropout, ctx.dropout_seed)
-            h_NR = (kept_NI @ a_cast.T).mul_(settings.scale)
+                dropout_seed = draw_seed()
+                kept_NI = x_NI * keep_mask(x_NI, x_NI.shape[1], settings.dropout, dropout_seed)
+            h_NR = kept_NI @ a_cast.T
             inner_NR = h_NR if given.inner_R is None else h_NR * given.inner_R.to(dtype)
-            u_NO.addmm_(inner_NR, _outer(given.b_OR, given.outer_O, dtype).T)
-        y_NO, m_O, s_O = u_NO, None, None
-        if given.offset_O is not None and settings.initial_O is not None:
-            norm_O = given.norm_O
+            b_scaled = _scaled_rows(given.b_OR, given.outer_O, tile_scale_O, dtype)
+            small_NO = _mm(inner_NR, b_scaled.T, settings.scale / factor)
+        w_tiles = tiles.adapted_tiles(weight, dtype, tile_scale_O, update)
+        a_along = None if settings.norm_of is None else a_cast
+        y_NO, wa_OR = _product(x_NI, w_tiles, small_NO, 1 / factor, a_along, weight.out_features)
+        if m_O is not None and scales_after:
             if settings.norm_of is not None and wa_OR is not None:
-                norm_O = settings.norm_of(wa_OR)
-            assert norm_O is not None
-            m_O = settings.initial_O + given.offset_O
-            s_O = m_O / norm_O
-            # In place: the output itself is kept for backward, and no further tensor of its size.  The
-            # product is rounded to the compute dtype once: a bf16 s would lose small magnitude moves.
-            y_NO = u_NO.mul_(s_O)
+                row_scale_O = m_O / settings.norm_of(wa_OR)
+            assert row_scale_O is not None
+            # In place: the output itself is kept for backward, and no further tensor of its size.
+            y_NO.mul_(row_scale_O)
         needs = Operands(*ctx.needs_input_grad[2:])
-        needs_x = given.w_OI is not None or (given.a_RI is not None and needs.a_RI)
+        needs_x = given.w_OI is not None or (given.a_RI is not None and (in_tile or needs.a_RI))
         ctx.save_for_backward(
             x_NI if needs_x else None,
-            None if s_O is None else y_NO,
-            *(given.a_RI, given.b_OR, given.inner_R, given.outer_O, h_NR, m_O, s_O),
+            None if m_O is None else y_NO,
+            *(given.a_RI, given.b_OR, given.inner_R, given.outer_O, h_NR, m_O, row_scale_O, dropout_seed),
         )
-        ctx.settings = settings
+        ctx.settings, ctx.in_tile, ctx.factor = settings, in_tile, factor
         if given.bias_O is None:
             return y_NO
-        if s_O is None:
+        if m_O is None:
             return y_NO.add_(given.bias_O)
         return torch.add(y_NO, given.bias_O, out=torch.empty_like(y_NO))
 
@@ -185,33 +213,34 @@ class _AdaptedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Asked for once: activation recomputation unpacks the saved tensors only once.
-        x_NI, y_NO, a_RI, b_OR, inner_R, outer_O, h_NR, m_O, s_O = ctx.saved_tensors
+        x_NI, y_NO, a_RI, b_OR, inner_R, outer_O, h_NR, m_O, row_scale_O, dropout_seed = ctx.saved_tensors
         settings: ProductSettings = ctx.settings
         needs = Operands(*ctx.needs_input_grad[2:])
         grads: dict[str, torch.Tensor] = {}
-        grad_x = None
+        update = small_NI = None
         if y_NO is not None:
             # Σ g ∘ u / n with u = y / s and s n = m.  A magnitude of exactly 0 has y = 0: the least number
             # makes its gradient 0 instead of 0/0.
-            grads["offset_O"] = column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
+            grads["offset_O"] = kernels.column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
             if needs.norm_O:
-                grads["norm_O"] = -s_O * grads["offset_O"]
-        if ctx.needs_input_grad[1]:
-            grad_x = frozen_product_transposed(g_NO, settings.weight, s_O)
+                grads["norm_O"] = row_scale_O * grads["offset_O"] * (-1 / ctx.factor)
         if a_RI is not None:
-            mask = None
-            if ctx.dropout_seed is not None:
-                mask = keep_mask(g_NO, a_RI.shape[1], settings.dropout, ctx.dropout_seed)
-            factors = Factors(a_RI, b_OR, inner_R, outer_O, settings.scale)
-            of_factors, back_NR = _factor_gradients(g_NO, x_NI, h_NR, s_O, factors, needs, mask)
+            factors = Factors(a_RI, b_OR, inner_R, outer_O, settings.scale / ctx.factor)
+            mask_NI = None
+            if dropout_seed is not None:
+                mask_NI = keep_mask(g_NO, a_RI.shape[1], settings.dropout, dropout_seed)
+            a_cast = a_RI.to(g_NO.dtype)
+            h_NR = x_NI @ a_cast.T if h_NR is None else h_NR
+            of_factors, back_NR = _factor_gradients(g_NO, x_NI, h_NR, row_scale_O, factors, needs, mask_NI)
             grads |= of_factors
-            if grad_x is not None:
-                a_cast = a_RI.to(g_NO.dtype)
-                grad_x = (
-                    grad_x.addmm_(back_NR, a_cast)
-                    if mask is None
-                    else grad_x.addcmul_(back_NR @ a_cast, mask)
-                )
+            if ctx.in_tile:
+                update = Factors(a_RI, b_OR, None, None, settings.scale)
+            elif ctx.needs_input_grad[1]:
+                small_NI = back_NR @ a_cast if mask_NI is None else (back_NR @ a_cast).mul_(mask_NI)
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            w_tiles = tiles.adapted_tiles(settings.weight, g_NO.dtype, row_scale_O, update)
+            grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1 / ctx.factor)
         if needs.w_OI:
             grads["w_OI"] = _wide(g_NO.T @ x_NI)
         if needs.bias_O:
@@ -223,7 +252,7 @@ def _factor_gradients(
     g_NO: torch.Tensor,
     x_NI: torch.Tensor | None,
     h_NR: torch.Tensor,
-    s_O: torch.Tensor | None,
+    row_scale_O: torch.Tensor | None,
     factors: Factors,
     needs: Operands,
     mask_NI: torch.Tensor | None,
@@ -231,18 +260,18 @@ def _factor_gradients(
     """Gradients of A, B and VeRA's vectors, and c diag(inner) Bᵀ diag(s outer) g, which flows on through A.
 
     Args:
-        h_NR: c A drop(x).
+        h_NR: A drop(x).
+        row_scale_O: f s; ones where None.
+        factors: their scale is c / f.
         needs: which gradients are wanted.
     Returns: gradients by the names of `Operands`; (N, R) in the dtype of g_NO.
     """
     dtype, grads = g_NO.dtype, {}
-    outer_s_O = _product(factors.outer_O, s_O)
-    back_NR = g_NO @ _outer(factors.b_OR, outer_s_O, dtype)
-    if needs.inner_R:
-        grads["inner_R"] = torch.linalg.vecdot(_wide(back_NR), _wide(h_NR), dim=0)
-    back_NR *= factors.scale
+    back_NR = _mm(g_NO, _scaled_rows(factors.b_OR, factors.outer_O, row_scale_O, dtype), factors.scale)
     inner_NR = h_NR
     if factors.inner_R is not None:
+        if needs.inner_R:
+            grads["inner_R"] = torch.linalg.vecdot(_wide(back_NR), _wide(h_NR), dim=0)
         inner_R = factors.inner_R.to(dtype)
         back_NR *= inner_R
         inner_NR = h_NR * inner_R
@@ -251,44 +280,43 @@ def _factor_gradients(
         grads["a_RI"] = _wide(back_NR.T @ (x_NI if mask_NI is None else x_NI * mask_NI))
     if needs.b_OR or needs.outer_O:
         # (hᵀ g)ᵀ: on CPUs the faster way round where O is the long side.
-        gh_OR = _wide(inner_NR.T @ g_NO).T
+        gh_OR = _mm(inner_NR.T, g_NO, factors.scale).T
         if needs.b_OR:
-            grads["b_OR"] = gh_OR if outer_s_O is None else gh_OR * outer_s_O[:, None]
+            grads["b_OR"] = _scaled_rows(gh_OR, factors.outer_O, row_scale_O)
         if needs.outer_O:
-            grad_outer = torch.linalg.vecdot(gh_OR, factors.b_OR.to(gh_OR.dtype))
-            grads["outer_O"] = grad_outer if s_O is None else grad_outer * s_O
+            grad_outer = torch.linalg.vecdot(_wide(gh_OR), factors.b_OR.to(_wide_dtype(gh_OR.dtype)))
+            grads["outer_O"] = grad_outer if row_scale_O is None else grad_outer * row_scale_O
     return grads, back_NR
 
 
-def column_dot(g_NO: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
-    """Σ_N g ∘ y: (O,) in at least float32, its products held for one tile of tokens at a time."""
-    dtype = torch.promote_types(g_NO.dtype, torch.float32)
-    step = rows_per_tile(g_NO.shape[0], g_NO.shape[1], dtype, g_NO.device)
-    total_O: torch.Tensor | None = None
-    for g_tile, y_tile in zip(g_NO.split(step), y_NO.split(step), strict=True):
-        part_O = torch.linalg.vecdot(g_tile.to(dtype), y_tile.to(dtype), dim=0)
-        total_O = part_O if total_O is None else total_O.add_(part_O)
-    assert total_O is not None
-    return total_O
+def _times(scale_O: torch.Tensor | None, factor: float, weight: FrozenWeight) -> torch.Tensor:
+    """Row scales times a factor; the factor itself where there are none."""
+    if scale_O is not None:
+        return scale_O * factor
+    return torch.full((weight.out_features,), factor, dtype=weight.norm_dtype, device=weight.device)
 
 
-def _product(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    """Of two vectors of which either may be missing, meaning ones."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first * second
-
-
-def _outer(b_OR: torch.Tensor, outer_O: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    if outer_O is None:
-        return b_OR.to(dtype)
-    wide = torch.promote_types(b_OR.dtype, dtype)
-    return (b_OR.to(wide) * outer_O[:, None]).to(dtype)
+def _scaled_rows(
+    b_OR: torch.Tensor,
+    outer_O: torch.Tensor | None,
+    scale_O: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """diag(outer) diag(scale) B, rounded once to `dtype`; at least float32 where None."""
+    dtype = dtype or _wide_dtype(b_OR.dtype)
+    for rows_O in (outer_O, scale_O):
+        if rows_O is not None:
+            b_OR = b_OR * rows_O.to(_wide_dtype(dtype))[:, None]
+    return b_OR.to(dtype)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     """Adapter gradients leave in at least float32; autograd narrows them where a parameter asks."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(_wide_dtype(tensor.dtype))
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def adapted_product(

@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from qdora.adapters.dropout import draw_seed, keep_mask
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.lora import LoraUpdate
-from qdora.adapters.product import draw_seed, keep_mask
 from qdora.config import AdapterConfig, QuantizationName
 
 METHODS: dict[str, tuple[QuantizationName, bool]] = {

@@ -169,7 +169,9 @@ class DistributedContext:
         padded = rows.new_zeros(step, *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty(step * self.mesh.size(), *rows.shape[1:])
-        dist.all_gather_single(gathered, padded, group=self.mesh.get_group())
+        # Before torch 2.13 it has another name, which is deprecated since.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(gathered, padded, group=self.mesh.get_group())
         return gathered[:size]
 
     def barrier(self) -> None:

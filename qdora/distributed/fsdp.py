@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import MethodType
@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from qdora.adapters.base import AdapterModule, SharedBuffers, adapter_parameter, local_rows_of
@@ -65,16 +66,17 @@ def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
     replicated = set(frozen_vectors(model))
     policy = MixedPrecisionPolicy(param_dtype=storage, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.offload else OffloadPolicy()
-    for module in [*_gathered_modules(model, settings), model]:
-        fully_shard(
-            module,
-            mesh=mesh,
-            # The root's is gathered once: what it holds is needed first and last.
-            reshard_after_forward=None if module is model else settings.reshard_after_forward,
-            mp_policy=policy,
-            offload_policy=offload,
-            ignored_params=replicated,
-        )
+    with integer_shards():
+        for module in [*_gathered_modules(model, settings), model]:
+            fully_shard(
+                module,
+                mesh=mesh,
+                # The root's is gathered once: what it holds is needed first and last.
+                reshard_after_forward=None if module is model else settings.reshard_after_forward,
+                mp_policy=policy,
+                offload_policy=offload,
+                ignored_params=replicated,
+            )
     for sharded in sharded_modules(model):
         _keep_frozen_dtypes(sharded)
         sharded.set_gradient_divide_factor(1.0)
@@ -84,6 +86,25 @@ def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
     if isinstance(embedding, FSDPModule):
         # The gradient of a table needs no table; it would be gathered ahead of backward for nothing.
         embedding.set_unshard_in_backward(False)
+
+
+class IntegersTakeNoGradients(TorchFunctionMode):
+    """Within it, a tensor of integers stays without gradients when it is asked to require them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.requires_grad_ and not args[0].is_floating_point():
+            return args[0]
+        return func(*args, **kwargs or {})
+
+
+def integer_shards() -> AbstractContextManager[Any]:
+    """Context manager in which `fully_shard` takes parameters of integers, packed codes.
+
+    torch before 2.12 lets each shard require gradients before it asks whether the parameter does.
+    """
+    return IntegersTakeNoGradients() if torch.__version__ < "2.12" else nullcontext()
 
 
 def reset_adapters(model: PreTrainedModel, context: DistributedContext) -> None:
@@ -183,13 +204,21 @@ def _keep_frozen_dtypes(sharded: FSDPModule) -> None:
     FSDP knows one dtype a group.  The frozen ones among the trained must not be rounded to theirs: scales
     of NF4 blocks, 16-bit weights of another kind.
     """
-    for group in sharded._get_fsdp_state()._fsdp_param_groups:
+    for group in parameter_groups(sharded):
         for parameter in group.fsdp_params:
             if not parameter.sharded_param.requires_grad:
-                parameter.init_dtype_attrs = partial(  # type: ignore[method-assign]
+                parameter.init_dtype_attrs = partial(
                     lambda initialize, policy: initialize(replace(policy, param_dtype=None)),
                     parameter.init_dtype_attrs,
                 )
+
+
+def parameter_groups(module: FSDPModule) -> list[Any]:
+    """torch's private objects that gather the parameters of an FSDP unit, one a collective."""
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # torch 2.11 has at most one
 
 
 T = TypeVar("T")

@@ -27,7 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
+from qdora.adapters import kernels
+from qdora.adapters import tiles as adapted
 from qdora.distributed.context import DistributedContext
+from qdora.distributed.fsdp import parameter_groups
 from qdora.distributed.launch import FsdpSettings
 from qdora.planner.report import Breakdown, Part
 from qdora.quant import QUANTIZATIONS
@@ -85,7 +88,7 @@ def fake_ranks(world_size: int, fsdp: FsdpSettings | None, device: str) -> Itera
     """The context of rank 0, whose shards are the largest; its collectives return at once.
 
     Args:
-        device: `cuda` or `cpu`, whose tile sizes and copies to suppose.
+        device: `cuda` or `cpu`, whose tile sizes, kernels and copies to suppose.
     """
     assert not dist.is_initialized(), "an estimate is made outside of a launch"
     with ExitStack() as stack:
@@ -94,6 +97,7 @@ def fake_ranks(world_size: int, fsdp: FsdpSettings | None, device: str) -> Itera
         stack.callback(dist.destroy_process_group)
         stack.callback(TILE_BYTES.update, dict(TILE_BYTES))
         TILE_BYTES["cpu"] = TILE_BYTES[device]
+        stack.enter_context(replaced(kernels, "available", lambda _: device == "cuda"))
         # Fake tensors are taken for the tracing of a graph, for which a (T, T) mask would be made.
         stack.enter_context(replaced(masking_utils, "is_tracing", lambda *_: False))
         if fsdp is not None and fsdp.offload and device != "cpu":
@@ -169,7 +173,7 @@ class StepTracker(MemTracker):
         """Distinguish the buffers of a sharded model's collectives from other tensors, until the end."""
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                for group in module._get_fsdp_state()._fsdp_param_groups:
+                for group in parameter_groups(module):
                     for name in ("unshard", "wait_for_unshard"):
                         gathering = self._with("_inside", Part.GATHERED, getattr(group, name))
                         self._replace(group, name, gathering)
@@ -209,7 +213,7 @@ class StepTracker(MemTracker):
         return inner
 
     def _tiling(self, tiles: Callable[..., Iterator[R]]) -> Callable[..., Iterator[R]]:
-        """A frozen weight's `tiles`, what it creates being tiles."""
+        """The tiles of a frozen weight or of an adapted one, what they create being tiles."""
 
         @wraps(tiles)
         def inner(*args: Any, **kwargs: Any) -> Iterator[R]:
@@ -234,6 +238,7 @@ class StepTracker(MemTracker):
         self._replace(ShardingPropagator, name, propagate)
         for kind in set(QUANTIZATIONS.values()):
             self._replace(kind, "tiles", self._tiling(kind.tiles))
+        self._replace(adapted, "adapted_tiles", self._tiling(adapted.adapted_tiles))
         TorchDispatchMode.__enter__(self)
         return self
 

@@ -147,8 +147,11 @@ class BlockwiseWeight(FrozenWeight):
         step = align_rows(wanted, self.in_features, self.block_size)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            w_tile = self._dequantize(packed_flat, scales, start, stop, dtype)
-            yield slice(start, stop), w_tile if s_O is None else (w_tile * s_O[start:stop, None]).to(dtype)
+            if s_O is None:
+                yield slice(start, stop), self._dequantize(packed_flat, scales, start, stop, dtype)
+            else:  # rounded once: s of a W that is on the grid of 16 bits may not move it
+                w_tile = self._dequantize(packed_flat, scales, start, stop, s_O.dtype)
+                yield slice(start, stop), w_tile.mul_(s_O[start:stop, None]).to(dtype)
 
     def _dequantize(
         self, packed_flat: torch.Tensor, scales: torch.Tensor, start: int, stop: int, dtype: torch.dtype

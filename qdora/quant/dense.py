@@ -57,7 +57,7 @@ class DenseWeight(FrozenWeight):
 
     def stored(self) -> StoredWeight:
         """As `FrozenWeight.stored`, the values alone."""
-        return StoredWeight(self.weight.detach())
+        return StoredWeight(self.weight.detach().contiguous())
 
     def rows_to_read(self, shard: Shard) -> slice:
         """The shard's own rows."""

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from qdora.adapters.inject import adapted_layers
 from qdora.config import TrainingConfig
 from qdora.data.batches import Batch, BatchPlan, collate, without_labels
 from qdora.data.tokenize import TokenizedExample
@@ -97,6 +98,7 @@ class Trainer:
         }
         self.optimizer = AdapterOptimizer(self.parameters, config)
         self.loss = as_forward(model, completion_loss)
+        self._adapted = list(adapted_layers(model).values())
         on_cpu = context.is_main and context.device.type == "cpu"
         self._slowdown = SlowdownWatch(torch.get_num_threads()) if on_cpu else None
         if config.gradient_checkpointing or (context.fsdp and context.fsdp.activation_checkpointing):
@@ -168,6 +170,8 @@ class Trainer:
             )
         rate = learning_rate(self.config, step, self.total_steps)
         self.optimizer.step(rate)
+        for layer in self._adapted:
+            layer.refresh_norm()
         seconds = time.perf_counter() - started
         tokens = sum(len(e.input_ids) for e in batch)
         metrics = StepMetrics(

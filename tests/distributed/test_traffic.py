@@ -16,7 +16,7 @@ from qdora.models.formats.safetensors import read_config
 from qdora.planner.scaling import traffic
 from qdora.planner.simulate import Architecture, record_step
 from qdora.quant import Quantization
-from tests.distributed.traffic import CASES, launch_of
+from tests.distributed.traffic import CASES, GATHER, SCATTER, launch_of
 from tests.tiny import write_tiny_model
 
 pytestmark = pytest.mark.distributed
@@ -72,8 +72,8 @@ def test_the_formula_is_what_the_processes_exchange(counted, model, case):
         # The loss, and the norm of each gradient, are summed as well.
         assert 0 <= got["all-reduce"] - moved.summed < 1000
         calls = facts(counted, case, rank)["calls"]
-        assert calls.get("all_gather_single", 0) == moved.gathered
-        assert calls.get("reduce_scatter_single", 0) == moved.scattered
+        assert calls.get(GATHER, 0) == moved.gathered
+        assert calls.get(SCATTER, 0) == moved.scattered
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -61,13 +61,17 @@ def launch_of(case: Case, world_size: int) -> Launch:
     )
 
 
+GATHER, SCATTER = "all_gather_single", "reduce_scatter_single"
+if not hasattr(dist, GATHER):  # before torch 2.13
+    GATHER, SCATTER = "all_gather_into_tensor", "reduce_scatter_tensor"
+
+
 class CountedCalls:
     """Bytes that the collectives of `torch.distributed` are given by this process while entered."""
 
     def __enter__(self) -> CountedCalls:
         self.sent: dict[str, int] = {}
-        names = ("all_gather_single", "reduce_scatter_single")
-        self._originals = {name: getattr(dist, name) for name in names}
+        self._originals = {name: getattr(dist, name) for name in (GATHER, SCATTER)}
         for name, original in self._originals.items():
             setattr(dist, name, self._counted(name, original))
         return self

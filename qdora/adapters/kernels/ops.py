@@ -31,10 +31,15 @@ _library.define(f"row_norm({_WEIGHT}, Tensor? a_RI, Tensor? b_OR, float scale) -
 _library.define("column_dot(Tensor g_NO, Tensor y_NO) -> Tensor")
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device: CUDA, compute capability 8, Triton 3.6."""
-    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
+    return device.type == "cuda" and _has_triton(device)
+
+
+@cache
+def _has_triton(device: torch.device) -> bool:
+    if not torch.cuda.is_available() or torch.version.cuda is None:
         return False
     if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False

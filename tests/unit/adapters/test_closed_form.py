@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qdora.adapters import product
+from qdora.adapters.dropout import keep_mask
 from qdora.adapters.layer import AdaptedLinear
 from qdora.quant import base as tiling
 from qdora.quant.dense import DenseWeight
@@ -154,7 +155,7 @@ def test_dropout_acts_on_the_low_rank_branch_alone(method, monkeypatch):
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.999])
 def test_masks_keep_the_share_that_they_say(p):
     """Catches: random bits that are not uniform, a mean that is not 1, neighbours that go together."""
-    mask = product.keep_mask(torch.empty(1000), 333, p, seed=7)
+    mask = keep_mask(torch.empty(1000), 333, p, seed=torch.tensor(7))
     kept = (mask > 0).float()
     assert mask.shape == (1000, 333)
     assert float(kept.mean()) == pytest.approx(1 - p, abs=4 * (p * (1 - p) / mask.numel()) ** 0.5 + 1e-5)
@@ -163,8 +164,8 @@ def test_masks_keep_the_share_that_they_say(p):
     for lag in (1, 2, 3, 4, 333) if 0 < p < 0.9 else ():
         correlation = float((flat[lag:] * flat[:-lag]).mean() / flat.square().mean())
         assert abs(correlation) < 0.01, lag
-    assert torch.equal(mask, product.keep_mask(torch.empty(1000), 333, p, seed=7))
-    assert p == 0 or not torch.equal(mask, product.keep_mask(torch.empty(1000), 333, p, seed=8))
+    assert torch.equal(mask, keep_mask(torch.empty(1000), 333, p, seed=torch.tensor(7)))
+    assert p == 0 or not torch.equal(mask, keep_mask(torch.empty(1000), 333, p, seed=torch.tensor(8)))
 
 
 @pytest.mark.parametrize("method", [m for m in ADAPTED if METHODS[m].update])

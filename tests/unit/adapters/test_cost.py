@@ -36,8 +36,8 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.name()
         self.calls[name] = self.calls.get(name, 0) + 1
-        if name in ("aten::mm", "aten::mm.out"):
-            self.products.append((args[0].shape, args[1].shape))
+        if name in ("aten::mm", "aten::mm.out", "aten::addmm", "aten::addmm_"):
+            self.products.append((args[-2].shape, args[-1].shape))
         given = {storage(leaf).data_ptr() for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
         for leaf in tree_leaves(result):
             if torch.is_tensor(leaf) and storage(leaf).data_ptr() not in given:  # a view makes nothing

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import nn
 from torch._guards import active_fake_mode
 from torch.distributed._tools.mem_tracker import MemTracker, _UpdateType
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from transformers import LlamaForCausalLM, masking_utils
 
+from qdora.distributed.fsdp import parameter_groups
 from qdora.distributed.launch import FsdpSettings
 from qdora.planner.internals import (
     CPU,
@@ -30,6 +31,7 @@ from qdora.planner.internals import (
 from qdora.planner.report import Breakdown, Part
 from qdora.quant import QUANTIZATIONS, Quantization
 from qdora.quant.base import TILE_BYTES
+from tests.distributed.traffic import GATHER, SCATTER
 from tests.tiny import tiny_config
 
 
@@ -136,8 +138,8 @@ def test_fake_ranks_exchange_nothing_and_leave_nothing():
         assert TILE_BYTES["cpu"] == TILE_BYTES["cuda"]
         with fake_tensors(), StepTracker(11) as tracker:
             dist.all_reduce(torch.empty(7))
-            dist.all_gather_single(torch.empty(50), torch.empty(10))
-            dist.reduce_scatter_single(torch.empty(10), torch.empty(50))
+            getattr(dist, GATHER)(torch.empty(50), torch.empty(10))
+            getattr(dist, SCATTER)(torch.empty(10), torch.empty(50))
         assert tracker.exchanged == {"all-reduce": 28, "all-gather": 200, "reduce-scatter": 200}
     assert (sys.excepthook, dict(TILE_BYTES), masking_utils.is_tracing) == before
     assert not dist.is_initialized()
@@ -159,11 +161,6 @@ def test_no_mask_of_all_pairs_is_made():
     assert seen[1].shape[-2:] == (length, length)
 
 
-def groups_of(module: nn.Module) -> list:
-    assert isinstance(module, FSDPModule)
-    return module._get_fsdp_state()._fsdp_param_groups
-
-
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_buffers_of_fsdp_are_known(device):
     """Catches: a method of FSDP's parameter group, or an attribute of its parameters, that has moved."""
@@ -181,7 +178,7 @@ def test_the_buffers_of_fsdp_are_known(device):
             # What all ranks sent, and the full tensor.
             assert tracker.peaks["forward"][Part.GATHERED] == 96 + 96
             loss.backward()
-            (group,) = groups_of(model)
+            (group,) = parameter_groups(model)
             before = tracker.current.total
             (sent,) = group.fsdp_params[0].all_gather_inputs
             assert tracker.current.total - before == (48 if device == "cuda" else 0)

@@ -65,7 +65,7 @@ def trained(ranks: int) -> int:
 
 
 def vectors() -> int:
-    """Bytes of the magnitude's frozen start and of ||W||², which every process has whole."""
+    """Bytes of the magnitude's frozen start and of the row norms, which every process has whole."""
     return 2 * 4 * LAYERS * sum(o for o, _ in LINEARS)
 
 
@@ -163,7 +163,7 @@ def test_offloaded_shards_are_in_cpu_memory():
     # What every rank has whole stays where it computes.
     assert away.peak[Part.WEIGHTS] == away.at_rest[Part.WEIGHTS] == norms
     assert away.peak[Part.STATISTICS] == nested
-    assert away.peak[Part.ADAPTERS] >= vectors()
+    assert away.peak[Part.ADAPTERS] >= vectors() // 2  # the norms are made anew in the pass
     assert away.peak[Part.OPTIMIZER] == 0
     assert away.peak[Part.GATHERED] > 0
 
