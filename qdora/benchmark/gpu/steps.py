@@ -116,6 +116,8 @@ def profile_step(setup: Setup, figures: Figures) -> None:
     with profile(activities=[activity]) as profiler:
         profiled = step()
     events = [e for e in profiler.events() or [] if _is_work(e, on_device)]
+    if not events:
+        raise RuntimeError("the profiler has recorded nothing on the device")
     busy = _busy_seconds(events)
     figures |= {
         "batch": f"{sequences}x{tokens}",
