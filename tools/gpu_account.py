@@ -1,10 +1,10 @@
-"""What the adapted layers of LLaMA-3-8B ask of a GPU in a training step: launches, bytes, flops, and the time that follows.
+"""What the adapted layers of LLaMA-3-8B ask of a GPU in a training step: launches, bytes, flops and time.
 
-    python tools/gpu_account.py [--tokens 2048] [--without-kernels]
+    python tools/gpu_account.py [--tokens 2048] [--without-kernels] [--operators]
 
-Forward and backward of each layer run on fake tensors, and every operator that is no view counts as one launch that
-reads its inputs and writes its outputs once.  The time is a lower bound: of each launch the larger of bytes over
-the bandwidth and flops over the rate, which default to what an H100 reaches.  No GPU is needed.
+Forward and backward of each layer run on fake tensors, and every operator that is no view counts as one
+launch that reads its inputs and writes its outputs once.  The time is a lower bound: of each launch the
+larger of bytes over the bandwidth and flops over the rate of an H100.  No GPU is needed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SHAPES: Mapping[tuple[int, int], int] = {
 """(out, in) of the linear layers of a decoder layer, and how many there are."""
 BANDWIDTH, RATE = 2.9e12, 6.5e14
 """Bytes and bf16 flops a second."""
-LAUNCHES = {"column_dot": 2, "dequantize_blockwise": 1, "dequantize_4bit": 1}
-"""Launches of an operator, where it is known not to be one."""
+LAUNCHES = {"column_dot": 2}
+"""Launches of an operator, where they are more than one."""
 
 
 @dataclass
