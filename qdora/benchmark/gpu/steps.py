@@ -77,6 +77,7 @@ def _whole_steps(
     batch = random_batch(setup.size.config(), sequences, tokens)
     working: dict[str, Arm] = {}
     for (arm, depth), model in models.items():
+        setup.clock.check()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         else:
