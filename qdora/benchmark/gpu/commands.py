@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ ROOT = Path(__file__).parents[3]
 
 STEPS = 8
 """Of the sharded runs; they stop after half of them and are resumed."""
+PROCESSES = 8
+"""That share the tests on a GPU."""
 CPU_CORRECT, CPU_TOTAL = 82, 128
 """The demo's exact match on a CPU, README.md."""
 
@@ -133,19 +136,16 @@ def _train(setup: Setup, name: str, launch: Sequence[str]) -> Run:
 
 def gpu_tests(setup: Setup, figures: Figures) -> None:
     """The tests that are marked `gpu`; only files that have some are collected."""
-    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [
+        path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()
+    ]
     if not files:
         raise SkipStageError("no test is marked gpu")
     report = setup.folder / "tests.xml"
-    options = [
-        "-m",
-        "gpu",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        f"--junitxml={report}",
-    ]
+    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if setup.device.type == "cuda" and find_spec("xdist") is not None:
+        options += ["-n", str(PROCESSES)]  # most of their time goes into compiling kernels
+    options.append(f"--junitxml={report}")
     # pytest ends with 1 where a test failed, with 5 where all were left out.
     output = execute(setup, [sys.executable, "-m", "pytest", *options, *map(str, files)], codes=(0, 1, 2, 5))
     cases = ET.parse(report).getroot().iter("testcase")

@@ -5,7 +5,8 @@ N tokens   I in_features   O out_features   R rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from qdora.adapters import kernels
 from qdora.benchmark.gpu.models import COMPUTE, STD
 from qdora.benchmark.gpu.run import Figures, Setup, attempt
-from qdora.benchmark.kept import METHODS, SIZES, build_layer, kept_shares, move, parts, relative_errors
+from qdora.benchmark.kept import METHODS, SIZES, Kept, build_layer, kept_shares, move, parts, relative_errors
 from qdora.benchmark.peers import dequantize, linear_4bit
 from qdora.config import QuantizationName
 from qdora.quant import Quantization
@@ -117,12 +118,17 @@ def _measure_kept(
     for part in parts(method):
         for size in SIZES:
             shares = kept_shares(layer, x_NI, g_NO, move(layer, part, size))
-            certain = [kept.share for kept in shares.values() if kept.error <= CERTAIN]
             rows.append(
                 {"layer": method, "trained": trained, "dropout": dropout, "move": part, "size": size}
                 | {name.partition(".")[2] or name: kept.share for name, kept in shares.items()}
-                | {"least certain one": min(certain, default=None), "total error": worst}
+                | {"least certain one": least_certain(shares.values()), "total error": worst}
             )
+
+
+def least_certain(shares: Iterable[Kept]) -> float | None:
+    """The least share whose standard error is small; None where no one's is.  NaN keeps nothing."""
+    certain = [0.0 if math.isnan(k.share) else k.share for k in shares if not k.error > CERTAIN]
+    return min(certain, default=None)
 
 
 def _error(got: torch.Tensor, exact: torch.Tensor) -> float:

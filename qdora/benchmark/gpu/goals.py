@@ -44,8 +44,12 @@ def _measured(
         if row["dropout"] == 0 and row["least certain one"] is not None
     ]
     yield "small moves kept >= 95%, without dropout", 0.95, min(kept, default=None), math.inf
-    wrong = [not row["ok"] for row in figures.get("correctness", {}).get("kernels", [])]
-    yield "kernels off their float64 bounds: 0", 0, sum(wrong) if wrong else None, 0
+    for stage, table, what in (
+        ("correctness", "kernels", "kernels off their float64 bounds"),
+        ("fsdp", "fsdp", "sharded runs unlike the unsharded one"),
+    ):
+        wrong = [not row["ok"] for row in figures.get(stage, {}).get(table, [])]
+        yield f"{what}: 0", 0, sum(wrong) if wrong else None, 0
 
 
 def _find(

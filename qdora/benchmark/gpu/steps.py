@@ -77,6 +77,7 @@ def _whole_steps(
     batch = random_batch(setup.size.config(), sequences, tokens)
     working: dict[str, Arm] = {}
     for (arm, depth), model in models.items():
+        setup.clock.check()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         else:
@@ -116,6 +117,8 @@ def profile_step(setup: Setup, figures: Figures) -> None:
     with profile(activities=[activity]) as profiler:
         profiled = step()
     events = [e for e in profiler.events() or [] if _is_work(e, on_device)]
+    if not events:
+        raise RuntimeError("the profiler has recorded nothing on the device")
     busy = _busy_seconds(events)
     figures |= {
         "batch": f"{sequences}x{tokens}",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
-from qdora.benchmark.gpu.models import COMPUTE, adapter_config, random_model, tiny_tokenizer
-from qdora.benchmark.gpu.run import Figures, Setup
+from qdora.benchmark.gpu.models import COMPUTE, adapter_config, random_batch, random_model, tiny_tokenizer
+from qdora.benchmark.gpu.run import Figures, Setup, attempt
 from qdora.benchmark.peers import timed
 from qdora.config import TrainingConfig
 from qdora.data.tokenize import TokenizedExample
@@ -25,56 +26,61 @@ WARMUP = 2
 
 def whole_model(setup: Setup, figures: Figures) -> None:
     """QDoRA steps of the training loop on all layers: tokens/s, and peak memory against `qdora estimate`."""
-    config = setup.size.config()
     rows = figures["whole"] = []
-    model = random_model(config, setup.device, dora=True)
-    sequences, tokens = setup.size.batches[0]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (sequences, tokens), generator=generator).tolist()
-    examples = [TokenizedExample(row, 0, "random") for row in ids]
+    model = random_model(setup.size.config(), setup.device, dora=True)
     for checkpointing in (False, True):
         setup.clock.check()
-        training = TrainingConfig(
-            max_steps=WARMUP + setup.size.rounds,
-            batch_size=sequences,
-            gradient_checkpointing=checkpointing,
-            learning_rate=1e-5,
-        )
-        architecture = Architecture(config, COMPUTE, COMPUTE, Quantization("nf4"))
-        device: Literal["cuda", "cpu"] = "cuda" if setup.device.type == "cuda" else "cpu"
-        expected = estimate(architecture, Launch(adapter_config(True), training, tokens, 1, None, device))
-        trainer = Trainer(model, examples, training, DistributedContext(device=setup.device), pad_id=0)
-        metrics: list[StepMetrics] = []
-        reset_peak_memory(setup.device)
-        trainer.run(0, Callbacks(log=metrics.append))
-        row = {
-            "batch": f"{sequences}x{tokens}",
-            "checkpointing": checkpointing,
-            "tokens/s": statistics.median(m.tokens_per_second for m in metrics[WARMUP:]),
-            "estimate, GiB": expected.peak.total / 2**30,
+        with attempt(figures, f"checkpointing {checkpointing}"):
+            rows.append(_train(setup, model, checkpointing))
+
+
+def _train(setup: Setup, model: PreTrainedModel, checkpointing: bool) -> dict[str, Any]:
+    config, (sequences, tokens) = setup.size.config(), setup.size.batches[0]
+    examples = [
+        TokenizedExample(ids, 0, "random")
+        for ids in random_batch(config, sequences, tokens).input_ids_BT.tolist()
+    ]
+    training = TrainingConfig(
+        max_steps=WARMUP + setup.size.rounds,
+        batch_size=sequences,
+        gradient_checkpointing=checkpointing,
+        learning_rate=1e-5,
+    )
+    architecture = Architecture(config, COMPUTE, COMPUTE, Quantization("nf4"))
+    device: Literal["cuda", "cpu"] = "cuda" if setup.device.type == "cuda" else "cpu"
+    launch = Launch(adapter_config(True), training, tokens, 1, None, device)
+    expected = estimate(architecture, launch).peak.total
+    trainer = Trainer(model, examples, training, DistributedContext(device=setup.device), pad_id=0)
+    metrics: list[StepMetrics] = []
+    reset_peak_memory(setup.device)
+    trainer.run(0, Callbacks(log=metrics.append))
+    row = {
+        "batch": f"{sequences}x{tokens}",
+        "checkpointing": checkpointing,
+        "tokens/s": statistics.median(m.tokens_per_second for m in metrics[WARMUP:]),
+        "estimate, GiB": expected / 2**30,
+    }
+    if device == "cuda":
+        allocated = torch.cuda.max_memory_allocated()
+        row |= {
+            "allocated, GiB": allocated / 2**30,
+            "reserved, GiB": torch.cuda.max_memory_reserved() / 2**30,
+            "estimate / allocated": expected / allocated,
         }
-        if device == "cuda":
-            allocated = torch.cuda.max_memory_allocated()
-            row |= {
-                "allocated, GiB": allocated / 2**30,
-                "reserved, GiB": torch.cuda.max_memory_reserved() / 2**30,
-                "estimate / allocated": expected.peak.total / allocated,
-            }
-        rows.append(row)
+    return row
 
 
 def decoding(setup: Setup, figures: Figures) -> None:
     """Greedy generation with the adapter on all layers."""
-    model = random_model(setup.size.config(), setup.device, dora=True)
+    config = setup.size.config()
+    model = random_model(config, setup.device, dora=True)
     model.generation_config.eos_token_id = None
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None  # every answer has its full length
     rows = figures["decoding"] = []
     for batch in setup.size.decoding:
         setup.clock.check()
-        prompts = torch.randint(
-            model.config.vocab_size, (batch, setup.size.prompt), generator=torch.Generator().manual_seed(0)
-        ).tolist()
+        prompts = random_batch(config, batch, setup.size.prompt).input_ids_BT.tolist()
 
         def decode(tokens: int, batch: int = batch, prompts: list[list[int]] = prompts) -> float:
             return timed(
@@ -87,5 +93,5 @@ def decoding(setup: Setup, figures: Figures) -> None:
         decode(1)
         # The prompt's pass is in both.
         seconds = decode(1 + setup.size.new_tokens) - decode(1)
-        made = batch * setup.size.new_tokens
-        rows.append({"batch": batch, "tokens/s": made / seconds, "ms a token": 1e3 * seconds * batch / made})
+        each = seconds / setup.size.new_tokens
+        rows.append({"batch": batch, "tokens/s": batch / each, "ms a token": 1e3 * each})
