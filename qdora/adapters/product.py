@@ -161,7 +161,6 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         given, weight, dtype = Operands(*tensors), settings.weight, x_NI.dtype
         scales_after = scales_output(dtype, x_NI.device)
-        in_place = not torch.compiler.is_compiling()  # torch 2.11 loses the gradient of such an output
         in_tile = _takes_update(weight, given, settings.dropout, dtype)
         factor = OFF_GRID if dtype.itemsize < 4 and (in_tile or given.offset_O is not None) else 1.0
         m_O = row_scale_O = None
@@ -194,8 +193,9 @@ class _AdaptedProduct(torch.autograd.Function):
             if settings.norm_of is not None and wa_OR is not None:
                 row_scale_O = m_O / settings.norm_of(wa_OR)
             assert row_scale_O is not None
-            # In place: the output itself is kept for backward, and no further tensor of its size.
-            y_NO = y_NO.mul_(row_scale_O) if in_place else y_NO * row_scale_O
+            # In place: the output itself is kept for backward, and no further tensor of its size.  Not in a
+            # graph: that of torch 2.11 loses the gradient of an output that was changed in place.
+            y_NO = y_NO * row_scale_O if torch.compiler.is_compiling() else y_NO.mul_(row_scale_O)
         needs = Operands(*ctx.needs_input_grad[2:])
         needs_x = given.w_OI is not None or (given.a_RI is not None and (in_tile or needs.a_RI))
         ctx.save_for_backward(
@@ -206,7 +206,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.settings, ctx.in_tile, ctx.factor = settings, in_tile, factor
         if given.bias_O is None:
             return y_NO
-        if m_O is None and in_place:
+        if m_O is None:
             return y_NO.add_(given.bias_O)
         return (y_NO + given.bias_O).to(dtype)
 
@@ -334,7 +334,7 @@ def adapted_product(
     y = s ∘ (W x + c B A drop(x)) + bias,   s = m / ||W + c BA||_row      (docs/math.md §2)
 
     Kept for backward: x (N, I) where A or W itself is trained, the output before its bias (N, O) where
-    there is a magnitude, h = c A drop(x) (N, R) and vectors; nothing of the size of W.  Without a
+    there is a magnitude, h = A drop(x) (N, R) and vectors; nothing of the size of W.  Without a
     bias the tensor kept is the output itself: nobody may change it in place before backward.
 
     Args:

@@ -10,6 +10,8 @@ from tests.mutants import MUTANTS, ROOT, fails
 @pytest.mark.parametrize("name", [name for name, mutant in MUTANTS.items() if not mutant.slow])
 def test_the_bug_is_caught(name):
     """Catches: a test that passes whatever the code does."""
+    if "triton" in MUTANTS[name].file:
+        pytest.importorskip("triton")
     assert fails(MUTANTS[name], MUTANTS[name].test)
 
 
