@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from qdora.adapters import kernels
 from qdora.adapters.inject import adapted_layers
 from qdora.data.batches import collate
 from qdora.errors import InputError, InterruptedRunError
@@ -242,6 +243,20 @@ def test_the_norm_follows_the_update(tiny_model_folder, dtype):
         kept = layer.weight_norm().clone()
         layer._norms.forget()
         assert torch.allclose(kept, layer.weight_norm(), rtol=1e-5)
+
+
+def test_kernels_bring_all_norms_up_to_date_after_a_step(tiny_model_folder, monkeypatch):
+    """Catches: a norm that every forward pass computes, or the next one, where there are kernels."""
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    calls: list[int] = []
+    original = kernels.row_norm
+    monkeypatch.setattr(kernels, "row_norm", lambda *args: calls.append(1) or original(*args))
+    trainer = make_trainer(tiny_model_folder, max_steps=3, gradient_accumulation=2)
+    layers = adapted_layers(trainer.model).values()
+    assert len(calls) == len(layers)
+    run(trainer)
+    assert len(calls) == len(layers) * (1 + 1 + 3)  # the start, the first forward pass, three steps
+    assert all(layer._norms.is_fresh(layer.update.factors()) for layer in layers)
 
 
 def test_an_evaluation_that_a_stop_left_out_is_made_up_for(tiny_model_folder):
