@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from qdora.adapters import kernels
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import train_everything
 from qdora.adapters.inject import adapted_layers, initial_update_fingerprint, inject
@@ -50,6 +51,7 @@ class Case:
         quantization: where another than the method's.
         examples: of the training set; where a batch of 8 does not divide it, the last one is uneven.
         generates: also answer questions, from a complete copy and in step.
+        kernels: by the kernels' operators, whose reference computes on a CPU.
     """
 
     model: str = "tied"
@@ -60,6 +62,7 @@ class Case:
     quantization: str | None = None
     examples: int = 19
     generates: bool = False
+    kernels: bool = False
 
 
 FLOAT32 = {"dtype": "float32"}
@@ -80,6 +83,10 @@ CASES = {
     "qdora offloaded bf16": Case(fsdp={"offload": True}),
     "qdora recomputed": Case(adapter=FLOAT32, fsdp={"activation_checkpointing": True}),
     "qdora accumulated": Case(adapter=FLOAT32, training={"gradient_accumulation": 2, "max_steps": 20}),
+    "qdora kernels": Case("awkward", FLOAT32, {"gradient_checkpointing": True}, generates=True, kernels=True),
+    "qdora kernels accumulated": Case(
+        training={"gradient_accumulation": 2, "max_steps": 20}, adapter=FLOAT32, kernels=True
+    ),
     "fp4": Case("awkward", FLOAT32, {"max_steps": 20}, generates=True, quantization="fp4"),
     "int8": Case(adapter=FLOAT32, training={"max_steps": 20}, generates=True, quantization="int8"),
     "int8 awkward single": Case("awkward", FLOAT32, double=False, quantization="int8"),
@@ -114,12 +121,13 @@ def main(out: Path, models: Path, fsdp: bool) -> None:
     accelerator = Accelerator(cpu=True)
     for name, case in CASES.items():
         settings = FsdpSettings(**case.fsdp) if fsdp else None
-        run_case(
-            out / name,
-            models,
-            case,
-            cpu_context(settings),
-        )
+        with mock.patch.object(kernels, "available", lambda device, found=case.kernels: found):
+            run_case(
+                out / name,
+                models,
+                case,
+                cpu_context(settings),
+            )
     if fsdp:
         (out / f"refused-{accelerator.process_index}").write_text(refusal(models, accelerator))
         fail_in_the_middle(
