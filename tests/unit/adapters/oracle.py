@@ -8,6 +8,7 @@ from torch import nn
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.lora import LoraUpdate
 from qdora.adapters.vera import VeraUpdate
+from tests.axes import METHODS, adapter_config
 
 PARAMETERS = {
     "a": "update.a_RI",
@@ -17,6 +18,23 @@ PARAMETERS = {
     "m": "magnitude.offset_O",
 }
 """What the closed form calls a parameter, and where a layer keeps it."""
+
+
+ADAPTED = tuple(name for name, spec in METHODS.items() if not spec.full)
+COMBINATIONS = [(m, "detached") for m in ADAPTED] + [
+    (m, "exact") for m in ADAPTED if METHODS[m].dora and METHODS[m].update
+]
+
+
+def make_layer(
+    method: str, inputs: int = 24, outputs: int = 40, *, bias: bool = True, r: int = 4, **changes
+) -> AdaptedLinear:
+    torch.manual_seed(3)
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    config = adapter_config(**({"method": method, "r": r, "alpha": 11.0, "dtype": "float32"} | changes))
+    return move_off_the_identity(
+        AdaptedLinear.from_linear(linear, config, quantization=METHODS[method].quantization, seed=5)
+    )
 
 
 def dense_weight(layer: AdaptedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
