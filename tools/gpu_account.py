@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qdora.adapters import kernels
 from qdora.adapters.layer import AdaptedLinear
 from qdora.config import AdapterConfig
+from qdora.planner.internals import fake_tensors
 from qdora.quant import Quantization
 from qdora.quant.base import TILE_BYTES
 
@@ -106,7 +106,7 @@ def main() -> None:
     for name, dora in (("QDoRA", True), ("QLoRA", False)):
         rows, totals = [], [0.0] * 4
         for shape, count in SHAPES.items():
-            with FakeTensorMode(allow_non_fake_inputs=True):
+            with fake_tensors():
                 one = account(shape, arguments.tokens, dora)
             values = [one.launches, one.bytes / 1e6, one.flops / 1e9, one.seconds * 1e3]
             rows.append([f"{shape[0]} x {shape[1]}", *values])

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,21 @@ TIME_LIMIT = 450
 GRACE = 15.0
 """Seconds after the time limit in which a stage must come to its end."""
 _GO_ON = "--go-on"
+_OPTIONS: Mapping[str, tuple[tuple[str, ...], Any]] = {
+    "rounds": (("layer", "train"), None),
+    "dtype": (("layer", "train"), "float32"),
+    "tile_mib": (("layer", "train"), None),
+    "r": (("layer",), 16),
+    "dropout": (("layer",), 0.0),
+    "shapes": (("layer",), "all"),
+    "config": (("train",), "configs/quickstart.yaml"),
+    "set": (("train",), ()),
+    "time_limit": (("gpu",), TIME_LIMIT),
+    "stages": (("gpu",), None),
+    "model": (("gpu",), None),
+    "size": (("gpu",), None),
+}
+"""Options that not every measurement has: those that do, and the default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,21 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="rounds that count (layer: 40 small, 10 large; train: 7)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
     dtypes = ("auto", "float32", "bfloat16")
-    parser.add_argument("--dtype", default="float32", choices=dtypes, help="compute dtype of all arms")
+    parser.add_argument("--dtype", choices=dtypes, help="compute dtype of all arms (default: float32)")
     parser.add_argument("--tile-mib", type=float, help="MiB of a tile of W, instead of the device's own")
-    parser.add_argument("--r", type=int, default=16, help="layer: rank")
-    parser.add_argument("--dropout", type=float, default=0.0, help="layer: on the low-rank branch")
+    parser.add_argument("--r", type=int, help="layer: rank (default: 16)")
+    parser.add_argument("--dropout", type=float, help="layer: on the low-rank branch (default: 0)")
     shapes = ("all", "large", "small")
+    parser.add_argument("--shapes", choices=shapes, help="layer: LLaMA-7B's, SmolLM2's, or both (default)")
     parser.add_argument(
-        "--shapes", default="all", choices=shapes, help="layer: LLaMA-7B's, SmolLM2's, or both"
+        "--config", help="train: model, adapter and data of this run (default: the quickstart)"
     )
-    parser.add_argument(
-        "--config", default="configs/quickstart.yaml", help="train: model, adapter and data of this run"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
-    parser.add_argument(
-        "--time-limit", type=float, default=TIME_LIMIT, metavar="SECONDS", help="gpu: of all stages together"
-    )
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="train: override one key")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="gpu: of all stages together")
     parser.add_argument("--stages", metavar="A,B", help=f"gpu: some of {','.join(STAGES)} (default: all)")
     parser.add_argument("--model", metavar="FILE", help="gpu: the 135M model's GGUF file, for the demo")
     parser.add_argument("--size", choices=tuple(SIZES), help="gpu: full (default on a GPU), or toy")
@@ -76,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Entry of the command; 1 where a stage failed."""
+    _refuse_foreign_options(arguments)
     peft_module()
     _check(arguments)
     figures = check_file(arguments.json, "--json")
@@ -92,6 +104,19 @@ def run(arguments: argparse.Namespace) -> int:
     if figures is not None:
         write_json(figures, {"machine": machine, "dtype": str(dtype), **measured})
     return 0
+
+
+def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
+    """Give options their defaults; one of another measurement would be ignored.
+
+    Raises: InputError: there is one, with the measurements that have it.
+    """
+    for name, (of, default) in _OPTIONS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif arguments.what not in of:
+            option = name.replace("_", "-")
+            raise InputError(f"benchmark {arguments.what} has no --{option}; only {' and '.join(of)}")
 
 
 def _check(arguments: argparse.Namespace) -> None:

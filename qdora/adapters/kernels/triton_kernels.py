@@ -22,7 +22,7 @@ TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 64, 128, 8
 """adapted_tile: 32 values a thread, so that two 8-warp programs and more fit the registers of an SM."""
 NORM_ROWS, NORM_COLUMNS, NORM_WARPS = 16, 256, 8
-"""row_norm: a program has whole rows; with 16 each, 4096 rows are 256 programs for the 132 SMs of an H100."""
+"""row_norm: a program has full rows; with 16 each, 4096 rows are 256 programs for the 132 SMs of an H100."""
 DOT_TOKENS, DOT_STEP, DOT_COLUMNS, DOT_WARPS = 64, 16, 128, 4
 """column_dot: a program sums 64 tokens, all its loads in flight; what the second sum moves is 3% of them."""
 MAX_RANK, MAX_RANK_WIDE = 64, 16

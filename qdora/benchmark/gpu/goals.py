@@ -36,7 +36,7 @@ def _measured(
     rate = _find(figures, "kernels", "kernels", "TB/s", {"shape": widest, "kernel": "column_dot"})
     yield f"column_dot of {widest} >= 2 TB/s", 2, rate, math.inf
     yield "GPU busy >= 90%", 0.9, figures.get("profile", {}).get("busy / wall"), math.inf
-    ratio = _find(figures, "whole", "whole", "estimate / allocated", step)
+    ratio = _find(figures, "training", "training", "estimate / allocated", step)
     yield "estimate within 10% of peak allocated", 0.9, ratio, 1.1
     kept = [
         row["least certain one"]

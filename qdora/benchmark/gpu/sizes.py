@@ -15,8 +15,8 @@ class Size:
 
     Attributes:
         model: settings of the transformers configuration, without the number of decoder layers.
-        depths: decoder layers of the two shallow models whose times give those of the whole one.
-        layers: decoder layers of the whole model.
+        depths: decoder layers of the two shallow models whose times give those of the full one.
+        layers: decoder layers of the full model.
         batches: (sequences, tokens) of a step; the goals are of the first.
         shapes: (out, in) of the model's linear layers; the goal of the tile is of the first.
         tokens: inputs of a layer by itself.

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from qdora.benchmark.gpu.commands import demo, fsdp, gpu_tests
 from qdora.benchmark.gpu.correctness import correctness
+from qdora.benchmark.gpu.full_model import decoding, training
 from qdora.benchmark.gpu.kernels import ceilings, kernel_times
 from qdora.benchmark.gpu.run import Stage
 from qdora.benchmark.gpu.steps import profile_step, steps
-from qdora.benchmark.gpu.whole import decoding, whole_model
 
 STAGES: Mapping[str, Stage] = {
     "ceilings": ceilings,
@@ -17,7 +17,7 @@ STAGES: Mapping[str, Stage] = {
     "kernels": kernel_times,
     "steps": steps,
     "profile": profile_step,
-    "whole": whole_model,
+    "training": training,
     "fsdp": fsdp,
     "decoding": decoding,
     "tests": gpu_tests,

@@ -25,7 +25,7 @@ TOP = 15
 
 
 def steps(setup: Setup, figures: Figures) -> None:
-    """Times of a step of the whole model, from two shallow ones: what a layer adds, and the rest.
+    """Times of a step of the full model, from two shallow ones: what a layer adds, and the rest.
 
     All arms at both depths stand in memory, so that each round takes all of them one after the other.
     """
@@ -43,7 +43,7 @@ def steps(setup: Setup, figures: Figures) -> None:
         for checkpointing in (False, True):
             setup.clock.check()
             case = {"batch": f"{sequences}x{tokens}", "checkpointing": checkpointing}
-            seconds = _whole_steps(setup, figures, models, sequences, tokens, checkpointing)
+            seconds = _full_steps(setup, figures, models, sequences, tokens, checkpointing)
             for arm, rounds in seconds.items():
                 median = statistics.median(rounds)
                 rate = {"tokens/s": sequences * tokens / median}
@@ -65,7 +65,7 @@ def _build(setup: Setup, arm: str, depth: int, shared: Shared) -> Any:
     return random_model(config, setup.device, dora=dora, quantization=quantization, shared=shared)
 
 
-def _whole_steps(
+def _full_steps(
     setup: Setup,
     figures: Figures,
     models: dict[tuple[str, int], Any],
@@ -73,7 +73,7 @@ def _whole_steps(
     tokens: int,
     checkpointing: bool,
 ) -> dict[str, list[float]]:
-    """Seconds of the whole model's step of each round, by arm; an arm that fails is left out."""
+    """Seconds of the full model's step of each round, by arm; an arm that fails is left out."""
     batch = random_batch(setup.size.config(), sequences, tokens)
     working: dict[str, Arm] = {}
     for (arm, depth), model in models.items():
@@ -103,7 +103,7 @@ def _whole_steps(
 
 
 def profile_step(setup: Setup, figures: Figures) -> None:
-    """One QDoRA step of the whole model: how long the device works, and on what.
+    """One QDoRA step of the full model: how long the device works, and on what.
 
     Busy time is held against the wall time of steps without the profiler, which slows the host.
     """

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qdora.adapters import kernels
 from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.tiles import OFF_GRID
 from qdora.benchmark.kept import METHODS, SIZES, Part, build_layer, exact, kept_shares, move, parts
 from qdora.quant import base as tiling
 from tests import axes
@@ -63,6 +64,32 @@ def test_small_moves_come_through(method, part, dropout, trained, route):
 def test_small_moves_come_through_on_cuda(method, part, dropout, trained):
     """Catches: as above, in the kernels and in what cuBLAS adds onto."""
     assert_moves_are_kept(method, part, dropout, trained, "cuda")
+
+
+@pytest.mark.parametrize(("method", "part"), MOVES)
+def test_small_moves_come_through_in_float16(method, part):
+    """Catches: a path that is taken in bfloat16 alone; the spacing of float16 is 5e-4 to 1e-3."""
+    layer = build_layer(method, (O, I), torch.device("cpu"), torch.float16)
+    x_NI, g_NO = (tensor.half() for tensor in inputs())
+    kept = kept_shares(layer, x_NI, g_NO, move(layer, part, 1e-4))["y"]
+    assert abs(kept.share - 1) <= 0.05 + 3 * kept.error
+    assert kept.error < 0.02
+
+
+def test_the_factor_keeps_moves_of_every_fraction():
+    """Catches: another factor, at which the 128 fractions of bf16 fall unevenly between two numbers."""
+    # Weights are spread as 1 / fraction within a binade, and each counts with its own size.
+    fraction = torch.arange(128, 256, dtype=torch.float64) / 128
+    start = (OFF_GRID * fraction).bfloat16().double()
+
+    def kept(move: float) -> float:
+        moved = (OFF_GRID * fraction * (1 + move)).bfloat16().double()
+        return float((moved - start).sum() / (OFF_GRID * move * fraction.sum()))
+
+    for size in (1e-4, 1.5e-4, 2e-4, 3e-4, 5e-4, 1e-3):
+        assert abs(kept(size) - 1) <= 0.12
+        assert abs(kept(-size) - 1) <= 0.12
+        assert abs((kept(size) + kept(-size)) / 2 - 1) <= 0.05
 
 
 @torch.no_grad()

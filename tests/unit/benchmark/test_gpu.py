@@ -53,8 +53,8 @@ def test_every_stage_of_this_process_runs(tmp_path):
     assert len(figures["steps"]["steps"]) == 2 * len(TOY.batches) * len(steps.ARMS)
     assert len(figures["steps"]["ratios"]) == 2 * len(TOY.batches) * len(steps.PAIRS)
     assert figures["profile"]["launches"] > len(figures["profile"]["top"]) > 5
-    assert [row["checkpointing"] for row in figures["whole"]["whole"]] == [False, True]
-    assert all(row["tokens/s"] > 0 for row in figures["whole"]["whole"])
+    assert [row["checkpointing"] for row in figures["training"]["training"]] == [False, True]
+    assert all(row["tokens/s"] > 0 for row in figures["training"]["training"])
     assert [row["batch"] for row in figures["decoding"]["decoding"]] == list(TOY.decoding)
     # On a CPU there is no peak to hold the estimate against; the sharded runs are not among these stages.
     assert [g["goal"] for g in written["goals"] if g["got"] is None] == [
@@ -146,7 +146,7 @@ hang = threading.Lock().acquire
 hang()
 benchmark.GRACE = 0.5
 stages.STAGES["kernels"] = lambda *_: {ends}
-words = ["--stages", "ceilings,kernels,whole", "--time-limit", "3"]
+words = ["--stages", "ceilings,kernels,training", "--time-limit", "3"]
 main(["benchmark", "gpu", "--json", {str(file)!r}, *words])
 """
     (tmp_path / "temporary").mkdir()
@@ -198,6 +198,8 @@ def test_a_lost_device_goes_on_in_a_new_process(tmp_path, monkeypatch):
         (["--json", "f.json", "--time-limit", "0"], "--time-limit 0.0; allowed: seconds, above 0"),
         (["--json", "f.json", "--time-limit", "nan"], "--time-limit nan; allowed: seconds, above 0"),
         (["--json", "f.json", "--size", "full"], "--size full needs a CUDA device; allowed here: toy"),
+        (["--json", "f.json", "--dtype", "float32"], "benchmark gpu has no --dtype; only layer and train"),
+        (["--json", "f.json", "--set", "adapter.r=8"], "benchmark gpu has no --set; only train"),
         (["--json", "f.json", "--model", "nowhere.gguf"], "--model nowhere.gguf: there is no such file"),
     ],
 )
@@ -229,7 +231,7 @@ def test_goals_hold_against_what_was_measured():
             ]
         },
         "profile": {"busy / wall": 0.93},
-        "whole": {"whole": [{"batch": "1x2048", "checkpointing": False, "estimate / allocated": 0.85}]},
+        "training": {"training": [{"batch": "1x2048", "checkpointing": False, "estimate / allocated": 0.85}]},
         "correctness": {
             "kept": [
                 {"dropout": 0.1, "least certain one": 0.97},
@@ -269,12 +271,12 @@ def test_busy_time_counts_overlaps_once():
     assert steps._busy_seconds(events) == pytest.approx(6)
 
 
-def test_a_whole_step_is_extrapolated_from_two_depths(setup, monkeypatch):
+def test_a_full_step_is_extrapolated_from_two_depths(setup, monkeypatch):
     """Catches: the output layer and the loss counted with every layer, or not at all."""
     low, high = TOY.depths
     seconds = {f"{arm}/{depth}": [10 + 3.0 * depth] for arm in steps.ARMS for depth in (low, high)}
     monkeypatch.setattr(steps, "alternate", lambda *_, **__: seconds)
-    found = steps._whole_steps(setup, {}, {}, 1, 8, False)
+    found = steps._full_steps(setup, {}, {}, 1, 8, False)
     assert found == {arm: [pytest.approx(10 + 3 * TOY.layers)] for arm in steps.ARMS}
 
 

@@ -1,4 +1,4 @@
-"""The whole model with random weights: training beside its estimate, and decoding."""
+"""All layers of the model, with random weights: training beside its estimate, and decoding."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ WARMUP = 2
 """Steps that do not count."""
 
 
-def whole_model(setup: Setup, figures: Figures) -> None:
+def training(setup: Setup, figures: Figures) -> None:
     """QDoRA steps of the training loop on all layers: tokens/s, and peak memory against `qdora estimate`."""
-    rows = figures["whole"] = []
+    rows = figures["training"] = []
     model = random_model(setup.size.config(), setup.device, dora=True)
     for checkpointing in (False, True):
         setup.clock.check()
@@ -40,7 +40,7 @@ def _train(setup: Setup, model: PreTrainedModel, checkpointing: bool) -> dict[st
         TokenizedExample(ids, 0, "random")
         for ids in random_batch(config, sequences, tokens).input_ids_BT.tolist()
     ]
-    training = TrainingConfig(
+    settings = TrainingConfig(
         max_steps=WARMUP + setup.size.rounds,
         batch_size=sequences,
         gradient_checkpointing=checkpointing,
@@ -48,9 +48,9 @@ def _train(setup: Setup, model: PreTrainedModel, checkpointing: bool) -> dict[st
     )
     architecture = Architecture(config, COMPUTE, COMPUTE, Quantization("nf4"))
     device: Literal["cuda", "cpu"] = "cuda" if setup.device.type == "cuda" else "cpu"
-    launch = Launch(adapter_config(True), training, tokens, 1, None, device)
+    launch = Launch(adapter_config(True), settings, tokens, 1, None, device)
     expected = estimate(architecture, launch).peak.total
-    trainer = Trainer(model, examples, training, DistributedContext(device=setup.device), pad_id=0)
+    trainer = Trainer(model, examples, settings, DistributedContext(device=setup.device), pad_id=0)
     metrics: list[StepMetrics] = []
     reset_peak_memory(setup.device)
     trainer.run(0, Callbacks(log=metrics.append))
