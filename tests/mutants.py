@@ -46,8 +46,8 @@ class Mutant:
 MUTANTS = {
     "scale dropped": Mutant(
         "adapters/product.py",
-        "small_NO = _mm(inner_NR, b_scaled.T, settings.scale / factor)",
-        "small_NO = _mm(inner_NR, b_scaled.T, 1 / factor)",
+        "small_NO = _mm(inner_NR, b_OR.to(dtype).T, settings.scale)",
+        "small_NO = _mm(inner_NR, b_OR.to(dtype).T, 1.0)",
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "scale dropped from the norm": Mutant(
@@ -59,7 +59,7 @@ MUTANTS = {
     "bias scaled": Mutant(
         "adapters/product.py",
         "return (y_NO + given.bias_O).to(dtype)",
-        "return (y_NO + given.bias_O * row_scale_O).to(dtype)",
+        "return (y_NO + given.bias_O * s_O).to(dtype)",
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "norm undetached": Mutant(
@@ -163,6 +163,24 @@ MUTANTS = {
         "rank_R = rank0 + tl.arange(0, BLOCK_R)",
         "rank_R = (rank0 + tl.arange(0, BLOCK_R)) % R",
         f"{KERNELS}::test_tile_is_the_scaled_sum",
+    ),
+    "parts of the tokens lost": Mutant(
+        "adapters/kernels/triton_gradients.py",
+        "mask=(split_S < splits)[:, None]",
+        "mask=(split_S < splits - 1)[:, None]",
+        f"{KERNELS}::test_the_magnitudes_gradient_is_a_sum_over_tokens",
+    ),
+    "ranks of a second program over those of the first": Mutant(
+        "adapters/kernels/triton_gradients.py",
+        "rank_R = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)",
+        "rank_R = tl.arange(0, BLOCK_R)",
+        f"{KERNELS}::test_the_gradient_of_b_is_a_product_over_tokens",
+    ),
+    "offset rounded with the sum": Mutant(
+        "adapters/kernels/triton_gradients.py",
+        "m_O = tl.load(initial + row_O, mask=inside_O, other=0) + tl.load(",
+        "m_O = tl.load(initial + row_O, mask=inside_O, other=0).to(tl.bfloat16).to(tl.float32) + tl.load(",
+        f"{KERNELS}::test_row_scale",
     ),
     "columns beyond the weight in the norm": Mutant(
         "adapters/kernels/triton_kernels.py",

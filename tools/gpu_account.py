@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdora.adapters import kernels
+from qdora.adapters import kernels, product
 from qdora.adapters.layer import AdaptedLinear
 from qdora.config import AdapterConfig
 from qdora.planner.internals import fake_tensors
@@ -36,7 +36,7 @@ SHAPES: Mapping[tuple[int, int], int] = {
 """(out, in) of the linear layers of a decoder layer, and how many there are."""
 BANDWIDTH, RATE = 2.9e12, 6.5e14
 """Bytes and bf16 flops a second."""
-LAUNCHES = {"column_dot": 2}
+LAUNCHES = {"output_gradients": 2}
 """Launches of an operator, where they are more than one."""
 
 
@@ -67,6 +67,8 @@ class Account(TorchDispatchMode):
         if name in ("mm", "addmm", "addmm_"):
             left, right = args[:2] if name == "mm" else args[1:3]
             flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        if name == "output_gradients" and args[3] is not None:
+            flops = 2 * args[0].numel() * args[3].shape[1]
         self.launches += LAUNCHES.get(name, 1)
         self.names[name] = self.names.get(name, 0) + 1
         self.bytes += read + written
@@ -90,6 +92,11 @@ def account(shape: tuple[int, int], tokens: int, dora: bool) -> Account:
     return counted
 
 
+def mm_wide(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """As on a GPU, where the product leaves in float32."""
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,6 +110,7 @@ def main() -> None:
     TILE_BYTES["cpu"] = TILE_BYTES["cuda"]
     if not arguments.without_kernels:
         kernels.available = lambda device: True
+    product.mm_wide = mm_wide
     for name, dora in (("QDoRA", True), ("QLoRA", False)):
         rows, totals = [], [0.0] * 4
         for shape, count in SHAPES.items():

@@ -151,8 +151,8 @@ def _mm(left: torch.Tensor, right: torch.Tensor, alpha: float) -> torch.Tensor:
 class _AdaptedProduct(torch.autograd.Function):
     """See `adapted_product`.  One function: a further autograd node costs as much as a small product.
 
-    `row_scale_O` is s times a factor f, which is `OFF_GRID` where a 16-bit tile moves with training, else 1;
-    every product with it takes the factor back in its alpha, and the scale c enters there too.
+    A 16-bit tile that moves with training is multiplied by the factor f = `OFF_GRID`, and so is s B; every
+    product with one of them takes the factor back in its alpha, where the scale c enters too.
     """
 
     @staticmethod
@@ -163,45 +163,53 @@ class _AdaptedProduct(torch.autograd.Function):
         scales_after = scales_output(dtype, x_NI.device)
         in_tile = _takes_update(weight, given, settings.dropout, dtype)
         factor = OFF_GRID if dtype.itemsize < 4 and (in_tile or given.offset_O is not None) else 1.0
-        m_O = row_scale_O = None
-        if given.offset_O is not None and settings.initial_O is not None:
-            m_O = settings.initial_O + given.offset_O
-            if given.norm_O is not None:
-                row_scale_O = m_O / given.norm_O
-        if factor != 1:
-            row_scale_O = _times(row_scale_O, factor, weight)
-        tile_scale_O = None if scales_after else row_scale_O
+        b_OR = None if given.b_OR is None else _outer_rows(given.b_OR, given.outer_O, dtype)
+        m_O = s_O = b_scaled_OR = None
+        if given.norm_O is not None:
+            m_O, s_O, b_scaled_OR = _row_scale(settings, given, given.norm_O, b_OR, factor, dtype)
         a_cast = None if given.a_RI is None else given.a_RI.to(dtype)
         update = small_NO = h_NR = dropout_seed = None
         if in_tile:
             assert given.a_RI is not None
-            assert given.b_OR is not None
-            update = Factors(given.a_RI, given.b_OR, None, None, settings.scale)
-        elif a_cast is not None and given.b_OR is not None:
+            assert b_OR is not None
+            update = Factors(given.a_RI, b_OR, None, None, settings.scale)
+        elif a_cast is not None and b_OR is not None:
             kept_NI = x_NI
             if settings.dropout:
                 dropout_seed = draw_seed()
                 kept_NI = x_NI * keep_mask(x_NI, x_NI.shape[1], settings.dropout, dropout_seed)
             h_NR = kept_NI @ a_cast.T
             inner_NR = h_NR if given.inner_R is None else h_NR * given.inner_R.to(dtype)
-            b_scaled = _scaled_rows(given.b_OR, given.outer_O, tile_scale_O, dtype)
-            small_NO = _mm(inner_NR, b_scaled.T, settings.scale / factor)
-        w_tiles = tiles.adapted_tiles(weight, dtype, tile_scale_O, update)
+            if scales_after or b_scaled_OR is None:
+                small_NO = _mm(inner_NR, b_OR.to(dtype).T, settings.scale)
+            else:
+                small_NO = _mm(inner_NR, b_scaled_OR.T, settings.scale / factor)
+        w_tiles = tiles.adapted_tiles(weight, dtype, None if scales_after else s_O, update, factor)
         a_along = None if settings.norm_of is None else a_cast
         y_NO, wa_OR = _product(x_NI, w_tiles, small_NO, 1 / factor, a_along, weight.out_features)
-        if m_O is not None and scales_after:
-            if settings.norm_of is not None and wa_OR is not None:
-                row_scale_O = m_O / settings.norm_of(wa_OR)
-            assert row_scale_O is not None
+        if settings.norm_of is not None and wa_OR is not None:
+            norm_O = settings.norm_of(wa_OR)
+            m_O, s_O, b_scaled_OR = _row_scale(settings, given, norm_O, b_OR, factor, dtype)
+        if scales_after and s_O is not None:
             # In place: the output itself is kept for backward, and no further tensor of its size.  Not in a
             # graph: that of torch 2.11 loses the gradient of an output that was changed in place.
-            y_NO = y_NO * row_scale_O if torch.compiler.is_compiling() else y_NO.mul_(row_scale_O)
+            y_NO = y_NO * s_O if torch.compiler.is_compiling() else y_NO.mul_(s_O)
         needs = Operands(*ctx.needs_input_grad[2:])
         needs_x = given.w_OI is not None or (given.a_RI is not None and (in_tile or needs.a_RI))
         ctx.save_for_backward(
             x_NI if needs_x else None,
             None if m_O is None else y_NO,
-            *(given.a_RI, given.b_OR, given.inner_R, given.outer_O, h_NR, m_O, row_scale_O, dropout_seed),
+            *(
+                given.a_RI,
+                given.b_OR,
+                given.inner_R,
+                given.outer_O,
+                h_NR,
+                m_O,
+                s_O,
+                b_scaled_OR,
+                dropout_seed,
+            ),
         )
         ctx.settings, ctx.in_tile, ctx.factor = settings, in_tile, factor
         if given.bias_O is None:
@@ -214,33 +222,50 @@ class _AdaptedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Asked for once: activation recomputation unpacks the saved tensors only once.
-        x_NI, y_NO, a_RI, b_OR, inner_R, outer_O, h_NR, m_O, row_scale_O, dropout_seed = ctx.saved_tensors
+        x_NI, y_NO, a_RI, b_OR, inner_R, outer_O, h_NR, m_O, s_O, b_scaled_OR, seed = ctx.saved_tensors
         settings: ProductSettings = ctx.settings
-        needs = Operands(*ctx.needs_input_grad[2:])
+        dtype, needs = g_NO.dtype, Operands(*ctx.needs_input_grad[2:])
         grads: dict[str, torch.Tensor] = {}
-        update = small_NI = None
-        if y_NO is not None:
-            # Σ g ∘ u / n with u = y / s and s n = m.  A magnitude of exactly 0 has y = 0: the least number
-            # makes its gradient 0 instead of 0/0.
-            grads["offset_O"] = kernels.column_dot(g_NO, y_NO) / (m_O + torch.finfo(m_O.dtype).tiny)
-            if needs.norm_O:
-                grads["norm_O"] = row_scale_O * grads["offset_O"] * (-1 / ctx.factor)
+        inner_NR = update = small_NI = None
         if a_RI is not None:
-            factors = Factors(a_RI, b_OR, inner_R, outer_O, settings.scale / ctx.factor)
-            mask_NI = None
-            if dropout_seed is not None:
-                mask_NI = keep_mask(g_NO, a_RI.shape[1], settings.dropout, dropout_seed)
-            a_cast = a_RI.to(g_NO.dtype)
+            a_cast, mask_NI = a_RI.to(dtype), None
+            if seed is not None:
+                mask_NI = keep_mask(g_NO, a_RI.shape[1], settings.dropout, seed)
             h_NR = x_NI @ a_cast.T if h_NR is None else h_NR
-            of_factors, back_NR = _factor_gradients(g_NO, x_NI, h_NR, row_scale_O, factors, needs, mask_NI)
-            grads |= of_factors
+            # c diag(inner) Bᵀ diag(s outer) g, which flows on through A.
+            if b_scaled_OR is None:
+                back_NR = _mm(g_NO, _outer_rows(b_OR, outer_O, dtype).to(dtype), settings.scale)
+            else:
+                back_NR = _mm(g_NO, b_scaled_OR, settings.scale / ctx.factor)
+            inner_NR = h_NR
+            if inner_R is not None:
+                if needs.inner_R:
+                    grads["inner_R"] = torch.linalg.vecdot(_wide(back_NR), _wide(h_NR), dim=0)
+                back_NR *= inner_R.to(dtype)
+                inner_NR = h_NR * inner_R.to(dtype)
+            if needs.a_RI:
+                grads["a_RI"] = mm_wide(back_NR.T, x_NI if mask_NI is None else x_NI * mask_NI)
             if ctx.in_tile:
                 update = Factors(a_RI, b_OR, None, None, settings.scale)
             elif ctx.needs_input_grad[1]:
                 small_NI = back_NR @ a_cast if mask_NI is None else (back_NR @ a_cast).mul_(mask_NI)
+        trains_b = needs.b_OR or needs.outer_O
+        if y_NO is not None or trains_b:
+            grad_offset_O, grad_b_OR = kernels.output_gradients(
+                g_NO, y_NO, m_O, inner_NR if trains_b else None, s_O, settings.scale
+            )
+            if grad_offset_O is not None:
+                grads["offset_O"] = grad_offset_O
+                if needs.norm_O:
+                    grads["norm_O"] = -s_O * grad_offset_O
+            if grad_b_OR is not None:
+                if needs.b_OR:
+                    grads["b_OR"] = _outer_rows(grad_b_OR, outer_O, dtype)
+                if needs.outer_O:
+                    grads["outer_O"] = torch.linalg.vecdot(grad_b_OR, b_OR.to(grad_b_OR.dtype))
         grad_x = None
         if ctx.needs_input_grad[1]:
-            w_tiles = tiles.adapted_tiles(settings.weight, g_NO.dtype, row_scale_O, update)
+            w_tiles = tiles.adapted_tiles(settings.weight, dtype, s_O, update, ctx.factor)
             grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1 / ctx.factor)
         if needs.w_OI:
             grads["w_OI"] = _wide(g_NO.T @ x_NI)
@@ -249,66 +274,30 @@ class _AdaptedProduct(torch.autograd.Function):
         return None, grad_x, *(grads.get(name) for name in Operands._fields)
 
 
-def _factor_gradients(
-    g_NO: torch.Tensor,
-    x_NI: torch.Tensor | None,
-    h_NR: torch.Tensor,
-    row_scale_O: torch.Tensor | None,
-    factors: Factors,
-    needs: Operands,
-    mask_NI: torch.Tensor | None,
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Gradients of A, B and VeRA's vectors, and c diag(inner) Bᵀ diag(s outer) g, which flows on through A.
-
-    Args:
-        h_NR: A drop(x).
-        row_scale_O: f s; ones where None.
-        factors: their scale is c / f.
-        needs: which gradients are wanted.
-    Returns: gradients by the names of `Operands`; (N, R) in the dtype of g_NO.
-    """
-    dtype, grads = g_NO.dtype, {}
-    back_NR = _mm(g_NO, _scaled_rows(factors.b_OR, factors.outer_O, row_scale_O, dtype), factors.scale)
-    inner_NR = h_NR
-    if factors.inner_R is not None:
-        if needs.inner_R:
-            grads["inner_R"] = torch.linalg.vecdot(_wide(back_NR), _wide(h_NR), dim=0)
-        inner_R = factors.inner_R.to(dtype)
-        back_NR *= inner_R
-        inner_NR = h_NR * inner_R
-    if needs.a_RI:
-        assert x_NI is not None
-        grads["a_RI"] = _wide(back_NR.T @ (x_NI if mask_NI is None else x_NI * mask_NI))
-    if needs.b_OR or needs.outer_O:
-        # (hᵀ g)ᵀ: on CPUs the faster way round where O is the long side.
-        gh_OR = _mm(inner_NR.T, g_NO, factors.scale).T
-        if needs.b_OR:
-            grads["b_OR"] = _scaled_rows(gh_OR, factors.outer_O, row_scale_O)
-        if needs.outer_O:
-            grad_outer = torch.linalg.vecdot(_wide(gh_OR), factors.b_OR.to(_wide_dtype(gh_OR.dtype)))
-            grads["outer_O"] = grad_outer if row_scale_O is None else grad_outer * row_scale_O
-    return grads, back_NR
+def _row_scale(
+    settings: ProductSettings,
+    given: Operands,
+    norm_O: torch.Tensor,
+    b_OR: torch.Tensor | None,
+    factor: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """m, s = m / norm, and f s B in the dtype of the product."""
+    assert settings.initial_O is not None
+    assert given.offset_O is not None
+    return kernels.row_scale(norm_O, settings.initial_O, given.offset_O, b_OR, factor, dtype)
 
 
-def _times(scale_O: torch.Tensor | None, factor: float, weight: FrozenWeight) -> torch.Tensor:
-    """Row scales times a factor; the factor itself where there are none."""
-    if scale_O is not None:
-        return scale_O * factor
-    return torch.full((weight.out_features,), factor, dtype=weight.norm_dtype, device=weight.device)
+def _outer_rows(b_OR: torch.Tensor, outer_O: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """diag(outer) B, in at least float32 and `dtype` where there is a vector."""
+    return b_OR if outer_O is None else b_OR * outer_O.to(_wide_dtype(dtype))[:, None]
 
 
-def _scaled_rows(
-    b_OR: torch.Tensor,
-    outer_O: torch.Tensor | None,
-    scale_O: torch.Tensor | None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """diag(outer) diag(scale) B, rounded once to `dtype`; at least float32 where None."""
-    dtype = dtype or _wide_dtype(b_OR.dtype)
-    for rows_O in (outer_O, scale_O):
-        if rows_O is not None:
-            b_OR = b_OR * rows_O.to(_wide_dtype(dtype))[:, None]
-    return b_OR.to(dtype)
+def mm_wide(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A product in at least float32; where the device can it is never rounded to 16 bits."""
+    if left.is_cuda and left.dtype.itemsize < 4 and not torch.compiler.is_compiling():
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return _wide(left @ right)
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,21 +34,31 @@ def scales_output(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def adapted_tiles(
-    weight: FrozenWeight, dtype: torch.dtype, s_O: torch.Tensor | None = None, update: Factors | None = None
+    weight: FrozenWeight,
+    dtype: torch.dtype,
+    s_O: torch.Tensor | None = None,
+    update: Factors | None = None,
+    factor: float = 1.0,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Row tiles of s ∘ (W + c B A), each rounded to `dtype` once; as `FrozenWeight.tiles`.
+    """Row tiles of f s ∘ (W + c B A), each rounded to `dtype` once; as `FrozenWeight.tiles`.
 
     Args:
         s_O: (O,) at least float32; ones where None.
         update: with matrices alone; only where there are kernels.
+        factor: f; other than 1 only with s or an update.
     """
     stored = weight.stored() if has_kernels(dtype, weight.device) else None
     if stored is None or (stored.table is None and s_O is None and update is None):
         assert update is None
-        yield from weight.tiles(dtype, s_O)
+        yield from weight.tiles(dtype, s_O if s_O is None or factor == 1 else s_O * factor)
         return
     a_RI, b_OR, scale = (None, None, 1.0) if update is None else (update.a_RI, update.b_OR, update.scale)
     step = rows_per_tile(weight.out_features, weight.in_features, dtype, weight.device)
     for start in range(0, weight.out_features, step):
         rows = slice(start, min(start + step, weight.out_features))
-        yield rows, kernels.adapted_tile(stored, rows, dtype, s_O=s_O, a_RI=a_RI, b_OR=b_OR, scale=scale)
+        yield (
+            rows,
+            kernels.adapted_tile(
+                stored, rows, dtype, s_O=s_O, a_RI=a_RI, b_OR=b_OR, scale=scale, factor=factor
+            ),
+        )

@@ -1,4 +1,4 @@
-"""The kernels as torch's operators `qdora::adapted_tile`, `qdora::row_norm` and `qdora::column_dot`.
+"""The kernels as torch's operators, `qdora::adapted_tile` and so on.
 
 `torch.compile`, fake tensors and autograd see one operator each.  By the low-level interface: the wrapper of
 `torch.library.custom_op` costs the host more than the launch.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,10 +26,17 @@ _FIELDS = len(StoredWeight._fields)
 _library = torch.library.Library("qdora", "DEF")
 _library.define(
     f"adapted_tile({_WEIGHT}, int first, int last, ScalarType dtype, "
-    "Tensor? s_O, Tensor? a_RI, Tensor? b_OR, float scale) -> Tensor"
+    "Tensor? s_O, Tensor? a_RI, Tensor? b_OR, float scale, float factor) -> Tensor"
 )
 _library.define(f"row_norm({_WEIGHT}, Tensor? a_RI, Tensor? b_OR, float scale) -> Tensor")
-_library.define("column_dot(Tensor g_NO, Tensor y_NO) -> Tensor")
+_library.define(
+    "row_scale(Tensor norm_O, Tensor initial_O, Tensor offset_O, Tensor? b_OR, float factor, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "output_gradients(Tensor g_NO, Tensor? y_NO, Tensor? m_O, Tensor? h_NR, Tensor? s_O, float scale)"
+    " -> (Tensor, Tensor)"
+)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -49,14 +57,24 @@ def _has_triton(device: torch.device) -> bool:
 
 
 def _kernels(*tensors: torch.Tensor | None) -> Any:
-    """The module that computes: Triton's, or the reference for what Triton does not have."""
+    """What has the kernels: Triton's modules, or the reference for what Triton does not have."""
     first = tensors[0]
     assert first is not None
     if reference.wide_dtype(*tensors) == torch.float64 or not available(first.device):
         return reference
-    from qdora.adapters.kernels import triton_kernels
+    return _triton()
 
-    return triton_kernels
+
+@cache
+def _triton() -> Any:
+    from qdora.adapters.kernels import triton_gradients, triton_kernels
+
+    return SimpleNamespace(
+        adapted_tile=triton_kernels.adapted_tile,
+        row_norm=triton_kernels.row_norm,
+        row_scale=triton_gradients.row_scale,
+        output_gradients=triton_gradients.output_gradients,
+    )
 
 
 def _tile_cpu(*arguments: Any) -> torch.Tensor:
@@ -93,20 +111,54 @@ def _norm_fake(values: torch.Tensor, *arguments: Any) -> torch.Tensor:
     return values.new_empty(values.shape[0], dtype=dtype)
 
 
-def _dot_cuda(g_NO: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
-    with torch.cuda.device(g_NO.device):
-        result: torch.Tensor = _kernels(g_NO, y_NO).column_dot(g_NO, y_NO)
+def _scale_cuda(norm_O: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    initial_O, offset_O, b_OR, _, dtype = arguments
+    module = reference if dtype == torch.float64 else _kernels(norm_O, initial_O, offset_O, b_OR)
+    with torch.cuda.device(norm_O.device):
+        result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = module.row_scale(norm_O, *arguments)
     return result
 
 
-def _dot_fake(g_NO: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
-    return g_NO.new_empty(g_NO.shape[1], dtype=reference.wide_dtype(g_NO, y_NO))
+def _scale_fake(
+    norm_O: torch.Tensor,
+    initial_O: torch.Tensor,
+    offset_O: torch.Tensor,
+    b_OR: torch.Tensor | None,
+    factor: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = reference.wide_dtype(norm_O, initial_O, offset_O)
+    shape = (0,) if b_OR is None else b_OR.shape
+    s_O = norm_O.new_empty(norm_O.shape, dtype=wide)
+    return torch.empty_like(s_O), s_O, norm_O.new_empty(shape, dtype=dtype)
+
+
+def _gradients_cuda(g_NO: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.cuda.device(g_NO.device):
+        result: tuple[torch.Tensor, torch.Tensor] = _kernels(g_NO, *arguments[:4]).output_gradients(
+            g_NO, *arguments
+        )
+    return result
+
+
+def _gradients_fake(
+    g_NO: torch.Tensor,
+    y_NO: torch.Tensor | None,
+    m_O: torch.Tensor | None,
+    h_NR: torch.Tensor | None,
+    s_O: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs, wide = g_NO.shape[1], reference.wide_dtype(g_NO, y_NO, m_O, s_O)
+    shape = (0,) if h_NR is None else (outputs, h_NR.shape[1])
+    return g_NO.new_empty(0 if y_NO is None else outputs, dtype=wide), g_NO.new_empty(shape, dtype=wide)
 
 
 for _name, _cpu, _cuda, _fake in (
     ("adapted_tile", _tile_cpu, _tile_cuda, _tile_fake),
     ("row_norm", _norm_cpu, _norm_cuda, _norm_fake),
-    ("column_dot", reference.column_dot, _dot_cuda, _dot_fake),
+    ("row_scale", reference.row_scale, _scale_cuda, _scale_fake),
+    ("output_gradients", reference.output_gradients, _gradients_cuda, _gradients_fake),
 ):
     _library.impl(_name, _cpu, "CPU")
     _library.impl(_name, _cuda, "CUDA")

@@ -57,12 +57,15 @@ def adapted_tile(
     a_RI: torch.Tensor | None,
     b_OR: torch.Tensor | None,
     scale: float,
+    factor: float,
 ) -> torch.Tensor:
-    """Rows `first` to `last` of s ∘ (W + c B A)."""
+    """Rows `first` to `last` of f s ∘ (W + c B A)."""
     wide = torch.promote_types(dtype, wide_dtype(weight.values, s_O, a_RI, b_OR))
     tile = updated_rows(weight, first, last, wide, a_RI, b_OR, scale)
     if s_O is not None:
-        tile *= s_O[first:last, None]
+        tile *= (s_O[first:last] * factor)[:, None]
+    elif factor != 1:
+        tile *= factor
     return tile.to(dtype)
 
 
@@ -81,9 +84,50 @@ def row_norm(
     return norm_O.clamp_min_(torch.finfo(wide).tiny ** 0.5)
 
 
-def column_dot(g_NO: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
+def row_scale(
+    norm_O: torch.Tensor,
+    initial_O: torch.Tensor,
+    offset_O: torch.Tensor,
+    b_OR: torch.Tensor | None,
+    factor: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """m, s and f s B."""
+    m_O = initial_O + offset_O
+    s_O = m_O / norm_O
+    if b_OR is None:
+        return m_O, s_O, s_O.new_empty(0, dtype=dtype)
+    scale_O = s_O if factor == 1 else s_O * factor
+    return m_O, s_O, (b_OR * scale_O[:, None]).to(dtype)
+
+
+def output_gradients(
+    g_NO: torch.Tensor,
+    y_NO: torch.Tensor | None,
+    m_O: torch.Tensor | None,
+    h_NR: torch.Tensor | None,
+    s_O: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ_N g ∘ y / m, and c s ∘ gᵀ h."""
+    wide = wide_dtype(g_NO, y_NO, m_O, s_O)
+    grad_O, grad_OR = (g_NO.new_empty(0, dtype=wide) for _ in range(2))
+    if y_NO is not None and m_O is not None:
+        # A magnitude of exactly 0 has y = 0: the least number makes its gradient 0 instead of 0/0.
+        grad_O = _column_dot(g_NO, y_NO, wide) / (m_O + torch.finfo(m_O.dtype).tiny)
+    if h_NR is not None:
+        # (hᵀ g)ᵀ: on CPUs the faster way round where O is the long side.
+        grad_RO = torch.addmm(g_NO.new_empty(()), h_NR.T, g_NO, beta=0, alpha=scale)
+        grad_OR = g_NO.new_empty(grad_RO.T.shape, dtype=wide)
+        if s_O is None:
+            grad_OR.copy_(grad_RO.T)
+        else:
+            torch.mul(grad_RO.T, s_O[:, None], out=grad_OR)
+    return grad_O, grad_OR
+
+
+def _column_dot(g_NO: torch.Tensor, y_NO: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     """Σ_N g ∘ y, its products held for one tile of tokens at a time."""
-    wide = wide_dtype(g_NO, y_NO)
     total_O = torch.zeros(g_NO.shape[1], dtype=wide, device=g_NO.device)
     step = rows_per_tile(max(1, g_NO.shape[0]), max(1, g_NO.shape[1]), wide, g_NO.device)
     for g_tile, y_tile in zip(g_NO.split(step), y_NO.split(step), strict=True):

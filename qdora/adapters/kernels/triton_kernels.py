@@ -1,4 +1,4 @@
-"""The kernels in Triton, and their launches; imported only where Triton is.
+"""The kernels that read W, in Triton, and their launches; imported only where Triton is.
 
     N tokens   O out_features   I in_features   R rank   C chunks of a row, each within one quantization block
 
@@ -23,8 +23,6 @@ TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 64, 128, 8
 """adapted_tile: 32 values a thread, so that two 8-warp programs and more fit the registers of an SM."""
 NORM_ROWS, NORM_COLUMNS, NORM_WARPS = 16, 256, 8
 """row_norm: a program has full rows; with 16 each, 4096 rows are 256 programs for the 132 SMs of an H100."""
-DOT_TOKENS, DOT_STEP, DOT_COLUMNS, DOT_WARPS = 64, 16, 128, 4
-"""column_dot: a program sums 64 tokens, all its loads in flight; what the second sum moves is 3% of them."""
 MAX_RANK, MAX_RANK_WIDE = 64, 16
 """Ranks that one product takes, of 16-bit and of float32 factors, which need no tensor core but registers."""
 
@@ -92,7 +90,7 @@ def _update_tile(  # B A of the same rows and columns
 @triton.jit(do_not_specialize=["first", "last"])
 def adapted_tile_kernel(
     out, values, table, absmax, nested_absmax, nested_code, offset, s, a, b, first, last, width, a_stride_r,
-    a_stride_i, b_stride_o, b_stride_r, scale, PER_BYTE: tl.constexpr, CHUNK: tl.constexpr,
+    a_stride_i, b_stride_o, b_stride_r, scale, factor, PER_BYTE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, NESTED_SIZE: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +111,9 @@ def adapted_tile_kernel(
     col_I = col0 + tl.arange(0, BLOCK_I)
     inside_O = row0 + row_O < last
     if s is not None:
-        tile *= tl.load(s + row0 + row_O, mask=inside_O, other=0)[:, None]
+        tile *= (tl.load(s + row0 + row_O, mask=inside_O, other=0) * factor)[:, None]
+    elif factor is not None:
+        tile *= factor
     at_OI = row_O[:, None] * I + col_I[None, :]
     start = (row0 - first).to(tl.int64) * I
     tl.store(
@@ -156,25 +156,6 @@ def row_norm_kernel(
     tl.store(norm + row_O, tl.sqrt_rn(tl.where(norm2_O < TINY, TINY, norm2_O)), mask=row_O < O)
 
 
-@triton.jit(do_not_specialize=["N"])
-def column_dot_kernel(
-    part, g, y, N, O, BLOCK_N: tl.constexpr, STEP: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    col_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    token0 = tl.program_id(1) * BLOCK_N
-    start = token0.to(tl.int64) * O
-    sum_NO = tl.full([STEP, BLOCK_O], 0, tl.float32)
-    for step in tl.static_range(BLOCK_N // STEP):
-        token_N = step * STEP + tl.arange(0, STEP)
-        at_NO = token_N[:, None] * O + col_O[None, :]
-        inside = (token0 + token_N < N)[:, None] & (col_O < O)[None, :]
-        g_NO = tl.load(g + start + at_NO, mask=inside, other=0).to(tl.float32)
-        y_NO = tl.load(y + start + at_NO, mask=inside, other=0).to(tl.float32)
-        sum_NO = tl.fma(g_NO, y_NO, sum_NO)
-    at_O = tl.program_id(1).to(tl.int64) * O + col_O
-    tl.store(part + at_O, tl.reduce(sum_NO, 0, _add), mask=col_O < O)
-
-
 def _stored_constants(weight: StoredWeight) -> dict[str, Any]:
     per_byte = codes_per_byte(weight.table)
     together = math.gcd(8, weight.shape[1], weight.block_size)
@@ -207,6 +188,7 @@ def adapted_tile(
     a_RI: torch.Tensor | None,
     b_OR: torch.Tensor | None,
     scale: float,
+    factor: float,
 ) -> torch.Tensor:
     """As in `reference`."""
     inputs = weight.shape[1]
@@ -226,6 +208,7 @@ def adapted_tile(
         weight.values.shape[1],
         *strides,
         scale,
+        factor if s_O is not None or factor != 1 else None,
         BLOCK_O=TILE_ROWS,
         BLOCK_I=TILE_COLUMNS,
         num_warps=TILE_WARPS,
@@ -260,24 +243,3 @@ def row_norm(
         **_stored_constants(weight),
     )
     return norm_O
-
-
-def column_dot(g_NO: torch.Tensor, y_NO: torch.Tensor) -> torch.Tensor:
-    """As in `reference`."""
-    tokens, outputs = g_NO.shape
-    splits = triton.cdiv(tokens, DOT_TOKENS)
-    part = torch.empty(splits, outputs, dtype=torch.float32, device=g_NO.device)
-    if part.numel():
-        column_dot_kernel[triton.cdiv(outputs, DOT_COLUMNS), splits](
-            part,
-            g_NO.contiguous(),
-            y_NO.contiguous(),
-            tokens,
-            outputs,
-            BLOCK_N=DOT_TOKENS,
-            STEP=DOT_STEP,
-            BLOCK_O=DOT_COLUMNS,
-            num_warps=DOT_WARPS,
-            enable_fp_fusion=False,
-        )
-    return part[0] if splits == 1 else part.sum(0)

@@ -53,8 +53,8 @@ def correctness(setup: Setup, figures: Figures) -> None:
                     checked |= _check_bits(weight, w_OI)
                 name = f"{quantization}{' double' if double else ''} {shape[0]}x{shape[1]}, r {r}"
                 rows += [_row(what, name, *found) for what, found in checked.items()]
-    with attempt(figures, "column_dot"):
-        _check_column_dot(setup, rows)
+    with attempt(figures, "output_gradients"):
+        _check_gradients(setup, rows)
     kept = figures["kept"] = []
     for method in METHODS:
         for trained, dropout in ((0.0, 0.0), (0.0, 0.1), (0.05, 0.0)):
@@ -97,14 +97,28 @@ def _check_bits(weight: FrozenWeight, w_OI: torch.Tensor) -> dict[str, tuple[flo
     return found
 
 
-def _check_column_dot(setup: Setup, rows: list[dict[str, Any]]) -> None:
+def _check_gradients(setup: Setup, rows: list[dict[str, Any]]) -> None:
     torch.manual_seed(0)
+    device, r, scale = setup.device, 16, 0.7
     for tokens, outputs in ((setup.size.tokens, setup.size.shapes[0][0]), (37, 257)):
-        g_NO, y_NO = (torch.randn(tokens, outputs, device=setup.device, dtype=COMPUTE) for _ in range(2))
-        first, second = kernels.column_dot(g_NO, y_NO), kernels.column_dot(g_NO, y_NO)
-        of, exact = f"{tokens}x{outputs}", (g_NO.double() * y_NO.double()).sum(0)
-        rows.append(_row("column_dot", of, _error(first, exact), 1e-5))
-        rows.append(_row("column_dot, unlike at a second call", of, float((first != second).sum()), 0.0))
+        g_NO, y_NO, h_NR = (
+            torch.randn(tokens, n, device=device, dtype=COMPUTE) for n in (outputs, outputs, r)
+        )
+        m_O, s_O = (torch.rand(outputs, device=device) + 0.5 for _ in range(2))
+        of = f"{tokens}x{outputs}"
+        exact = {
+            "magnitude": (g_NO.double() * y_NO.double()).sum(0) / m_O.double(),
+            "B": scale * s_O.double()[:, None] * (g_NO.double().T @ h_NR.double()),
+        }
+        first, second = (kernels.output_gradients(g_NO, y_NO, m_O, h_NR, s_O, scale) for _ in range(2))
+        # The reference, which computes where there is no kernel, rounds the product for B to 16 bits.
+        bounds = (1e-5, 1e-5 if kernels.available(device) else 2 * torch.finfo(COMPUTE).eps)
+        for what, got, again, bound in zip(exact, first, second, bounds, strict=True):
+            assert got is not None
+            assert again is not None
+            rows.append(_row(f"gradient of {what}", of, _error(got, exact[what]), bound))
+            unlike = float((got != again).sum())
+            rows.append(_row(f"gradient of {what}, unlike at a second call", of, unlike, 0.0))
 
 
 def _measure_kept(

@@ -62,9 +62,10 @@ def _works(setup: Setup, shape: tuple[int, int]) -> Mapping[str, tuple[Callable[
     theirs = linear_4bit(w_OI, COMPUTE)
     a_RI, b_OR = (torch.randn(s, device=device, dtype=COMPUTE) * STD for s in ((R, inputs), (outputs, R)))
     s_O = torch.rand(outputs, device=device) + 0.5
-    x_NI, g_NO, y_NO = (
-        torch.randn(tokens, n, device=device, dtype=COMPUTE) for n in (inputs, outputs, outputs)
+    x_NI, g_NO, y_NO, h_NR = (
+        torch.randn(tokens, n, device=device, dtype=COMPUTE) for n in (inputs, outputs, outputs, R)
     )
+    sums = 4 * tokens * outputs + 2 * tokens * R + 4 * (R + 1) * outputs
     # Half a byte a code, one a block of 64 and four a block of 256 of those; the factors once.
     read = outputs * inputs // 2 + outputs * inputs // 64 + 2 * R * (outputs + inputs)
     written = 2 * outputs * inputs
@@ -78,10 +79,17 @@ def _works(setup: Setup, shape: tuple[int, int]) -> Mapping[str, tuple[Callable[
         "tile W": (lambda: kernels.adapted_tile(stored, all_rows, COMPUTE), read + written),
         "bitsandbytes W": (lambda: dequantize(theirs, COMPUTE), read + written),
         "row_norm": (lambda: kernels.row_norm(stored, **factors), read),
-        "column_dot": (lambda: kernels.column_dot(g_NO, y_NO), 4 * tokens * outputs),
-        "torch column_dot": (
-            lambda: torch.linalg.vecdot(g_NO.float(), y_NO.float(), dim=0),
-            4 * tokens * outputs,
+        "row_scale": (
+            lambda: kernels.row_scale(s_O, s_O, s_O, b_OR, 1.8, COMPUTE),
+            20 * outputs + 4 * R * outputs,
+        ),
+        "output_gradients": (lambda: kernels.output_gradients(g_NO, y_NO, s_O, h_NR, s_O, SCALE), sums),
+        "torch output_gradients": (
+            lambda: (
+                torch.linalg.vecdot(g_NO.float(), y_NO.float(), dim=0),
+                (h_NR.T @ g_NO).T * s_O[:, None],
+            ),
+            sums,
         ),
         "product x W": (lambda: torch.mm(x_NI, w_OI.T), 2 * tokens * (inputs + outputs) + written),
     }

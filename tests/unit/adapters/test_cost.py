@@ -8,9 +8,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qdora.adapters import kernels, product
 from qdora.adapters.layer import AdaptedLinear
+from qdora.planner.internals import fake_tensors
 from qdora.quant import base as tiling
 from tests.axes import METHODS, adapter_config
+from tools import gpu_account
 
 from .oracle import move_off_the_identity
 
@@ -160,3 +163,14 @@ def test_changing_the_output_in_place_is_an_error_and_no_wrong_gradient():
     y += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize(("dora", "most"), [(True, 11), (False, 9)], ids=["qdora", "qlora"])
+def test_launches_of_a_layer_on_a_gpu(dora, most, monkeypatch):
+    """Catches: an operator on vectors or rank-sized matrices beside the kernels, as dear to the host."""
+    monkeypatch.setitem(tiling.TILE_BYTES, "cpu", tiling.TILE_BYTES["cuda"])
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    monkeypatch.setattr(product, "mm_wide", gpu_account.mm_wide)
+    with fake_tensors():
+        counted = gpu_account.account((1024, 4096), 512, dora)
+    assert counted.launches <= most, counted.names

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.knobs import nvidia  # noqa: E402
 
-from qdora.adapters.kernels import triton_kernels  # noqa: E402
+from qdora.adapters.kernels import triton_gradients, triton_kernels  # noqa: E402
 
 POINTERS = {
     torch.uint8: "*u8",
@@ -97,15 +97,32 @@ def launches() -> dict[str, tuple[str, Any]]:
         label = f"{name} {'double' if double else 'single'} {dtype} {rank}".replace("torch.", "")
         found[f"tile {label}"] = (
             "adapted_tile_kernel",
-            lambda stored=stored, dtype=dtype, factors=factors: tile(stored, *rows, dtype, s_O, *factors),
+            lambda stored=stored, dtype=dtype, factors=factors: tile(
+                stored, *rows, dtype, s_O, *factors, 1.8
+            ),
         )
         if dtype == bf16:
             found[f"norm {label}"] = (
                 "row_norm_kernel",
                 lambda stored=stored, factors=factors: norm(stored, *factors),
             )
-    g_NO = empty(2048, 4096)
-    found["dot bfloat16"] = ("column_dot_kernel", lambda: triton_kernels.column_dot(g_NO, g_NO))
+    for rank, dtype in ((0, bf16), (16, bf16), (64, bf16), (16, f32)):
+        g_NO, h_NR = empty(2048, SHAPE[0], dtype=dtype), empty(2048, rank, dtype=dtype) if rank else None
+        for kernel in ("output_sums_kernel", "output_gradients_kernel"):
+            found[f"{kernel} {dtype} r{rank}".replace("torch.", "")] = (
+                kernel,
+                lambda g_NO=g_NO, h_NR=h_NR: triton_gradients.output_gradients(
+                    g_NO, g_NO, s_O, h_NR, s_O, 2.0
+                ),
+            )
+    for dtype in (bf16, f32):
+        b_OR, offset_O = empty(SHAPE[0], 16, dtype=dtype), empty(SHAPE[0], dtype=dtype)
+        found[f"row_scale {dtype}".replace("torch.", "")] = (
+            "row_scale_kernel",
+            lambda b_OR=b_OR, offset_O=offset_O: triton_gradients.row_scale(
+                s_O, s_O, offset_O, b_OR, 1.8, bf16
+            ),
+        )
     return found
 
 
@@ -117,9 +134,13 @@ LAUNCHES = launches()
 def test_nothing_spills(name, capability, monkeypatch, tmp_path, record_property):
     """Catches: block sizes that do not fit the registers, Triton that refuses the source."""
     kernel, launch = LAUNCHES[name]
-    recorder = Recorder(getattr(triton_kernels, kernel))
-    monkeypatch.setattr(triton_kernels, kernel, recorder)
+    recorders = {}
+    for module in (triton_kernels, triton_gradients):
+        for each in [each for each in vars(module) if each.endswith("_kernel")]:
+            recorders[each] = Recorder(getattr(module, each))
+            monkeypatch.setattr(module, each, recorders[each])
     launch()
+    recorder = recorders[kernel]
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(recorder.compile(capability).asm["cubin"])
     done = subprocess.run(

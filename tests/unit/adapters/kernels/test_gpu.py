@@ -70,15 +70,44 @@ def test_row_norm(case: Case):
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(1, 7), (301, 65), (2048, 4096), (513, 14336)], ids=str)
-def test_column_dot(shape, dtype):
-    """Catches: sums by atomics, whose last bits change from call to call."""
+@pytest.mark.parametrize("rank", [1, 16, 70])
+@pytest.mark.parametrize("shape", [(1, 7), (301, 65), (2048, 4096), (4099, 513), (513, 14336)], ids=str)
+def test_output_gradients(shape, rank, dtype):
+    """Catches: sums by atomics, whose last bits change from call to call; a product rounded to 16 bits."""
     generator = torch.Generator("cuda").manual_seed(5)
-    g_NO, y_NO = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(2))
-    exact = g_NO.double() * y_NO.double()
-    result = kernels.column_dot(g_NO, y_NO)
-    assert_within(result, (exact.sum(0), exact.abs().sum(0) * 41 * EPSILON))
-    assert torch.equal(result, kernels.column_dot(g_NO, y_NO))
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device="cuda")
+
+    g_NO, y_NO, h_NR = draw(*shape).to(dtype), draw(*shape).to(dtype), draw(shape[0], rank).to(dtype)
+    m_O, s_O = draw(shape[1]).abs() + 0.5, draw(shape[1]).abs() + 0.5
+    grad_O, grad_OR = kernels.output_gradients(g_NO, y_NO, m_O, h_NR, s_O, 0.7)
+    assert grad_O is not None
+    assert grad_OR is not None
+    exact = g_NO.double() * y_NO.double() / m_O.double()
+    assert_within(grad_O, (exact.sum(0), exact.abs().sum(0) * 300 * EPSILON))
+    rows = 0.7 * s_O.double()[:, None]
+    exact, size = g_NO.double().T @ h_NR.double(), g_NO.double().abs().T @ h_NR.double().abs()
+    assert_within(grad_OR, (rows * exact, rows * size * (3 + min(shape[0], 1024)) * EPSILON))
+    again = kernels.output_gradients(g_NO, y_NO, m_O, h_NR, s_O, 0.7)
+    assert again[0] is not None
+    assert again[1] is not None
+    assert torch.equal(grad_O, again[0])
+    assert torch.equal(grad_OR, again[1])
+
+
+@pytest.mark.parametrize("rank", [1, 16, 70])
+def test_row_scale(rank):
+    """Catches: an offset of 16 bits that is rounded with the sum; an approximate division; B cut off."""
+    generator = torch.Generator("cuda").manual_seed(5)
+    norm_O, initial_O = (torch.rand(4099, generator=generator, device="cuda") + 0.5 for _ in range(2))
+    offset_O = (torch.randn(4099, generator=generator, device="cuda") * 1e-2).to(BF16)
+    b_OR = torch.randn(4099, rank, generator=generator, device="cuda").to(BF16)
+    m_O, s_O, b_scaled_OR = kernels.row_scale(norm_O, initial_O, offset_O, b_OR, 1.75, BF16)
+    assert torch.equal(m_O, initial_O + offset_O)
+    assert torch.equal(s_O, m_O / norm_O)
+    assert b_scaled_OR is not None
+    assert torch.equal(b_scaled_OR, (b_OR * (s_O * 1.75)[:, None]).to(BF16))
 
 
 def test_compiled_code_calls_the_kernels():

@@ -24,14 +24,20 @@ def test_operators_keep_torchs_rules(case: Case):
     layer = make(case)
     update = (layer.a_RI, layer.b_OR, layer.scale)
     torch.library.opcheck(
-        ops_qdora.adapted_tile.default, (*layer.weight, 1, 9, torch.bfloat16, layer.s_O, *update)
+        ops_qdora.adapted_tile.default, (*layer.weight, 1, 9, torch.bfloat16, layer.s_O, *update, 1.8)
     )
     torch.library.opcheck(
-        ops_qdora.adapted_tile.default, (*layer.weight, 2, 5, torch.float64, None, None, None, 1.0)
+        ops_qdora.adapted_tile.default, (*layer.weight, 2, 5, torch.float64, None, None, None, 1.0, 1.0)
     )
     torch.library.opcheck(ops_qdora.row_norm.default, (*layer.weight, *update))
     torch.library.opcheck(ops_qdora.row_norm.default, (*layer.weight, None, None, 1.0))
-    torch.library.opcheck(ops_qdora.column_dot.default, (layer.b_OR, layer.b_OR))
+    s_O, g_NO = layer.s_O, layer.b_OR.T
+    for b_OR in (layer.b_OR, None):
+        torch.library.opcheck(ops_qdora.row_scale.default, (s_O, s_O, s_O, b_OR, 1.8, torch.bfloat16))
+    h_NR = g_NO[:, :4].clone()
+    for y_NO, m_O, h in ((g_NO, s_O, h_NR), (g_NO, s_O, None), (None, None, h_NR)):
+        torch.library.opcheck(ops_qdora.output_gradients.default, (g_NO, y_NO, m_O, h, s_O, 2.0))
+    torch.library.opcheck(ops_qdora.output_gradients.default, (g_NO, None, None, h_NR, None, 1.0))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -54,8 +60,19 @@ def test_fake_tensors_have_the_shapes(name: str, device: str):
         assert (tuple(tile.shape), tile.dtype, tile.device.type) == ((32, 200), torch.bfloat16, device)
         norm_O = kernels.row_norm(weight, a_RI, b_OR)
         assert (tuple(norm_O.shape), norm_O.dtype, norm_O.device.type) == ((48,), torch.float32, device)
-        dot_O = kernels.column_dot(b_OR, b_OR)
-        assert (tuple(dot_O.shape), dot_O.dtype, dot_O.device.type) == ((3,), torch.float32, device)
+        m_O, s_O, b_scaled_OR = kernels.row_scale(norm_O, norm_O, norm_O, b_OR, 1.8, torch.bfloat16)
+        h_NR = torch.empty(3, 7, device=device)
+        grad_O, grad_OR = kernels.output_gradients(b_OR.T, b_OR.T, m_O, h_NR, s_O, 2.0)
+        made = [
+            (m_O, (48,), torch.float32),
+            (s_O, (48,), torch.float32),
+            (b_scaled_OR, (48, 3), torch.bfloat16),
+            (grad_O, (48,), torch.float32),
+            (grad_OR, (48, 7), torch.float32),
+        ]
+        for tensor, shape, dtype in made:
+            assert tensor is not None
+            assert (tuple(tensor.shape), tensor.dtype, tensor.device.type) == (shape, dtype, device)
     if name != "none":
         assert type(code_values(name, torch.device("cpu"))) is torch.Tensor
 
@@ -85,8 +102,9 @@ def test_the_package_does_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from qdora.adapters.kernels import column_dot\n"
-        "assert column_dot(torch.ones(3, 2), torch.full((3, 2), 2.0)).tolist() == [6.0, 6.0]\n"
+        "from qdora.adapters.kernels import output_gradients\n"
+        "g, y, m = torch.ones(3, 2), torch.full((3, 2), 2.0), torch.full((2,), 0.5)\n"
+        "assert output_gradients(g, y, m, None, None, 1.0)[0].tolist() == [12.0, 12.0]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
