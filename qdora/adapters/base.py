@@ -271,6 +271,8 @@ def widened(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`stored.to(dtype)`, but the gradient keeps `dtype`; `Tensor.to` would round it back."""
     if stored.dtype == dtype:
         return stored
+    if not torch.is_grad_enabled():
+        return stored.to(dtype)
     result: torch.Tensor = _Widened.apply(stored, dtype)  # type: ignore[no-untyped-call]
     return result
 

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.adapters import kernels
 from qdora.adapters.base import AdapterModule, Factors, adapter_parameter, full_tensor
+from qdora.adapters.kernels import native
 from qdora.quant.base import FrozenWeight
 
 
@@ -101,7 +102,10 @@ def factored_norm(
     Returns: (O,)
     """
     dtype = w2_O.dtype
-    a_RI, b_OR, wa_OR = a_RI.to(dtype), b_OR.to(dtype), wa_OR.to(dtype)
+    a_RI = a_RI.to(dtype)
+    if b_OR.shape[1] <= native.MAX_RANK and native.takes((w2_O, a_RI), (wa_OR, b_OR)):
+        return native.factored_norm(w2_O, wa_OR, a_RI @ a_RI.T, b_OR, scale)
+    b_OR, wa_OR = b_OR.to(dtype), wa_OR.to(dtype)
     # Both terms share the factor c B: rowsum((2 W Aᵀ + c B (A Aᵀ)) ∘ B) is one product and one sum.
     slope_OR = torch.addmm(wa_OR, b_OR, a_RI @ a_RI.T, beta=2, alpha=scale)
     norm2_O = torch.add(w2_O, torch.linalg.vecdot(slope_OR, b_OR), alpha=scale)

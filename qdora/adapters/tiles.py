@@ -8,6 +8,7 @@ import torch
 
 from qdora.adapters import kernels
 from qdora.adapters.base import Factors
+from qdora.adapters.kernels import native
 from qdora.quant.base import FrozenWeight, rows_per_tile
 
 OFF_GRID = 1.841
@@ -50,7 +51,7 @@ def adapted_tiles(
     stored = weight.stored() if has_kernels(dtype, weight.device) else None
     if stored is None or (stored.table is None and s_O is None and update is None):
         assert update is None
-        yield from weight.tiles(dtype, s_O if s_O is None or factor == 1 else s_O * factor)
+        yield from _tiles_without_kernels(weight, dtype, s_O, factor)
         return
     a_RI, b_OR, scale = (None, None, 1.0) if update is None else (update.a_RI, update.b_OR, update.scale)
     step = rows_per_tile(weight.out_features, weight.in_features, dtype, weight.device)
@@ -62,3 +63,19 @@ def adapted_tiles(
                 stored, rows, dtype, s_O=s_O, a_RI=a_RI, b_OR=b_OR, scale=scale, factor=factor
             ),
         )
+
+
+def _tiles_without_kernels(
+    weight: FrozenWeight, dtype: torch.dtype, s_O: torch.Tensor | None, factor: float
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    stored = weight.stored() if dtype in native.DTYPES else None
+    if stored is None or stored.table is None or not native.takes((s_O, stored.table), codes=[stored.values]):
+        yield from weight.tiles(dtype, s_O if s_O is None or factor == 1 else s_O * factor)
+        return
+    step = rows_per_tile(weight.out_features, weight.in_features, dtype, weight.device)
+    # One for all tiles, which stays in the caches.
+    tile = torch.empty(step, weight.in_features, dtype=dtype)
+    for start in range(0, weight.out_features, step):
+        rows = slice(start, min(start + step, weight.out_features))
+        native.write_tile(tile[: rows.stop - start], stored, start, rows.stop, s_O, factor)
+        yield rows, tile[: rows.stop - start]

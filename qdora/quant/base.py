@@ -131,7 +131,8 @@ class FrozenWeight(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where the stored bytes are."""
-        return next(self.parameters()).device
+        # Asked for in every pass: `parameters()` walks over submodules, of which there are none.
+        return next(p.device for p in self._parameters.values() if p is not None)
 
     @property
     def norm_dtype(self) -> torch.dtype:

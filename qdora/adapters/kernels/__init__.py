@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from qdora.adapters.kernels import ops
+from qdora.adapters.kernels import native, ops, reference
 from qdora.quant.base import StoredWeight
 
 available = ops.available
@@ -82,6 +82,8 @@ def row_scale(
         dtype: of f s B, which is rounded once.
     Returns: m and s, (O,) at least float32; (O, R), None where there is no B.
     """
+    if dtype in native.DTYPES and native.takes((norm_O, initial_O), (offset_O, b_OR)):
+        return native.row_scale(norm_O, initial_O, offset_O, b_OR, factor, dtype)
     m_O, s_O, b_scaled_OR = _scale(norm_O, initial_O, offset_O, b_OR, factor, dtype)
     return m_O, s_O, None if b_OR is None else b_scaled_OR
 
@@ -107,5 +109,13 @@ def output_gradients(
         scale: c.
     Returns: (O,) and (O, R) in float32, float64 where an operand is; None for what was not asked for.
     """
+    if (
+        y_NO is not None
+        and m_O is not None
+        and y_NO.dtype == g_NO.dtype
+        and native.takes((m_O,), (g_NO, y_NO))
+    ):
+        grad_OR = None if h_NR is None else reference.output_gradients(g_NO, None, None, h_NR, s_O, scale)[1]
+        return native.magnitude_gradient(g_NO, y_NO, m_O), grad_OR
     grad_O, grad_OR = _gradients(g_NO, y_NO, m_O, h_NR, s_O, scale)
     return None if y_NO is None else grad_O, None if h_NR is None else grad_OR

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from qdora.adapters import product
 from qdora.adapters.dropout import keep_mask
+from qdora.adapters.kernels import native
 from qdora.adapters.layer import AdaptedLinear
 from qdora.quant import base as tiling
 from qdora.quant.dense import DenseWeight
@@ -37,6 +38,14 @@ def test_every_combination_of_the_axes_is_tested():
     assert set(axes) == expected - {("none", None, False), ("nf4", None, False)}
 
 
+@pytest.fixture(params=["functions", "torch"])
+def on_a_cpu(request, monkeypatch):
+    """What computes beside the products: the compiled functions, or torch, as without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_library", lambda: None)
+
+
+@pytest.mark.usefixtures("on_a_cpu")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("method", "norm"), COMBINATIONS)
 def test_float32_matches_the_closed_form(method, norm, bias):
@@ -73,6 +82,7 @@ def test_float64_is_exact(method, norm, float64_norms):
     assert_close(gradients(layer, x, g), expected_gradients(layer, x, g, exact=norm == "exact"), 1e-10)
 
 
+@pytest.mark.usefixtures("on_a_cpu")
 @pytest.mark.parametrize(("method", "norm"), COMBINATIONS)
 def test_bfloat16_inputs(method, norm):
     """Catches: sums over many terms held in bfloat16."""

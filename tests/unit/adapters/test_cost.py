@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qdora.adapters import kernels, product
+from qdora.adapters.kernels import native
 from qdora.adapters.layer import AdaptedLinear
 from qdora.planner.internals import fake_tensors
 from qdora.quant import base as tiling
@@ -55,7 +56,9 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
+    """Tiles of 64 rows, all of whose work is seen: the functions for CPUs are no operators of torch."""
     monkeypatch.setitem(tiling.TILE_BYTES, "cpu", TILE_ROWS * INPUTS * 4)
+    monkeypatch.setattr(native, "_library", lambda: None)
 
 
 def make_layer(method: str, **changes) -> AdaptedLinear:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qdora.adapters import magnitude as algebra
+from qdora.adapters.kernels import native
 from qdora.adapters.layer import AdaptedLinear
 from qdora.config import TrainingConfig
 from qdora.training.optimizer import AdapterOptimizer
@@ -87,6 +88,9 @@ def test_forward_computes_the_norm_without_a_second_dequantization(monkeypatch):
     """Catches: the weight dequantized twice in a forward with a stale norm, as PEFT does."""
     layer = move_off_the_identity(make_layer())
     passes: list[int] = []
+    monkeypatch.setattr(
+        native, "_library", lambda: None
+    )  # as without a compiler; it reads the codes as often
     original = type(layer.base).tiles
 
     def counting(self, *arguments):
