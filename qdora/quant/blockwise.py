@@ -33,6 +33,8 @@ SCALES_PER_BLOCK = 256
 CODE_BOOK = 256
 """Entries of the code book of the second quantization."""
 
+_CACHED = 1 << 17
+"""Values that a CPU quantizes at a time."""
 _COMPILE = "TORCHDYNAMO_DISABLE"
 _on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
 
@@ -240,8 +242,8 @@ class BlockwiseWeight(FrozenWeight):
         count, device, block_size = values.numel(), values.device, self.block_size
         packed = torch.empty(count // self.codes_per_byte, dtype=torch.uint8, device=device)
         scales = torch.empty(-(-count // block_size), dtype=torch.float32, device=device)
-        # By tiles, since the CPU kernel holds several float32 copies of what it is given.
-        budget = TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // torch.float32.itemsize
+        # By tiles, since there are several float32 copies of what is quantized; a core's cache holds them.
+        budget = TILE_BYTES["cuda"] // torch.float32.itemsize if device.type != "cpu" else _CACHED
         step = max(block_size, budget // block_size * block_size)
         for start in range(0, count, step):
             codes, tile_scales = self.quantize_block_values(values[start : start + step].contiguous())
