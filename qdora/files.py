@@ -16,13 +16,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from qdora.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 TEMPORARY = ".tmp-"
 """Behind `.NAME`, before a random end: what is being written, and is removed at the next write of NAME."""
@@ -98,6 +99,8 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
     The library writes metadata in an order that changes from call to call.
     """
+    from safetensors.torch import save_file  # with torch
+
     save_file(dict(tensors), path, dict(metadata))
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")

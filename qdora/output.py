@@ -86,6 +86,17 @@ def check_file(path: str | None, option: str) -> Path | None:
     return Path(path)
 
 
+def check_output(directory: Path, overwrite: bool) -> None:
+    """Raises: InputError: an export cannot be written there, or would replace something unasked."""
+    check_writable(directory, f"the output {directory}")
+    if os.path.ismount(directory):
+        raise InputError(
+            f"the output {directory} is a mount point, which is not replaced; name a folder in it"
+        )
+    if directory.exists() and not overwrite and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: already exists and is not empty; choose another or pass --overwrite")
+
+
 @contextmanager
 def _made(folder: Path, name: str) -> Iterator[None]:
     """Make a folder with its parents; those that are still empty after the block are removed again."""

@@ -1,4 +1,4 @@
-"""What a process takes of its machine: CPU threads, and memory of the C heap.
+"""What a process takes of its machine: CPU threads, memory of the C heap, and sizes as people write them.
 
 All threads of a step wait for the slowest, so one that waits for a core costs more than it brings: a command
 takes as many as there are idle cores, and says so if others use them later: docs/performance.md has figures.
@@ -10,12 +10,12 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import sys
 import time
 from functools import cache
 
 import psutil
-import torch
 
 from qdora.errors import InputError
 
@@ -54,6 +54,8 @@ def choose_threads(asked: int | None) -> None:
                 f"(--threads or {VARIABLE} sets another number)",
                 file=sys.stderr,
             )
+    import torch
+
     torch.set_num_threads(threads)
     os.environ[VARIABLE] = str(threads)
 
@@ -172,3 +174,36 @@ def keep_freed_memory() -> None:
 @cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)  # the symbols of this process, which is linked to the C library
+
+
+_UNITS = {"B": 1} | {
+    f"{prefix}{binary}B": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("KMGT", start=1)
+    for binary in ("", "i")
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of "24GiB" (2**30 each) or "24GB" (10**9 each).
+
+    Args:
+        option: its name in the error.
+    Raises: InputError: not a number with a unit, or 0.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit = None if match is None else next((u for u in _UNITS if u.lower() == match[2].lower()), None)
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise InputError(
+            f"{option} {text!r}: expected a size above 0 with its unit, 24GiB (24 * 2**30 bytes) or 24GB "
+            f"(24 * 10**9 bytes); allowed units: {', '.join(_UNITS)}"
+        )
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def show_size(count: int) -> str:
+    """Bytes in the binary unit that fits."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if count >= _UNITS[unit]:
+            return f"{count / _UNITS[unit]:.2f} {unit}"
+    return f"{count} B"

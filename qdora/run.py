@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qdora.config import RunConfig
 from qdora.config_file import apply_overrides, check_config, dump_config, load_config
 from qdora.errors import InputError
@@ -197,6 +195,8 @@ def git_commit() -> str | None:
 
 def machine() -> dict[str, Any]:
     """Processor, cores in use and accelerators."""
+    import torch
+
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -6,19 +6,22 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import modules
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from qdora.config import AdapterConfig, ModelConfig
 from qdora.errors import InputError
 from qdora.export.write import merged_tensors
 from qdora.run import machine, package_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def peft_module() -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.benchmark.peers import (
@@ -27,6 +26,9 @@ from qdora.models.load import compute_dtype, load_model
 from qdora.models.sources import open_checkpoint
 from qdora.training.loss import completion_loss
 from qdora.training.optimizer import AdapterOptimizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PAIRS = (("qdora", "peft qdora"), ("qdora", "peft qlora"))
 """Arms and peers whose ratio of times is reported."""

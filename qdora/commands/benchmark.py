@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,71 +28,30 @@ from qdora.commands.train import read_inputs
 from qdora.config import AdapterConfig, RunConfig
 from qdora.config_file import load_config
 from qdora.data.batches import Batch, BatchPlan, collate
-from qdora.errors import InputError, suggest
+from qdora.errors import InputError
 from qdora.files import read_json, write_json
 from qdora.models.load import compute_dtype, resolve_device
-from qdora.output import check_file
 from qdora.quant.base import TILE_BYTES
 from qdora.resources import keep_freed_memory
 
-TIME_LIMIT = 450
-"""Seconds of the stages of `gpu`: with its imports it takes less than eight minutes."""
 GRACE = 15.0
 """Seconds after the time limit in which a stage must come to its end."""
-_GO_ON = "--go-on"
-_OPTIONS: Mapping[str, tuple[tuple[str, ...], Any]] = {
-    "rounds": (("layer", "train"), None),
-    "dtype": (("layer", "train"), "float32"),
-    "tile_mib": (("layer", "train"), None),
-    "r": (("layer",), 16),
-    "dropout": (("layer",), 0.0),
-    "shapes": (("layer",), "all"),
-    "config": (("train",), "configs/quickstart.yaml"),
-    "set": (("train",), ()),
-    "time_limit": (("gpu",), TIME_LIMIT),
-    "stages": (("gpu",), None),
-    "model": (("gpu",), None),
-    "size": (("gpu",), None),
-}
-"""Options that not every measurement has: those that do, and the default."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument(
-        "what",
-        choices=("layer", "train", "gpu"),
-        help="one layer, a full training step, or all that there is to measure on a GPU",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write every figure there as well; gpu: as stages end")
-    parser.add_argument("--rounds", type=int, help="rounds that count (layer: 40 small, 10 large; train: 7)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
-    dtypes = ("auto", "float32", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, help="compute dtype of all arms (default: float32)")
-    parser.add_argument("--tile-mib", type=float, help="MiB of a tile of W, instead of the device's own")
-    parser.add_argument("--r", type=int, help="layer: rank (default: 16)")
-    parser.add_argument("--dropout", type=float, help="layer: on the low-rank branch (default: 0)")
-    shapes = ("all", "large", "small")
-    parser.add_argument("--shapes", choices=shapes, help="layer: LLaMA-7B's, SmolLM2's, or both (default)")
-    parser.add_argument(
-        "--config", help="train: model, adapter and data of this run (default: the quickstart)"
-    )
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="train: override one key")
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="gpu: of all stages together")
-    parser.add_argument("--stages", metavar="A,B", help=f"gpu: some of {','.join(STAGES)} (default: all)")
-    parser.add_argument("--model", metavar="FILE", help="gpu: the 135M model's GGUF file, for the demo")
-    parser.add_argument("--size", choices=tuple(SIZES), help="gpu: full (default on a GPU), or toy")
-    parser.add_argument(_GO_ON, action="store_true", help=argparse.SUPPRESS)
+def run(arguments: argparse.Namespace, figures: Path | None) -> int:
+    """Measure; 1 where a stage failed.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Entry of the command; 1 where a stage failed."""
-    _refuse_foreign_options(arguments)
+    Args:
+        arguments: of the command, checked.
+        figures: JSON file to write.
+    Raises: InputError: this machine has not what was asked for.
+    """
     peft_module()
-    _check(arguments)
-    figures = check_file(arguments.json, "--json")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no CUDA device; allowed: auto, cpu")
     device = resolve_device(arguments.device)
     if arguments.what == "gpu":
+        assert figures is not None, "it was asked for"
         return _gpu(arguments, device, figures)
     dtype = compute_dtype(arguments.dtype, device)
     keep_freed_memory()  # for PEFT's arms as well
@@ -106,44 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_foreign_options(arguments: argparse.Namespace) -> None:
-    """Give options their defaults; one of another measurement would be ignored.
-
-    Raises: InputError: there is one, with the measurements that have it.
-    """
-    for name, (of, default) in _OPTIONS.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, default)
-        elif arguments.what not in of:
-            option = name.replace("_", "-")
-            raise InputError(f"benchmark {arguments.what} has no --{option}; only {' and '.join(of)}")
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    if arguments.r < 1 or not 0 <= arguments.dropout < 1:
-        raise InputError(
-            f"--r {arguments.r} --dropout {arguments.dropout}; "
-            "allowed: r 1 or more, dropout at least 0, below 1"
-        )
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: there is no CUDA device; allowed: auto, cpu")
-    if arguments.rounds is not None and arguments.rounds < 1:
-        raise InputError(f"--rounds {arguments.rounds}; allowed: 1 or more")
-    if arguments.tile_mib is not None and arguments.tile_mib <= 0:
-        raise InputError(f"--tile-mib {arguments.tile_mib}; allowed: above 0")
-
-
-def _gpu(arguments: argparse.Namespace, device: torch.device, file: Path | None) -> int:
-    names = _stage_names(arguments.stages)
+def _gpu(arguments: argparse.Namespace, device: torch.device, file: Path) -> int:
     size = arguments.size or ("full" if device.type == "cuda" else "toy")
-    if file is None:
-        raise InputError("gpu needs --json FILE: each stage is written there as it ends")
-    if not arguments.time_limit > 0:
-        raise InputError(f"--time-limit {arguments.time_limit}; allowed: seconds, above 0")
     if size == "full" and device.type != "cuda":
         raise InputError("--size full needs a CUDA device; allowed here: toy")
-    if arguments.model is not None and not Path(arguments.model).is_file():
-        raise InputError(f"--model {arguments.model}: there is no such file; expected the 135M model's GGUF")
     if not (ROOT / "launch" / "train.py").is_file():
         raise InputError("gpu runs the scripts in launch/ and the tests; start it in a source checkout")
     machine = describe_machine(device)
@@ -157,7 +82,7 @@ def _gpu(arguments: argparse.Namespace, device: torch.device, file: Path | None)
 
     def restart(left: list[str]) -> None:
         """Go on with the other stages in a new process: this one has lost the device."""
-        words = ["gpu", "--json", str(file), "--size", size, "--device", arguments.device, _GO_ON]
+        words = ["gpu", "--json", str(file), "--size", size, "--device", arguments.device, "--go-on"]
         words += ["--stages", ",".join(left), "--time-limit", str(setup.clock.left)]
         words += ["--model", arguments.model] if arguments.model else []
         sys.stdout.flush()
@@ -169,21 +94,12 @@ def _gpu(arguments: argparse.Namespace, device: torch.device, file: Path | None)
     with tempfile.TemporaryDirectory(prefix="qdora-gpu-") as folder:
         model = None if arguments.model is None else Path(arguments.model)
         setup = Setup(device, SIZES[size], Clock(arguments.time_limit), Path(folder), model)
-        records = run_stages({name: STAGES[name] for name in names}, setup, write, done, restart)
+        records = run_stages({name: STAGES[name] for name in arguments.stages}, setup, write, done, restart)
     faulthandler.cancel_dump_traceback_later()
     print(f"\n{machine['device']}, size {size}: goals on an H100")
     print(tabulate(goals(records, SIZES[size]), headers="keys", floatfmt=".4g", missingval="-"))
     print("\n" + tabulate([(r["stage"], r["status"], r.get("seconds")) for r in records], missingval="-"))
     return int(any(record["status"] == "failed" for record in records))
-
-
-def _stage_names(asked: str | None) -> list[str]:
-    """The stages that were asked for, in their own order."""
-    names = list(STAGES) if asked is None else [name.strip() for name in asked.split(",")]
-    for name in names:
-        if name not in STAGES:
-            raise InputError(f"--stages {asked}: there is no stage {name!r}; {suggest(name, STAGES)}")
-    return [name for name in STAGES if name in names]
 
 
 def _layers(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

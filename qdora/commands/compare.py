@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qdora.commands.train import planned_manifest, read_inputs, train
-from qdora.config_file import config_digest, dump_config, load_config, read_yaml
+from qdora.config_file import config_digest, dump_config
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores, read_reports
-from qdora.experiments.arms import ArmRun, CompareConfig, check_conditions, expand, resumed
+from qdora.experiments.arms import ArmRun, CompareConfig, check_conditions, resumed
 from qdora.experiments.report import markdown, write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
 from qdora.run import RunDirectory
@@ -29,21 +28,17 @@ SCORED = "scored.json"
 BASE = "base"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--config", required=True, help="YAML file of the comparison")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
-    parser.add_argument("--resume", action="store_true", help="continue a comparison in its output.dir")
+def compare(config: CompareConfig, runs: Sequence[ArmRun], *, resume: bool) -> None:
+    """Train and score every run, and write the report.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Entry of the command."""
-    config = load_config(arguments.config, arguments.set, CompareConfig)
-    runs = expand(read_yaml(Path(arguments.config).parent / config.base), config)
+    Args:
+        runs: of the configuration.
+        resume: continue a comparison in its output.dir.
+    """
     context = DistributedContext.from_launch()
     context.refuse_disagreement({str(run): config_digest(run.config) for run in runs})
     with context.on_main_rank(RunDirectory(config.output.dir).locked):
-        _compare(config, runs, context, resume=arguments.resume)
+        _compare(config, runs, context, resume=resume)
         context.barrier()
 
 

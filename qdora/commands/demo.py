@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from qdora.config_file import load_config
+from qdora.config import RunConfig
 from qdora.errors import InputError
 from qdora.evaluation.scores import Scores, read_reports
-from qdora.export.write import check_output
-from qdora.run import QUICKSTART, RunDirectory
+from qdora.output import check_output
+from qdora.run import RunDirectory
 from qdora.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -23,22 +23,18 @@ ROOT = Path(__file__).parents[2]
 _ONE_PROCESS = ("--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--config", default=QUICKSTART, help="run configuration")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
-    parser.add_argument("--export", default="exports/quickstart", help="folder for the merged weights")
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Entry of the command: train, evaluate before and after, export, report."""
+def check(arguments: argparse.Namespace) -> None:
+    """Raises: InputError: there is no checkout, or the export cannot be written."""
     if not (ROOT / "launch" / "train.py").is_file():
         raise InputError(
             "the demo runs the scripts in launch/; start it in a source checkout, as make demo does"
         )
     check_output(Path(arguments.export), overwrite=True)
+
+
+def demo(arguments: argparse.Namespace, config: RunConfig) -> None:
+    """Train, evaluate before and after, export, report."""
     started = time.perf_counter()
-    config = load_config(arguments.config, arguments.set)
     overrides = [word for override in arguments.set for word in ("--set", override)]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *_ONE_PROCESS]
     _step("Training", [*launch, "launch/train.py", "--config", arguments.config, *overrides])

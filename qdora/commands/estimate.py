@@ -11,52 +11,33 @@ from tabulate import tabulate
 
 from qdora.adapters.base import describe
 from qdora.config import RunConfig
-from qdora.config_file import load_config
 from qdora.distributed.launch import FsdpSettings, read_launch_file
 from qdora.errors import InputError
 from qdora.files import write_json
-from qdora.output import check_file
 from qdora.planner.advise import advise
-from qdora.planner.report import Breakdown, Estimate, parse_size, show_size
+from qdora.planner.report import Breakdown, Estimate
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
 from qdora.planner.simulate import Architecture, Launch, estimate, find_architecture
-
-RESERVE = "2GiB"
-"""Set aside on a GPU: its context, buffers of NCCL and cuBLAS, what the allocator cannot use."""
+from qdora.resources import show_size
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--config", required=True, help="YAML file of the run")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
-    parser.add_argument("--gpus", type=int, help="ranks, one a GPU (default: the launch file's, else 1)")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="of one GPU, 24GiB or 24GB: does the run fit?")
-    parser.add_argument(
-        "--reserve", default=RESERVE, metavar="SIZE", help=f"set aside on it for CUDA (default: {RESERVE})"
-    )
-    parser.add_argument(
-        "--architecture", metavar="FOLDER", help="with a config.json, instead of the one of model.path"
-    )
-    parser.add_argument(
-        "--accelerate-config",
-        metavar="FILE",
-        help="how the ranks shard the model (default: FSDP as in configs/accelerate/fsdp.yaml, with one GPU "
-        "not at all)",
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="whose kernels (default: cuda)")
-    parser.add_argument("--scaling", action="store_true", help="also: bytes and times for 2 to 1024 GPUs")
-    parser.add_argument("--plot", metavar="PNG", help="with --scaling: efficiency over the number of GPUs")
-    parser.add_argument("--json", metavar="FILE", help="write every figure there as well")
+def run(
+    arguments: argparse.Namespace,
+    config: RunConfig,
+    memory: int | None,
+    reserve: int,
+    plot: Path | None,
+    figures: Path | None,
+) -> None:
+    """Estimate and print.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Entry of the command."""
-    memory = None if arguments.gpu_memory is None else parse_size(arguments.gpu_memory, "--gpu-memory")
-    reserve = parse_size(arguments.reserve, "--reserve")
-    if arguments.plot and not arguments.scaling:
-        raise InputError("--plot goes with --scaling")
-    plot, figures = check_file(arguments.plot, "--plot"), check_file(arguments.json, "--json")
-    config = load_config(arguments.config, arguments.set)
+    Args:
+        arguments: of the command.
+        config: of the run.
+        memory: bytes of one GPU; None where it was not asked whether the run fits.
+        reserve: bytes set aside on it.
+        plot, figures: PNG and JSON file to write.
+    """
     launch = _launch(arguments, config)
     architecture = find_architecture(
         config.model, arguments.architecture, Path(arguments.config), launch.device

@@ -9,32 +9,18 @@ from tabulate import tabulate
 
 from qdora.config_file import config_digest
 from qdora.distributed.context import DistributedContext
-from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores
-from qdora.run import Target, add_target_arguments, resolve_target
+from qdora.run import Target
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    add_target_arguments(parser)
-    parser.add_argument("--data", help="json, jsonl, csv or parquet file with questions and answers")
-    parser.add_argument("--task", help="only this task of the test set")
-    parser.add_argument("--limit", type=int, help="only the first so many examples")
-    parser.add_argument("--base-only", action="store_true", help="the base model, without the adapter")
-    parser.add_argument(
-        "--output", help="folder for the reports; else the run's evaluation/, none with --data"
-    )
+def evaluate(arguments: argparse.Namespace, target: Target) -> None:
+    """Score, print the table, and write the reports where they have a place.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Entry of the command."""
-    if arguments.limit is not None:
-        arguments.set.append(f"evaluation.limit={arguments.limit}")
-    without_run = arguments.model and not arguments.run
-    if without_run and not arguments.data and not any(s.startswith("data.test") for s in arguments.set):
-        raise InputError("without --run, name a data file with --data")
-    target = resolve_target(arguments, data=arguments.data, base_only=arguments.base_only)
+    Args:
+        arguments: of the command.
+        target: what they name.
+    """
     context = DistributedContext.from_launch()
     context.refuse_disagreement({"the configuration": config_digest(target.config)})
     folder = _report_folder(arguments, target)

@@ -5,55 +5,40 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.export.write import DTYPES, check_output, merge_and_export, merged_onto, verify_export
+from qdora.export.write import DTYPES, merge_and_export, merged_onto, verify_export
 from qdora.models.formats.safetensors import write_settings
 from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device
 from qdora.models.sources import open_checkpoint
-from qdora.output import locked
-from qdora.quant import QUANTIZATIONS, Quantization
-from qdora.run import Target, add_target_arguments, resolve_target
+from qdora.output import check_output, locked
+from qdora.quant import Quantization
+from qdora.run import Target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERIFIED_POSITIONS = (4, 64)
 """Sequences and tokens on which logits are compared."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    add_target_arguments(parser)
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--dtype", default="fp16", choices=sorted(DTYPES), help="of the written weights")
-    parser.add_argument(
-        "--onto",
-        default="nf4",
-        choices=("nf4", "original"),
-        help="merge onto the dequantized weights that the adapter was trained on, whatever their format, or "
-        "onto the original ones",
-    )
-    parser.add_argument(
-        "--quantize",
-        choices=sorted(QUANTIZATIONS),
-        help="full fine-tuning: quantize what was trained to this format, and write what it says",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
-    parser.add_argument("--no-verify", action="store_true", help="do not load the result to check it")
+def export(arguments: argparse.Namespace, target: Target, adapter: Path) -> None:
+    """Write the merged weights and check them.
 
-
-def run(arguments: argparse.Namespace) -> None:
-    """Entry of the command."""
-    target = resolve_target(arguments, data=None)
-    if target.adapter is None:
-        raise InputError("name an adapter with --adapter, or a run with --run")
+    Args:
+        arguments: of the command.
+        target: what they name.
+        adapter: its adapter.
+    """
     output = Path(arguments.output)
     lock = output.absolute().with_name(f".{output.absolute().name}.lock")
     with target.locked(), locked(lock, f"--output {output}"):
-        _export(arguments, target, target.adapter, output)
+        _export(arguments, target, adapter, output)
 
 
 def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output: Path) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
@@ -21,21 +19,20 @@ from qdora.adapters.full import adapt
 from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
 from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.config import RunConfig
-from qdora.config_file import config_digest, dotted, load_config
+from qdora.config_file import config_digest, dotted
 from qdora.data.batches import batches_per_epoch
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_configured
 from qdora.evaluation.scores import write_scores
-from qdora.experiments.plots import plot_loss
 from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
 from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
-from qdora.run import QUICKSTART, RunDirectory, find_quickstart, make_manifest, package_versions
+from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.tasks import check_data
 from qdora.tasks.prepare import PreparedData, prepare
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
@@ -50,6 +47,9 @@ from qdora.training.metrics import (
     reset_peak_memory,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 # What may differ between a run and its continuation.  A longer run decays its rate more slowly from
 # where it goes on; what was done stays as it was.
 _FREE_TO_CHANGE = (
@@ -61,25 +61,6 @@ _FREE_TO_CHANGE = (
     # Divides the same batch: other processes may need other micro-batches.
     "training.gradient_accumulation",
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument("--config", help=f"YAML file of the run (default: the shipped {QUICKSTART})")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="CHECKPOINT",
-        help="continue the run in output.dir: its newest usable checkpoint, or the one given",
-    )
-
-
-def run(arguments: argparse.Namespace) -> None:
-    """Entry of the command."""
-    config = load_config(arguments.config or find_quickstart(), arguments.set)
-    train(config, resume=arguments.resume)
 
 
 def train(
@@ -143,6 +124,8 @@ def _train_locked(
     steps: list[StepMetrics] = []
     with context.raise_on_all_ranks():
         if context.is_main:
+            from qdora.experiments.plots import plot_loss  # with matplotlib
+
             steps = read_metrics(directory.metrics_file)
             trained = describe(config.model.quantization, config.adapter, config.training.mode)
             plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from qdora.data.rows import BadRows, Example, Skipped, raise_for_skipped
 from qdora.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 

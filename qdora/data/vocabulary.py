@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from qdora.config import DataConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token, prompt_ids
 from qdora.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def embedding_rows(config: PreTrainedConfig) -> int:

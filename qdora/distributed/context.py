@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -303,24 +303,3 @@ def lost_process(error: BaseException) -> str | None:
             )
         cause = cause.__cause__ or cause.__context__
     return None
-
-
-def end(code: int) -> NoReturn:
-    """End this process with an exit code, its work done or refused.
-
-    After a rendezvous an ordinary exit may abort in a thread of torch, whatever became of the work: in 7 of
-    80 runs of a script that gathers and exits, and as often where the group is destroyed first.
-    """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        leave(code)
-    sys.exit(code)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process at once.
-
-    An ordinary exit waits for threads of torch that wait for a lost process, or aborts in them.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from types import MethodType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psutil
 import torch
@@ -29,7 +29,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from qdora.adapters.base import AdapterModule, SharedBuffers, adapter_parameter, local_rows_of
 from qdora.adapters.inject import adapted_layers
@@ -39,6 +38,9 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError, suggest
 from qdora.quant.base import FrozenWeight
 from qdora.resources import release_freed_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:

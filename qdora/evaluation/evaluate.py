@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.config import AnswerKind, RunConfig
 from qdora.data.rows import Example
@@ -33,6 +32,9 @@ from qdora.quant import Quantization
 from qdora.tasks import check_data, task_for
 from qdora.tasks.base import Task
 from qdora.tasks.prepare import load_test
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class _Required(TypedDict):

@@ -17,7 +17,6 @@ from qdora.adapters.base import describe
 from qdora.config_file import dotted
 from qdora.evaluation.scores import Scores, paired_difference
 from qdora.experiments.arms import CONDITIONS, ArmRun, check_conditions, differences
-from qdora.experiments.plots import plot_comparison
 from qdora.files import write_json, write_text
 
 _SHOWN = {
@@ -82,6 +81,8 @@ def write_report(
     task = runs[0].scores[0].task
     of_arms = {name: arm["tasks"][task] for name, arm in report["arms"].items()}
     of_bases = {name: tasks[task] for name, tasks in report["bases"].items()}
+    from qdora.experiments.plots import plot_comparison  # with matplotlib
+
     title = f"{' against '.join(report['arms'])}: {task}"
     plot_comparison(curves, of_bases, of_arms, folder / "comparison.png", title)
     return report

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.inject import adapted_layers, refuse_overflow
 from qdora.adapters.layer import AdaptedLinear
 from qdora.errors import InputError
 from qdora.files import atomic_directory
 from qdora.models.formats.safetensors import cast_checked, write_model_folder
-from qdora.output import check_writable
+from qdora.output import check_output
 from qdora.quant.dense import DenseWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -63,17 +65,6 @@ def merge_and_export(
             tokenizer,
         )
     return directory
-
-
-def check_output(directory: Path, overwrite: bool) -> None:
-    """Raises: InputError: an export cannot be written there, or would replace something unasked."""
-    check_writable(directory, f"the output {directory}")
-    if os.path.ismount(directory):
-        raise InputError(
-            f"the output {directory} is a mount point, which is not replaced; name a folder in it"
-        )
-    if directory.exists() and not overwrite and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory}: already exists and is not empty; choose another or pass --overwrite")
 
 
 def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -180,7 +171,9 @@ def verify_export(directory: str | Path, model: PreTrainedModel, input_ids_BT: t
     adapted_BTV = model(input_ids=input_ids_BT.to(device)).logits.float().cpu()
     compute = torch.float32 if device.type == "cpu" else "auto"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=compute, output_loading_info=True)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=compute, output_loading_info=True
+        )
         bound = _bound(directory, model)
     except Exception as cause:
         raise VerificationError(f"{directory}: transformers cannot load it: {cause}") from cause
@@ -202,7 +195,7 @@ def verify_export(directory: str | Path, model: PreTrainedModel, input_ids_BT: t
 def _bound(directory: str | Path, model: PreTrainedModel) -> float:
     """The looser of the bounds for the exported weights' dtype and the adapted model's activations."""
     # From config.json: the loaded weights may have been widened.
-    stored: torch.dtype = AutoConfig.from_pretrained(directory).dtype
+    stored: torch.dtype = transformers.AutoConfig.from_pretrained(directory).dtype
     embedding = model.get_input_embeddings()
     activation = embedding(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
     return max(BOUNDS[stored], BOUNDS.get(activation.dtype, 0.0))

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import accelerate
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qdora.adapters.inject import EXPERTS, expert_tensors
@@ -25,6 +25,9 @@ from qdora.errors import CheckpointError, InputError
 from qdora.models.formats import Checkpoint, TensorInfo
 from qdora.quant import Quantization
 from qdora.quant.stored import StoredWeight, is_statistic, parse_state, state_name, stored_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,7 @@ def _architecture(config: PreTrainedConfig, origin: str, dtype: torch.dtype) -> 
     config.name_or_path = origin
     try:
         with accelerate.init_empty_weights(include_buffers=False), _quiet():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{origin}: not a causal language model: {reason}") from None

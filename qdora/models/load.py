@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.base import refuse_non_finite
 from qdora.adapters.fingerprint import combine, sample_digest, sample_rows, set_base_fingerprint
@@ -34,6 +33,9 @@ from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
 from qdora.quant.stored import is_statistic
 from qdora.resources import WORTH_TRIMMING, release_freed_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from qdora.adapters.base import AdapterModule, SharedBuffers
-from qdora.errors import InputError
 from qdora.quant.base import FrozenWeight
 
 K = TypeVar("K")
@@ -138,36 +136,3 @@ class Estimate:
         moment = max(peaks, key=lambda phase: peaks[phase][0].total)
         host = max((host for _, host in peaks.values()), key=lambda host: host.total)
         return cls(peaks[moment][0], moment, split(step.at_rest)[0], host, step.exchanged)
-
-
-_UNITS = {"B": 1} | {
-    f"{prefix}{binary}B": (1024 if binary else 1000) ** power
-    for power, prefix in enumerate("KMGT", start=1)
-    for binary in ("", "i")
-}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
-
-
-def parse_size(text: str, option: str) -> int:
-    """Bytes of "24GiB" (2**30 each) or "24GB" (10**9 each).
-
-    Args:
-        option: its name in the error.
-    Raises: InputError: not a number with a unit, or 0.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    unit = None if match is None else next((u for u in _UNITS if u.lower() == match[2].lower()), None)
-    if match is None or unit is None or float(match[1]) <= 0:
-        raise InputError(
-            f"{option} {text!r}: expected a size above 0 with its unit, 24GiB (24 * 2**30 bytes) or 24GB "
-            f"(24 * 10**9 bytes); allowed units: {', '.join(_UNITS)}"
-        )
-    return int(float(match[1]) * _UNITS[unit])
-
-
-def show_size(count: int) -> str:
-    """Bytes in the binary unit that fits."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if count >= _UNITS[unit]:
-            return f"{count / _UNITS[unit]:.2f} {unit}"
-    return f"{count} B"

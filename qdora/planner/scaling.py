@@ -19,11 +19,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
-from transformers import PreTrainedModel
 
 from qdora.config import AdapterConfig
 from qdora.distributed.fsdp import frozen_vectors
@@ -32,6 +31,9 @@ from qdora.files import write_file
 from qdora.planner.simulate import Architecture, Launch, adapted_model, decoder_layers
 from qdora.quant import Quantization
 from qdora.quant.base import FrozenWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
@@ -246,6 +248,8 @@ def plot_efficiency(points: Sequence[Point], path: Path, title: str) -> None:
         path: PNG to write.
         title: above the panels.
     """
+    from matplotlib.figure import Figure  # half a second
+
     figure = Figure(figsize=(11, 3.6), dpi=130, layout="tight")
     panels = figure.subplots(1, len(LINKS), sharey=True)
     ranks = sorted({point.moved.ranks for point in points})

@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import hf_hub_download
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from qdora.adapters.base import AdapterModule, SharedBuffers
 from qdora.adapters.full import adapt
@@ -39,6 +38,9 @@ from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
 from qdora.quant import Quantization
 from qdora.quant.base import parameter_like
 from qdora.training.loop import StopRequest, Trainer, micro_batch_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DEPTHS = (4, 5)
 """Two layers at each end see what no others do: nothing gathered before them, nothing to gather after."""

@@ -9,11 +9,12 @@ and loses the statistics when the parameter is sharded.
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cache
 from typing import ClassVar, Self
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import nn
 
@@ -32,12 +33,34 @@ SCALES_PER_BLOCK = 256
 CODE_BOOK = 256
 """Entries of the code book of the second quantization."""
 
-# On import: made at their first use, they could be the fake tensors of an estimate.
-_TABLES: dict[tuple[str, torch.device], torch.Tensor] = {
-    ("nf4", torch.device("cpu")): bnb.get_4bit_type("nf4", device="cpu"),  # type: ignore[no-untyped-call]
-    ("fp4", torch.device("cpu")): bnb.get_4bit_type("fp4", device="cpu"),  # type: ignore[no-untyped-call]
-    ("int8", torch.device("cpu")): bnb.create_dynamic_map(),  # type: ignore[no-untyped-call]
-}
+_CACHED = 1 << 17
+"""Values that a CPU quantizes at a time."""
+_COMPILE = "TORCHDYNAMO_DISABLE"
+_on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+
+@cache
+def _tables() -> dict[str, torch.Tensor]:
+    """Import bitsandbytes, whose operators the formats call; the values of its codes, on the CPU.
+
+    When the first weight is made, since it takes a second.  It would be two: bitsandbytes hands functions
+    that no weight of ours calls to `torch.compile`, which brings inductor; here they stay uncompiled.
+    """
+    before = os.environ.get(_COMPILE)
+    os.environ[_COMPILE] = "1"
+    try:
+        import bitsandbytes.functional as bnb
+    finally:
+        if before is None:
+            del os.environ[_COMPILE]
+        else:
+            os.environ[_COMPILE] = before
+    with torch.device("cpu"):  # a model may be under construction, on the meta device
+        return {
+            "nf4": bnb.get_4bit_type("nf4", device="cpu"),  # type: ignore[no-untyped-call]
+            "fp4": bnb.get_4bit_type("fp4", device="cpu"),  # type: ignore[no-untyped-call]
+            "int8": bnb.create_dynamic_map(),  # type: ignore[no-untyped-call]
+        }
 
 
 class BlockwiseWeight(FrozenWeight):
@@ -68,6 +91,7 @@ class BlockwiseWeight(FrozenWeight):
         nested_block_size: int = SCALES_PER_BLOCK,
     ) -> None:
         super().__init__()
+        _tables()  # now: made at their first use, they could be the fake tensors of an estimate
         self.out_features, self.in_features = shape
         if self.in_features % self.codes_per_byte:
             raise ValueError(
@@ -218,8 +242,8 @@ class BlockwiseWeight(FrozenWeight):
         count, device, block_size = values.numel(), values.device, self.block_size
         packed = torch.empty(count // self.codes_per_byte, dtype=torch.uint8, device=device)
         scales = torch.empty(-(-count // block_size), dtype=torch.float32, device=device)
-        # By tiles, since the CPU kernel holds several float32 copies of what it is given.
-        budget = TILE_BYTES.get(device.type, TILE_BYTES["cuda"]) // torch.float32.itemsize
+        # By tiles, since there are several float32 copies of what is quantized; a core's cache holds them.
+        budget = TILE_BYTES["cuda"] // torch.float32.itemsize if device.type != "cpu" else _CACHED
         step = max(block_size, budget // block_size * block_size)
         for start in range(0, count, step):
             codes, tile_scales = self.quantize_block_values(values[start : start + step].contiguous())
@@ -239,11 +263,11 @@ class BlockwiseWeight(FrozenWeight):
 
 def code_values(quantization: str, device: torch.device) -> torch.Tensor:
     """(16,) or (256,) float32: the value, in -1 to 1, of each of bitsandbytes' codes of a format."""
-    found = _TABLES.get((quantization, device))
+    found = _on_device.get((quantization, device))
     if found is None:
-        found = _TABLES[quantization, torch.device("cpu")].to(device)
+        found = _tables()[quantization].to(device)
         if type(found) is torch.Tensor:  # not the fake tensor of an estimate
-            _TABLES[quantization, device] = found
+            _on_device[quantization, device] = found
     return found
 
 
@@ -258,6 +282,8 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _quantize_scales(scales: torch.Tensor, block_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Codes, and the statistics, of the second quantization (arXiv:2305.14314 §3)."""
+    from bitsandbytes import functional as bnb
+
     offset = _mean(scales)
     absmax, nested = bnb.quantize_blockwise(
         scales - offset, code=code_book(scales.device), blocksize=block_size

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bitsandbytes.nn import modules
 from torch import nn
 
 from qdora.errors import InputError
@@ -163,6 +162,12 @@ def parse_state(
     )
 
 
+def _is_linear_4bit(layer: nn.Linear) -> bool:
+    from bitsandbytes.nn import modules
+
+    return isinstance(layer, modules.Linear4bit)
+
+
 def adopt_linear(layer: nn.Linear, name: str) -> FrozenWeight | None:
     """The weight of a layer that bitsandbytes has quantized to 4 bits, with its bytes; None of a plain layer.
 
@@ -170,7 +175,7 @@ def adopt_linear(layer: nn.Linear, name: str) -> FrozenWeight | None:
         name: of the layer, for errors.
     Raises: InputError: the layer is quantized in another way, so that its numbers are no weights.
     """
-    if isinstance(layer, modules.Linear4bit) and layer.weight.dtype == torch.uint8:
+    if layer.weight.dtype == torch.uint8 and _is_linear_4bit(layer):
         # Its state dict has the bytes in their serialized order, whatever the CPU's kernels made of them.
         tensors = {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         state = state_name(f"{name}.weight", frozenset(tensors))

@@ -6,8 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from qdora.config import DataConfig
 from qdora.data.rows import Dataset, Example, Skipped, fingerprint
@@ -20,6 +19,9 @@ from qdora.data.tokenize import (
 )
 from qdora.errors import InputError
 from qdora.tasks import check_data, load_dataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers
 from qdora.config import TrainingConfig
@@ -34,6 +33,9 @@ from qdora.signals import REPEATED, STOPPING, StopSignal
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
 from qdora.training.optimizer import AdapterOptimizer, learning_rate, local_shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class DivergedError(InputError):

@@ -6,15 +6,17 @@ Shape legend: B sequences, T tokens, N labelled positions, I hidden size, V voca
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from qdora.data.batches import IGNORED_LABEL
 from qdora.distributed.fsdp import gathered
 from qdora.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_BYTES = 256 << 20
 """Memory of the float32 logits that exist at one time."""

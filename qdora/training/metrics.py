@@ -10,13 +10,16 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from qdora.errors import InputError
 from qdora.files import wrap_os_errors, write_text
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def keep_until(path: Path, step: int) -> int:
 def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on CUDA, the process's peak resident memory elsewhere."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.max_memory_allocated(device))
     # Unlike getrusage's figure, this one can be reset.
     with contextlib.suppress(OSError):
@@ -106,6 +111,8 @@ def reset_peak_memory(device: torch.device) -> None:
     """Reset the peak: a process may hold several runs.  Without effect where the system cannot."""
     gc.collect()
     if device.type == "cuda":
+        import torch
+
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):

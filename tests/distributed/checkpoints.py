@@ -20,8 +20,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from qdora.config import TrainingConfig
-from qdora.distributed.context import DistributedContext, end, leave, lost_process
+from qdora.distributed.context import DistributedContext, lost_process
 from qdora.files import file_digest
+from qdora.signals import end, leave
 from qdora.training import checkpoint_storage
 from qdora.training.checkpoint import CheckpointWriter, load_checkpoint, newest_usable
 from qdora.training.optimizer import AdapterOptimizer, local_shard

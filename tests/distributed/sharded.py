@@ -27,7 +27,7 @@ from qdora.config import ModelConfig, TrainingConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed import fsdp
-from qdora.distributed.context import DistributedContext, end
+from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import CheckpointError, InputError
 from qdora.evaluation import evaluate as evaluation
@@ -35,6 +35,7 @@ from qdora.models.formats import safetensors as safetensors_file
 from qdora.models.load import load_base, load_model
 from qdora.models.sources import open_checkpoint
 from qdora.quant.base import FrozenWeight
+from qdora.signals import end
 from qdora.training.loop import Callbacks, Trainer
 from tests.axes import METHODS, adapter_config
 from tests.tiny import cpu_context, tiny_tokenizer

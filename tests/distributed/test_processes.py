@@ -18,7 +18,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from qdora.errors import InterruptedRunError
-from qdora.distributed.context import end
+from qdora.signals import end
 from qdora.distributed.context import DistributedContext
 from tests.unit.training.trainers import make_trainer, run
 

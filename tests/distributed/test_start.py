@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 COMMAND = """
 import sys, types
 from qdora import cli
-module = types.ModuleType("qdora.commands.probe")
-module.run, module.add_arguments = run, lambda parser: None
+module = types.ModuleType("qdora.cli.probe")
+module.prepare, module.add_arguments = lambda parsed: lambda: run(parsed), lambda parser: None
 sys.modules[module.__name__] = module
 cli.COMMANDS["probe"] = "a probe"
 cli.run_and_exit("probe", [])

@@ -18,11 +18,11 @@ from accelerate import Accelerator
 
 from qdora.adapters.full import adapt
 from qdora.config import AdapterConfig, ModelConfig, QuantizationName, TrainingConfig
-from qdora.distributed.context import end
 from qdora.distributed.launch import FsdpSettings
 from qdora.models.load import load_model
 from qdora.models.sources import open_checkpoint
 from qdora.planner.simulate import Launch
+from qdora.signals import end
 from tests.real_step import record_real_step
 from tests.tiny import cpu_context
 

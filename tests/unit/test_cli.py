@@ -26,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_of_the_table_is_there(name, capsys):
     """Catches: a command that is listed and cannot be imported, or whose help fails."""
-    command = importlib.import_module(f"qdora.commands.{name}")
+    command = importlib.import_module(f"qdora.cli.{name}")
     assert callable(command.add_arguments)
-    assert callable(command.run)
+    assert callable(command.prepare)
     with pytest.raises(SystemExit) as stop:
         cli.run_command(name, ["--help"])
     assert stop.value.code == 0
@@ -58,11 +58,11 @@ def test_an_unknown_command_suggests_the_nearest(capsys):
 def fail_with(monkeypatch, error):
     """Let `train` raise an error."""
 
-    def run(arguments):
+    def work():
         raise error
 
-    command = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
-    monkeypatch.setitem(sys.modules, "qdora.commands.train", command)
+    command = types.SimpleNamespace(add_arguments=lambda parser: None, prepare=lambda parsed: work)
+    monkeypatch.setitem(sys.modules, "qdora.cli.train", command)
 
 
 @pytest.mark.parametrize(

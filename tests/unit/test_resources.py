@@ -141,8 +141,8 @@ def test_a_real_measurement():
 def test_commands_that_compute_choose(taken, monkeypatch, words, number):
     """Catches: a command without the option, or one that ignores it."""
     for name in ("train", "evaluate", "compare", "benchmark", "export", "demo"):
-        module = type(sys)(f"qdora.commands.{name}")
-        module.add_arguments, module.run = lambda parser: None, lambda parsed: None
+        module = type(sys)(f"qdora.cli.{name}")
+        module.add_arguments, module.prepare = lambda parser: None, lambda parsed: lambda: None
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.delenv(threads.VARIABLE, raising=False)
         assert cli.run_command(name, words) == 0
@@ -151,8 +151,8 @@ def test_commands_that_compute_choose(taken, monkeypatch, words, number):
 
 def test_a_run_on_a_gpu_keeps_its_threads(taken, monkeypatch):
     """Catches: half a second of every GPU run, and its host threads, spent on the cores."""
-    module = type(sys)("qdora.commands.train")
-    module.add_arguments, module.run = lambda parser: None, lambda parsed: None
+    module = type(sys)("qdora.cli.train")
+    module.add_arguments, module.prepare = lambda parser: None, lambda parsed: lambda: None
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cli.run_command("train", []) == 0

@@ -41,7 +41,7 @@ def test_a_burst_of_signals_ends_a_command_once_and_in_order(tmp_path, monkeypat
     second signal that breaks the clean-up, or ends in a traceback."""
     cleaned = []
 
-    def run(arguments):
+    def work():
         with atomic_directory(tmp_path / "out") as folder:
             (folder / "x").write_text("half")
             try:
@@ -50,8 +50,8 @@ def test_a_burst_of_signals_ends_a_command_once_and_in_order(tmp_path, monkeypat
                 burst(number)
                 cleaned.append(True)
 
-    command = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
-    monkeypatch.setitem(sys.modules, "qdora.commands.export", command)
+    command = types.SimpleNamespace(add_arguments=lambda parser: None, prepare=lambda parsed: work)
+    monkeypatch.setitem(sys.modules, "qdora.cli.export", command)
     assert cli.run_command("export", []) == 128 + number
     said = capsys.readouterr().err
     assert said == f"qdora export: stopped by {signal.Signals(number).name}\n"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 
 from qdora.benchmark.gpu.models import COMPUTE, adapter_config, random_batch, random_model, tiny_tokenizer
 from qdora.benchmark.gpu.run import Figures, Setup, attempt
@@ -19,6 +18,9 @@ from qdora.planner.simulate import Architecture, Launch, estimate
 from qdora.quant import Quantization
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import StepMetrics, reset_peak_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WARMUP = 2
 """Steps that do not count."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from qdora.adapters.base import AdapterModule
 from qdora.adapters.inject import inject
@@ -20,6 +21,9 @@ from qdora.distributed.fsdp import reset_adapters
 from qdora.models.build import build_architecture
 from qdora.quant import Quantization
 from qdora.quant.base import FrozenWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COMPUTE = torch.bfloat16
 """Compute dtype of all models here."""

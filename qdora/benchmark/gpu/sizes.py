@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import LlamaConfig
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Size:
 
     def config(self, layers: int | None = None) -> LlamaConfig:
         """The model's configuration with so many decoder layers, all where None."""
+        from transformers import LlamaConfig
+
         return LlamaConfig(**self.model, num_hidden_layers=self.layers if layers is None else layers)
 
 
@@ -105,4 +108,17 @@ TOY = Size(
     new_tokens=4,
     demo=("training.max_steps=2", "data.train.count=32", "data.test.count=4", "training.batch_size=4"),
 )
+STAGE_NAMES = (
+    "ceilings",
+    "correctness",
+    "kernels",
+    "steps",
+    "profile",
+    "training",
+    "fsdp",
+    "decoding",
+    "tests",
+    "demo",
+)
+"""The stages of `stages.py`, the most telling first: a time limit cuts the last ones off."""
 SIZES = {"full": FULL, "toy": TOY}

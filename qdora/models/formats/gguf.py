@@ -8,23 +8,21 @@ import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
+import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qdora.errors import CheckpointError, InputError, suggest
 from qdora.models.formats import Checkpoint, TensorInfo, read_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
@@ -82,7 +80,7 @@ def gguf_config(
         if architecture == "llama":
             head_dim = fields["hidden_size"] // fields["num_attention_heads"]
             fields["head_dim"] = own.get("attention.key_length", own.get("rope.dimension_count", head_dim))
-        config: PreTrainedConfig = AutoConfig.for_model(
+        config: PreTrainedConfig = transformers.AutoConfig.for_model(
             architecture,
             **fields,
             num_key_value_heads=own.get("attention.head_count_kv", fields["num_attention_heads"]),
@@ -245,7 +243,7 @@ class GGUFFile(Checkpoint):
             with tempfile.TemporaryDirectory() as alone:
                 Path(alone, self.path.name).symlink_to(self.path.resolve())
                 # Not AutoTokenizer: it would read the file's configuration with the slow reader first.
-                tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+                tokenizer: PreTrainedTokenizerBase = transformers.PreTrainedTokenizerFast.from_pretrained(
                     alone, gguf_file=self.path.name
                 )
         except Exception as error:

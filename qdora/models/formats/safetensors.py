@@ -8,25 +8,21 @@ from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig
 
 from qdora.errors import CheckpointError, InputError, nearest
 from qdora.files import parse_object, read_json, write_json
 from qdora.models.formats import Checkpoint, TensorInfo, read_bytes
 from qdora.quant.stored import stored_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -110,7 +106,7 @@ class SafetensorsFolder(Checkpoint):
         if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
             return None
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False
             )
             tokenizer("a text")  # settings of a wrong type fail no earlier
@@ -147,7 +143,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     _check_model_type(path, tree)
     _check_quantization(path, tree)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # each configuration class has errors of its own for impossible values
@@ -157,14 +153,14 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 def _check_model_type(path: Path, tree: dict[str, Any]) -> None:
     kind = tree.get("model_type")
-    if kind in CONFIG_MAPPING:
+    if kind in transformers.CONFIG_MAPPING:
         return
     if "auto_map" in tree:
         raise InputError(
             f"{path}: model_type {kind!r} runs code that comes with the model (auto_map), which is refused; "
             f"allowed: the model types of transformers {transformers.__version__} itself"
         )
-    near = nearest(str(kind), CONFIG_MAPPING)
+    near = nearest(str(kind), transformers.CONFIG_MAPPING)
     hint = f"; did you mean {near!r}?" if near else ""
     raise InputError(
         f"{path}: model_type {kind!r} is unknown to transformers {transformers.__version__}{hint}"

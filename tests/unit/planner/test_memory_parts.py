@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qdora.errors import InputError
-from qdora.planner.report import Breakdown, Part, parse_size, show_size
+from qdora.planner.report import Breakdown, Part
+from qdora.resources import parse_size, show_size
 
 
 @pytest.mark.parametrize(

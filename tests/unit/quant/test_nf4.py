@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from qdora.quant import base as tiling
 from qdora.quant.base import FrozenWeight, align_rows
+from qdora.quant.blockwise import code_values
 from qdora.quant.dense import DenseWeight
+from qdora.quant.fp4 import FP4Weight
 from qdora.quant.nf4 import NF4Weight
 
 
@@ -121,3 +123,27 @@ def test_dense_weight_is_widened_tile_by_tile_without_change(monkeypatch):
     assert max(sizes) == 16
     assert torch.equal(whole(weight, torch.float32), w_OI.float())
     assert weight.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 512])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_codes_are_those_of_bitsandbytes_to_the_bit(name, block_size):
+    """Catches: a value at, or next to, the middle between two codes that gets the other one; a short last
+    block scaled as the full ones are; codes of FP4 in the order of their values."""
+    code = code_values(name, torch.device("cpu")).sort().values
+    middles = (code[1:] + code[:-1]) / 2
+    generator = torch.Generator().manual_seed(block_size)
+    for count in (2, block_size, 7 * block_size + block_size // 2, 40 * block_size + 2):
+        at = middles[torch.randint(15, (count,), generator=generator)]
+        away = torch.where(torch.rand(count, generator=generator) < 0.5, -2.0, 2.0)
+        beside = torch.nextafter(at, away)
+        for values in (torch.randn(count, generator=generator), at, beside):
+            values[::block_size] = -1.0
+            values[block_size : 2 * block_size] = 0.0
+            for scale in (1.0, 1e-3, 3e37, 1e-30, 1e-39):
+                expected = torch.ops.bitsandbytes.quantize_4bit(values * scale, block_size, name, torch.uint8)
+                kind = {"nf4": NF4Weight, "fp4": FP4Weight}[name]
+                weight = kind((1, 2), block_size=block_size, double_quantization=False)
+                packed, scales = weight.quantize_block_values(values * scale)
+                assert torch.equal(packed.view(-1), expected[0].view(-1))
+                assert torch.equal(scales.view(-1), expected[1].view(-1))

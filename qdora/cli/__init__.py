@@ -1,4 +1,9 @@
-"""The command table: `qdora COMMAND`, and what the scripts in launch/ call."""
+"""The command table: `qdora COMMAND`, and what the scripts in launch/ call.
+
+A command is two modules. Here stand its options and what can be refused without a tensor: importing it brings
+neither torch nor transformers, so that a typo costs no seconds. `qdora/commands/` does the work, imported
+once there is some.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,12 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from qdora.errors import InputError, InterruptedRunError, suggest
-from qdora.signals import StopSignal, raise_on_signals
+from qdora.resources import choose_threads
+from qdora.signals import StopSignal, end, leave, raise_on_signals
 
 COMMANDS = {
     "train": "train an adapter as configured",
@@ -50,10 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_and_exit(name: str, arguments: Sequence[str]) -> NoReturn:
     """Run one command and exit with its code."""
-    code = run_command(name, arguments)
-    from qdora.distributed.context import end  # with torch, which the command has imported
-
-    end(code)
+    end(run_command(name, arguments))
 
 
 def run_command(name: str, arguments: Sequence[str]) -> int:
@@ -69,7 +72,7 @@ def run_command(name: str, arguments: Sequence[str]) -> int:
 
 def _run(name: str, arguments: Sequence[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning at every fork
-    command = importlib.import_module(f"qdora.commands.{name}")
+    command = importlib.import_module(f"qdora.cli.{name}")
     parser = argparse.ArgumentParser(prog=f"qdora {name}", description=COMMANDS[name])
     command.add_arguments(parser)
     if name in _COMPUTING:
@@ -77,9 +80,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         parser.add_argument("--threads", type=int, metavar="N", help=help_)
     parsed = parser.parse_args(arguments)
     try:
+        work: Callable[[], int | None] = command.prepare(parsed)
         if name in _COMPUTING:
             _set_up(parsed)
-        code: int | None = command.run(parsed)
+        code = work()
     except InputError as error:
         return _ended(name, f"error: {error}", 2)
     except InterruptedRunError as stop:
@@ -89,7 +93,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             raise
         return _ended(name, f"error: {error.filename or 'a file'}: {error.strerror}", 2)
     except Exception as error:
-        from qdora.distributed.context import leave, lost_process
+        from qdora.distributed.context import lost_process
 
         lost = lost_process(error)
         if lost is None:
@@ -99,16 +103,17 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 
 def _set_up(parsed: argparse.Namespace) -> None:
+    if parsed.threads is not None:
+        choose_threads(parsed.threads)
     import torch
     import transformers
 
     from qdora.distributed.launch import read_flag
-    from qdora.resources import choose_threads
 
     transformers.utils.logging.disable_progress_bar()  # the commands show their own
     cpu = getattr(parsed, "device", None) == "cpu" or read_flag(os.environ, "ACCELERATE_USE_CPU")
-    if cpu or parsed.threads is not None or not torch.cuda.is_available():
-        choose_threads(parsed.threads)
+    if parsed.threads is None and (cpu or not torch.cuda.is_available()):
+        choose_threads(None)
 
 
 def _ended(name: str, sentence: str, code: int) -> int:

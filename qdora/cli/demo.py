@@ -1,0 +1,24 @@
+"""Options of `demo`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from qdora.commands.demo import check, demo
+from qdora.config_file import load_config
+from qdora.run import QUICKSTART
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--config", default=QUICKSTART, help="run configuration")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument("--export", default="exports/quickstart", help="folder for the merged weights")
+
+
+def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
+    """Check the configuration and the folders; what is left to do."""
+    check(arguments)
+    config = load_config(arguments.config, arguments.set)
+    return lambda: demo(arguments, config)

@@ -1,0 +1,36 @@
+"""Options of `train`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from qdora.config_file import load_config
+from qdora.run import QUICKSTART, find_quickstart
+from qdora.tasks import check_data
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--config", help=f"YAML file of the run (default: the shipped {QUICKSTART})")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="continue the run in output.dir: its newest usable checkpoint, or the one given",
+    )
+
+
+def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
+    """Check the configuration; what is left to do."""
+    config = load_config(arguments.config or find_quickstart(), arguments.set)
+    check_data(config.data)
+
+    def work() -> None:
+        from qdora.commands.train import train
+
+        train(config, resume=arguments.resume)
+
+    return work
