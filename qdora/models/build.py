@@ -23,6 +23,7 @@ from qdora.adapters.inject import EXPERTS, expert_tensors
 from qdora.adapters.layer import AdaptedLinear, OutputLinear
 from qdora.errors import CheckpointError, InputError
 from qdora.models.formats import Checkpoint, TensorInfo
+from qdora.models.norm import fuse_norms
 from qdora.quant import Quantization
 from qdora.quant.stored import StoredWeight, is_statistic, parse_state, state_name, stored_type
 
@@ -95,7 +96,7 @@ def _freeze_structure(
     dtypes: Mapping[str, torch.dtype],
     stored: Mapping[str, StoredWeight],
 ) -> None:
-    """Replace every linear layer by a frozen one on the meta device, in place, and freeze the rest.
+    """Replace every linear layer by a frozen one on the meta device, in place, fuse norms, freeze the rest.
 
     Args:
         dtypes: of the stored tensors by parameter name.
@@ -132,6 +133,7 @@ def _freeze_structure(
             assert isinstance(embedding, nn.Embedding)
             head.weight = embedding.weight
         model.set_submodule(name, head)
+    fuse_norms(model)
     model.requires_grad_(False)
     model.eval()
 
