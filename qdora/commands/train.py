@@ -332,7 +332,7 @@ def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> 
         "data.train": data.fingerprints["train"],
         "data.prompt": config.data.prompt,
         # Joining a step's sequences changes its rounding only; filling rows changes which they are.
-        "tokens of a row": _packing(config).row_tokens,
+        "data.max_length of filled rows (data.packing: stream)": _packing(config).row_tokens,
         # Where no text holds a special token it decides nothing.
         "data.parse_special_tokens": config.data.parse_special_tokens if data.special_text else None,
         "base": base_fingerprint(model),
