@@ -20,6 +20,7 @@ QuantizationName = Literal["nf4", "fp4", "int8", "none"]
 UpdateType = Literal["lora", "vera", "none"]
 InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+PackingName = Literal["none", "batch", "stream"]
 PromptName = Literal["question_answer", "alpaca", "chat"]
 _MOST = 2**53  # up to here a float counts by ones
 Count = Annotated[int, Field(ge=1, le=_MOST)]
@@ -187,6 +188,8 @@ class DataConfig(Section):
     """Longest example in tokens, prompt and completion together."""
     parse_special_tokens: bool = False
     """Read the text of a special token in a question or completion, such as `</s>`, as that token."""
+    packing: PackingName = "none"
+    """`batch`: a micro-batch's sequences joined without padding; `stream`: rows filled to `max_length`."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """An unusable or too long row stops the run, or is skipped and counted."""
 

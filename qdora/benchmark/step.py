@@ -20,10 +20,11 @@ from qdora.benchmark.peers import (
     timed,
 )
 from qdora.config import AdapterConfig, ModelConfig, RunConfig, TrainingConfig
-from qdora.data.batches import IGNORED_LABEL, Batch
+from qdora.data.batches import Batch
 from qdora.distributed.context import DistributedContext
 from qdora.models.load import compute_dtype, load_model
 from qdora.models.sources import open_checkpoint
+from qdora.training.attention import training_attention
 from qdora.training.loss import completion_loss
 from qdora.training.optimizer import AdapterOptimizer
 
@@ -58,7 +59,7 @@ def benchmark_step(config: RunConfig, batch: Batch, device: torch.device, rounds
     arms.clear()  # and with them the other models' memory
     return {
         "batch": list(batch.input_ids_BT.shape),
-        "labels": int((batch.labels_BT[:, 1:] != IGNORED_LABEL).sum()),
+        "labels": len(batch.targets_N),
         "seconds": medians(seconds),
         "ratios": ratios(seconds, PAIRS),
         "gemm": _gemm_share(qdora_step, flops["qdora"], dtype, device, rounds),
@@ -97,7 +98,7 @@ def necessary_flops(model: PreTrainedModel, batch: Batch) -> int:
     of its square) and the output layer where there are labels.
     """
     b, t = batch.input_ids_BT.shape
-    labels = int((batch.labels_BT[:, 1:] != IGNORED_LABEL).sum())
+    labels = len(batch.targets_N)
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
     flops = 4 * labels * head.out_features * head.in_features
@@ -115,11 +116,12 @@ def our_step(model: PreTrainedModel, training: TrainingConfig, batch: Batch, dev
     """A step of our model as training takes it, on one batch."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = AdapterOptimizer(parameters, training)
-    ids_BT, labels_BT = batch.input_ids_BT.to(device), batch.labels_BT.to(device)
+    own = batch.to(device)
 
     def step() -> None:
         optimizer.zero_grad()
-        completion_loss(model, ids_BT, labels_BT).backward()
+        with training_attention(model):
+            completion_loss(model, own).backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step(training.learning_rate)
 
@@ -132,7 +134,10 @@ def peer_step(
     """As PEFT's users train: the model's own loss, torch's AdamW on float32 adapters, bf16 by autocast."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, fused=True)
-    ids_BT, labels_BT = batch.input_ids_BT.to(device), batch.labels_BT.to(device)
+    own = batch.to(device)
+    ids_BT = own.input_ids_BT
+    labels_BT = torch.full_like(ids_BT, -100)  # what torch's cross entropy leaves out
+    labels_BT.view(-1)[own.labelled_N + 1] = own.targets_N
 
     def step() -> None:
         optimizer.zero_grad()

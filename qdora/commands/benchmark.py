@@ -139,7 +139,15 @@ def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.devi
 
 
 def _first_batch(config: RunConfig) -> Batch:
-    """The first batch of the run, as training would take it."""
+    """The first batch of the run, as training would take it.
+
+    Raises: InputError: a run whose batches PEFT's arms cannot take.
+    """
+    if config.data.packing != "none":
+        raise InputError(
+            f"data.packing: got {config.data.packing!r}; PEFT's arms take padded batches, so all do here: "
+            f"allowed is none"
+        )
     _, _, data = read_inputs(config)
     plan = BatchPlan([len(e.input_ids) for e in data.train], config.training.batch_size, config.training.seed)
     return collate([data.train[i] for i in plan.batch(0)], data.pad_id)

@@ -79,6 +79,7 @@ def _launch(arguments: argparse.Namespace, config: RunConfig) -> Launch:
         world_size=world_size,
         fsdp=file.fsdp if file else FsdpSettings() if world_size > 1 else None,
         device=arguments.device or (file.device if file else "cuda"),
+        packing=config.data.packing,
     )
     _ = launch.micro_batch_size  # refuses a batch that does not divide, before anything is built
     return launch

@@ -20,7 +20,7 @@ from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
 from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dotted
-from qdora.data.batches import batches_per_epoch
+from qdora.data.batches import BatchPlan, Packing
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
@@ -35,6 +35,7 @@ from qdora.quant import Quantization
 from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.tasks import check_data
 from qdora.tasks.prepare import PreparedData, prepare
+from qdora.training.attention import check_packing
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
 from qdora.training.loop import Callbacks, Trainer, count_steps, micro_batch_size
 from qdora.training.loss import check_output_layer
@@ -103,8 +104,15 @@ def _train_locked(
     check_savable(model)
     context.say(str(report))
     trainer = Trainer(
-        model, data.train, config.training, context, data.pad_id, evaluate_every=config.evaluation.every
+        model,
+        data.train,
+        config.training,
+        context,
+        data.pad_id,
+        evaluate_every=config.evaluation.every,
+        packing=_packing(config),
     )
+    context.say(str(trainer.batch_sizes()))
     settings = _settings(config, model, data)
     start = _restore(trainer, directory, resume, settings)
     manifest = _manifest(config, model, data, report, context)
@@ -167,6 +175,8 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     with context.raise_on_all_ranks():
         check_savable(meta.model)
         check_output_layer(meta.model)
+        if _packing(config).joined:
+            check_packing(meta.model.config)
         if config.evaluation.quantization is not None:
             # Whether that format holds every layer must not be found out after the training.
             checkpoint = open_checkpoint(config.model.path, config.model.revision)
@@ -252,6 +262,10 @@ def _restore(
     return found.step
 
 
+def _packing(config: RunConfig) -> Packing:
+    return Packing.of(config.data.packing, config.data.max_length)
+
+
 def _adapt(model: PreTrainedModel, config: RunConfig) -> InjectionReport:
     return adapt(model, config.adapter, config.training.mode, seed=config.training.seed)
 
@@ -270,7 +284,11 @@ def _manifest(
     context: DistributedContext,
 ) -> dict[str, Any]:
     training, lengths = config.training, [len(example.input_ids) for example in data.train]
-    order = hashlib.sha256(repr((training.seed, training.batch_size, lengths)).encode())
+    rows = _packing(config).row_tokens
+    order = hashlib.sha256(
+        repr((training.seed, training.batch_size, lengths, *([] if rows is None else [rows]))).encode()
+    )
+    plan = BatchPlan(lengths, training.batch_size, training.seed, rows)
     fields = {
         "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
         "data": {
@@ -283,7 +301,7 @@ def _manifest(
         "trainable_parameters": report.trainable,
         "initial_a": initial_update_fingerprint(model),
         "batch_order": order.hexdigest(),
-        "steps": count_steps(training, batches_per_epoch(len(lengths), training.batch_size)),
+        "steps": count_steps(training, plan.steps_per_epoch),
         "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
     }
     return make_manifest(config, world_size=context.world_size, fields=fields)
@@ -296,6 +314,8 @@ def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> 
         **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
         "data.train": data.fingerprints["train"],
         "data.prompt": config.data.prompt,
+        # Joining a step's sequences changes its rounding only; filling rows changes which they are.
+        "data.max_length of filled rows (data.packing: stream)": _packing(config).row_tokens,
         # Where no text holds a special token it decides nothing.
         "data.parse_special_tokens": config.data.parse_special_tokens if data.special_text else None,
         "base": base_fingerprint(model),

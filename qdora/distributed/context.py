@@ -116,7 +116,7 @@ class DistributedContext:
         Args:
             parameters: their gradients are float32.
             extras: (K,) float64 or float32 numbers.
-        Returns: (K,) the summed extras, in float64.
+        Returns: (K,) the summed extras, float64 on the device that computes; nothing waits for them.
         """
         if self.world_size > 1 and self.fsdp is None:
             gradients = []
@@ -127,9 +127,9 @@ class DistributedContext:
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             dist.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-        return self.sum(extras)
+            views = [part.view_as(gradient) for gradient, part in zip(gradients, parts, strict=True)]
+            torch._foreach_copy_(gradients, views)
+        return self._summed(extras)
 
     def sum(self, vector: torch.Tensor) -> torch.Tensor:
         """Sum a small vector over the ranks, in float64.
@@ -138,10 +138,13 @@ class DistributedContext:
             vector: (K,) numbers, the same K on every rank; on any device.
         Returns: (K,) float64 on the CPU, the same bits on every rank.
         """
+        return self._summed(vector).cpu()
+
+    def _summed(self, vector: torch.Tensor) -> torch.Tensor:
         summed = vector.detach().to(self.device, torch.float64, copy=True)
         if self.world_size > 1:
             dist.all_reduce(summed)
-        return summed.cpu()
+        return summed
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all ranks in one list, in order of rank, on every rank."""

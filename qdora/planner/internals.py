@@ -35,6 +35,7 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.planner.report import Breakdown, Part
 from qdora.quant import QUANTIZATIONS
 from qdora.quant.base import TILE_BYTES
+from qdora.training import attention
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,6 +99,7 @@ def fake_ranks(world_size: int, fsdp: FsdpSettings | None, device: str) -> Itera
         stack.callback(TILE_BYTES.update, dict(TILE_BYTES))
         TILE_BYTES["cpu"] = TILE_BYTES[device]
         stack.enter_context(replaced(kernels, "available", lambda _: device == "cuda"))
+        stack.enter_context(replaced(attention, "flash_device", lambda _: device == "cuda"))
         # Fake tensors are taken for the tracing of a graph, for which a (T, T) mask would be made.
         stack.enter_context(replaced(masking_utils, "is_tracing", lambda *_: False))
         if fsdp is not None and fsdp.offload and device != "cpu":
@@ -115,7 +117,7 @@ class StepTracker(MemTracker):
     and its subclass for FSDP, are not used: they take one micro-batch, and parameters gathered by a module's
     own call; a step here has several, and an output layer that is gathered by hand.
 
-    Answers what fake tensors cannot: a number read from one is 1, a mask selects everything.
+    Answers what fake tensors cannot: a number read from one is 1.
 
     Args:
         vocabulary: tensors with so many columns are logits.
@@ -129,7 +131,7 @@ class StepTracker(MemTracker):
         self._ref_class = Part  # type: ignore[assignment]
         self._vocabulary = vocabulary
         self._inside: Part | None = None  # kind of what is created now; found from its shape where None
-        self._shapes_only = False
+        self._blind = False
         self._phase = ""
         self._peaks: dict[str, dict[str, int]] = {}
         self._restore = ExitStack()
@@ -154,6 +156,12 @@ class StepTracker(MemTracker):
         """From here on, peaks are those of a phase of this name."""
         self._phase = phase
         self._keep_peak()
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Within it, tensors have numbers and are in CPU memory, of which no account is kept here."""
+        with replaced(self, "_blind", True), real_tensors():
+            yield
 
     def mark(self, tensors: Iterable[torch.Tensor], part: Part) -> None:
         """Set the kind of tensors, whether they were seen before or not."""
@@ -234,7 +242,7 @@ class StepTracker(MemTracker):
         self._restore.callback(self._restore_resize)
         # DTensor runs each operation on full fake tensors first, for the shape of its result.
         name = "_propagate_tensor_meta_non_cached"
-        propagate = self._with("_shapes_only", True, getattr(ShardingPropagator, name))
+        propagate = self._with("_blind", True, getattr(ShardingPropagator, name))
         self._replace(ShardingPropagator, name, propagate)
         for kind in set(QUANTIZATIONS.values()):
             self._replace(kind, "tiles", self._tiling(kind.tiles))
@@ -252,7 +260,7 @@ class StepTracker(MemTracker):
         """Run one operation, and follow the tensors of its result."""
         if any(kind is DTensor for kind in types):
             return NotImplemented  # comes back as operations on its shards
-        if self._shapes_only or active_fake_mode() is not self._fake_mode_on_entry:
+        if self._blind or active_fake_mode() is not self._fake_mode_on_entry:
             return func(*args, **kwargs or {})
         result = self._compute(func, args, kwargs or {})
         if func in _COLLECTIVES:
@@ -269,11 +277,6 @@ class StepTracker(MemTracker):
     def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _aten._local_scalar_dense.default:
             return 1
-        if func is _aten.index.Tensor:
-            tensor, (mask, *others) = args
-            if mask is not None and mask.dtype == torch.bool and not others:
-                # As much as a mask can select: every token of the worst batch has a label.
-                return tensor.reshape(-1, *tensor.shape[mask.dim() :]).clone()
         return func(*args, **kwargs)
 
     def _keep_peak(self) -> None:

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from qdora.adapters.base import AdapterModule, SharedBuffers
 from qdora.adapters.full import adapt
-from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
-from qdora.data.batches import Batch
+from qdora.config import AdapterConfig, ModelConfig, PackingName, TrainingConfig
+from qdora.data.batches import Batch, Packing
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
@@ -33,11 +33,11 @@ from qdora.models.build import build_architecture
 from qdora.models.formats.safetensors import read_config
 from qdora.models.load import compute_dtype
 from qdora.models.sources import PREFIX, is_hub_id, local_path, open_checkpoint
-from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_backward, real_tensors
+from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_backward
 from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
 from qdora.quant import Quantization
 from qdora.quant.base import parameter_like
-from qdora.training.loop import StopRequest, Trainer, micro_batch_size
+from qdora.training.loop import StepBatch, StopRequest, Trainer, micro_batch_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -92,6 +92,7 @@ class Launch:
         world_size: ranks over which a batch is divided, a GPU each.
         fsdp: how they shard the model; None where each holds all of it.
         device: whose kernels and tile sizes to suppose.
+        packing: whether a micro-batch's sequences are joined; rows are full in the worst batch.
     """
 
     adapter: AdapterConfig
@@ -100,6 +101,7 @@ class Launch:
     world_size: int
     fsdp: FsdpSettings | None
     device: Literal["cpu", "cuda"] = "cuda"
+    packing: PackingName = "none"
 
     def with_training(self, **changes: Any) -> Launch:
         """The same launch with other training settings."""
@@ -295,7 +297,8 @@ class _WorstBatch(Trainer):
         batch = {"batch_size": batch_size, "gradient_accumulation": accumulation}
         training = launch.training.model_copy(update=steps | batch)
         example = TokenizedExample([0] * launch.max_length, 0, "the longest example")
-        super().__init__(model, [example] * batch_size, training, context, pad_id=0)
+        packing = Packing.of(launch.packing, launch.max_length)
+        super().__init__(model, [example] * batch_size, training, context, pad_id=0, packing=packing)
         self._tracker = tracker
         tracker.follow_gradients(self.parameters.values())
         self._micro_batch = 0
@@ -321,17 +324,17 @@ class _WorstBatch(Trainer):
             for name, tensor in tensors:
                 self._tracker.mark([tensor], Part.of(module, name, tensor))
         at_rest = self._tracker.current
+        with self._tracker.elsewhere():
+            batch = self.prepare(0)
         self._tracker.restart()
         self.model.train()
-        self._step(0, StopRequest())
+        self._step(0, batch, StopRequest())
         return StepRecord(self._tracker.peaks, at_rest, _shards(self.model), dict(self._tracker.exchanged))
 
-    def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
-        with real_tensors():  # how long an example is, is read from its numbers
-            batches = list(super()._own_micro_batches(batch))
-        for self._micro_batch, one in enumerate(batches):
+    def _micro_batches(self, batch: StepBatch) -> Iterator[Batch]:
+        for self._micro_batch, one in enumerate(super()._micro_batches(batch)):
             self._begin("start")
-            self._tracker.mark([one.input_ids_BT, one.labels_BT], Part.OTHER)
+            self._tracker.mark(one.tensors, Part.OTHER)
             yield one
         self._tracker.begin("update")
 

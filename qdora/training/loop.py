@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,14 @@ from tqdm import tqdm
 
 from qdora.adapters.inject import adapted_layers
 from qdora.config import TrainingConfig
-from qdora.data.batches import Batch, BatchPlan, collate, without_labels
+from qdora.data.batches import NO_PACKING, Batch, BatchPlan, Packing, collate, divide, without_labels
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import as_forward
 from qdora.errors import InputError, InterruptedRunError
 from qdora.resources import SlowdownWatch, keep_freed_memory
 from qdora.signals import REPEATED, STOPPING, StopSignal
+from qdora.training.attention import check_packing, training_attention
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
 from qdora.training.optimizer import AdapterOptimizer, learning_rate, local_shard
@@ -66,6 +68,19 @@ class Callbacks:
     evaluate: Callable[[int], None] = _nothing
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """What one optimizer step trains on.
+
+    Attributes:
+        examples: of all ranks.
+        micro_batches: of this rank, on the CPU.
+    """
+
+    examples: list[TokenizedExample]
+    micro_batches: list[Batch]
+
+
 class Trainer:
     """Trains the trainable parameters of a model on tokenized examples.
 
@@ -76,8 +91,9 @@ class Trainer:
         context: the ranks over which each batch is divided.
         pad_id: token of padding.
         evaluate_every: steps between evaluations; None for none.
-    Raises: InputError: the batch does not divide over the ranks, or the model's output layer is not
-        supported.
+        packing: how examples share the rows of a micro-batch.
+    Raises: InputError: the batch does not divide over the ranks, or the model's output layer, or joining
+        sequences for its attention, is not supported.
     """
 
     def __init__(
@@ -88,12 +104,17 @@ class Trainer:
         context: DistributedContext,
         pad_id: int,
         evaluate_every: int | None = None,
+        packing: Packing = NO_PACKING,
     ) -> None:
         check_output_layer(model)
+        if packing.joined:
+            check_packing(model.config)
         self.micro_batch_size = micro_batch_size(config, context.world_size)
         self.model, self.examples, self.config = model, examples, config
         self.context, self.pad_id, self.evaluate_every = context, pad_id, evaluate_every
-        self.plan = BatchPlan([len(e.input_ids) for e in examples], config.batch_size, config.seed)
+        self.packing = packing
+        self._lengths = [len(e.input_ids) for e in examples]
+        self.plan = BatchPlan(self._lengths, config.batch_size, config.seed, packing.row_tokens)
         self.total_steps = count_steps(config, self.plan.steps_per_epoch)
         self.parameters: dict[str, nn.Parameter] = {
             name: p for name, p in model.named_parameters() if p.requires_grad
@@ -114,11 +135,17 @@ class Trainer:
         """
         self.model.train()
         keep_freed_memory()
-        with StopRequest() as stop:
+        # Where a device computes, its next batch is ready when it asks for it.
+        with StopRequest() as stop, ThreadPoolExecutor(1, "batches") as ahead:
+            if start < self.total_steps:
+                following = ahead.submit(self.prepare, start)
             if start:
                 self._evaluate(start, callbacks)  # a kill or a stop may have come before it
             for step in range(start, self.total_steps):
-                metrics, signal_number = self._step(step, stop)
+                batch = following.result()
+                if step + 1 < self.total_steps:
+                    following = ahead.submit(self.prepare, step + 1)
+                metrics, signal_number = self._step(step, batch, stop)
                 if self.context.is_main:
                     callbacks.log(metrics)
                 done = step + 1
@@ -142,43 +169,96 @@ class Trainer:
             callbacks.evaluate(done)
             self.model.train()
 
-    def _step(self, step: int, stop: StopRequest) -> tuple[StepMetrics, int | None]:
-        """One optimizer step; its metrics, and the signal to stop for on any rank."""
+    def batch_sizes(self) -> str:
+        """A sentence on the tokens of a step and what padding costs, over the first epoch."""
+        steps = min(self.total_steps, self.plan.steps_per_epoch)
+        tokens = padded = 0
+        for step in range(steps):
+            lengths = [self._lengths[i] for i in self.plan.batch(step)]
+            tokens += sum(lengths)
+            chunks = divide(lengths, self.micro_batch_size, balanced=False)
+            padded += sum(len(chunk) * max(lengths[i] for i in chunk) for chunk in chunks)
+        share = f"{100 * (1 - tokens / padded):.1f}% of what a step computes"
+        if self.packing.row_tokens is not None:
+            room = steps * self.config.batch_size * self.packing.row_tokens
+            padding = f"none is padding; rows are filled to {100 * tokens / room:.1f}%"
+        elif self.packing.joined:
+            padding = f"none is padding, which would be {share} with data.packing: none"
+        else:
+            padding = f"padding is {share} (data.packing: batch computes none)"
+        return f"batches: {tokens / steps:,.0f} tokens a step on average; {padding}"
+
+    def prepare(self, step: int) -> StepBatch:
+        """The batch of optimizer step `step`, counted from 0; it follows from the step alone."""
+        rows = [[self.examples[i] for i in row] for row in self.plan.rows(step)]
+        batches = [self._collate(chunk) for chunk in self._own_chunks(rows)]
+        if self.context.fsdp is not None:
+            # Forward and backward of a sharded model are collectives: every rank runs as many of them.
+            most = -(-len(rows) // (self.micro_batch_size * self.context.world_size))
+            shortest = self._collate([min(rows, key=_tokens)])
+            batches += [without_labels(shortest)] * (most - len(batches))
+        if self.context.device.type == "cuda":
+            batches = [batch.pinned() for batch in batches]
+        return StepBatch([example for row in rows for example in row], batches)
+
+    def _own_chunks(self, rows: list[list[TokenizedExample]]) -> list[list[list[TokenizedExample]]]:
+        """This rank's rows, divided into micro-batches."""
+        chunks = divide(list(map(_tokens, rows)), self.micro_batch_size, balanced=self.packing.joined)
+        own = chunks[self.context.rank :: self.context.world_size]
+        return [[rows[i] for i in chunk] for chunk in own]
+
+    def _collate(self, rows: list[list[TokenizedExample]]) -> Batch:
+        examples = [example for row in rows for example in row]
+        if self.packing.joined:
+            examples.sort(key=lambda e: len(e.input_ids))  # equal ones attend as a batch
+        return collate(examples, self.pad_id, joined=self.packing.joined)
+
+    def _micro_batches(self, batch: StepBatch) -> Iterator[Batch]:
+        """This rank's micro-batches on the device."""
+        for micro_batch in batch.micro_batches:
+            yield micro_batch.to(self.context.device)
+
+    def _step(self, step: int, batch: StepBatch, stop: StopRequest) -> tuple[StepMetrics, int | None]:
+        """One optimizer step; its metrics, and the signal to stop for on any rank.
+
+        The host waits for the device once, for the figures that are logged, when the update is under way.
+        """
         started, cpu_started = time.perf_counter(), time.process_time()
-        batch = [self.examples[i] for i in self.plan.batch(step)]
-        labels = sum(len(e.input_ids) - e.prompt_length for e in batch)
+        tokens = _tokens(batch.examples)
+        labels = tokens - sum(e.prompt_length for e in batch.examples)
         # A generator takes 63 bits; a seed may be any number, a time in milliseconds for example.
         seed = ((self.config.seed * 1_000_003 + step) * 1_009 + self.context.rank) % 2**63
         torch.manual_seed(seed)
         self.optimizer.zero_grad()
-        loss = 0.0
-        for micro_batch in self._own_micro_batches(batch):
-            device = self.context.device
-            # Divided by the labels of the global batch: the sum over micro-batches and ranks is the mean over
-            # tokens, however unevenly they are spread.
-            part = self.loss(micro_batch.input_ids_BT.to(device), micro_batch.labels_BT.to(device)) / labels
-            part.backward()
-            loss += float(part.detach())
+        loss = torch.zeros((), dtype=torch.float64, device=self.context.device)
+        with training_attention(self.model):
+            for micro_batch in self._micro_batches(batch):
+                # Divided by the labels of the global batch: the sum over micro-batches and ranks is the mean
+                # over tokens, however unevenly they are spread.
+                part = self.loss(micro_batch) / labels
+                part.backward()
+                loss += part.detach()
         # A signal to one rank stops all ranks, after the same step.
-        extras = torch.tensor([loss, float(stop.number is not None)], dtype=torch.float64)
-        loss, stopping = self.context.sum_gradients(self.parameters.values(), extras).tolist()
+        extras = torch.stack([loss, loss.new_full((), float(stop.number is not None))])
+        summed = self.context.sum_gradients(self.parameters.values(), extras)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip_norm or math.inf)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            origins = ", ".join(e.origin for e in batch)
-            raise DivergedError(
-                f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; no update was made. "
-                f"Lower training.learning_rate or look at the batch: {origins}"
-            )
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        figures = torch.stack([*summed, norm.to(summed)])
         rate = learning_rate(self.config, step, self.total_steps)
-        self.optimizer.step(rate)
+        self.optimizer.step(rate, skip=~(figures[0].isfinite() & figures[2].isfinite()))
         for layer in self._adapted:
             layer.refresh_norm()
+        mean_loss, stopping, grad_norm = figures.tolist()
+        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+            origins = ", ".join(e.origin for e in batch.examples)
+            raise DivergedError(
+                f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}; no update was made. "
+                f"Lower training.learning_rate or look at the batch: {origins}"
+            )
         seconds = time.perf_counter() - started
-        tokens = sum(len(e.input_ids) for e in batch)
         metrics = StepMetrics(
             step=step + 1,
-            loss=loss,
+            loss=mean_loss,
             lr=rate,
             grad_norm=grad_norm,
             tokens=tokens,
@@ -207,18 +287,9 @@ class Trainer:
                 f"Lower training.learning_rate or set training.clip_norm"
             )
 
-    def _own_micro_batches(self, batch: list[TokenizedExample]) -> Iterator[Batch]:
-        """This rank's micro-batches; sequences of about one length in each, so that little is padding."""
-        ordered = sorted(batch, key=lambda e: len(e.input_ids))
-        size = self.micro_batch_size
-        chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-        own = chunks[self.context.rank :: self.context.world_size]
-        for chunk in own:
-            yield collate(chunk, self.pad_id)
-        if self.context.fsdp is not None:
-            # Forward and backward of a sharded model are collectives: every rank runs as many of them.
-            for _ in range(-(-len(chunks) // self.context.world_size) - len(own)):
-                yield without_labels(collate(ordered[:1], self.pad_id))
+
+def _tokens(examples: Iterable[TokenizedExample]) -> int:
+    return sum(len(example.input_ids) for example in examples)
 
 
 def micro_batch_size(config: TrainingConfig, world_size: int) -> int:

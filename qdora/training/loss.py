@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from qdora.data.batches import IGNORED_LABEL
+from qdora.data.batches import Batch
 from qdora.distributed.fsdp import gathered
 from qdora.errors import InputError
+from qdora.training.attention import keeps_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,29 +35,29 @@ def check_output_layer(model: PreTrainedModel) -> None:
             raise InputError(f"models with {setting} are not supported for training")
 
 
-def completion_loss(
-    model: PreTrainedModel, input_ids_BT: torch.Tensor, labels_BT: torch.Tensor
-) -> torch.Tensor:
+def completion_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Summed cross entropy of the labelled tokens.
 
-    The batch is padded on the right: under the causal mask no token attends to padding, so no attention mask
-    is needed and the attention kernels' causal path is used.
+    Nothing here waits for the device.  A batch that is padded on the right needs no attention mask: under the
+    causal mask no token attends to padding.
 
     Args:
         model: a causal language model; its output layer is applied to labelled positions only.
-        input_ids_BT: (B, T) int64.
-        labels_BT: (B, T) int64, aligned with the inputs, -100 where there is no loss.
+        batch: on the model's device.  Joined sequences need `training_attention`, until backward has run.
     Returns: scalar float32, the sum over tokens, in nats.
     """
-    hidden_BTI = model.get_decoder()(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-    targets_BT = labels_BT[:, 1:]
-    labelled_BT = targets_BT != IGNORED_LABEL
-    hidden_NI = hidden_BTI[:, :-1][labelled_BT]
+    joined: dict[str, Any] = {}
+    if batch.segments is not None:
+        assert keeps_apart(model), "joined sequences outside of training_attention"
+        joined = {"position_ids": batch.position_ids_BT, "segments": batch.segments}
+    decoder = model.get_decoder()
+    hidden_BTI = decoder(input_ids=batch.input_ids_BT, use_cache=False, **joined).last_hidden_state
+    hidden_NI = hidden_BTI.flatten(0, 1).index_select(0, batch.labelled_N)
     head = model.get_output_embeddings()
     with gathered(head) as logits_of:
         trained = [p for p in head.parameters() if p.requires_grad]
         loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_NI, targets_BT[labelled_BT], logits_of, head.out_features, *trained
+            hidden_NI, batch.targets_N, logits_of, head.out_features, *trained
         )
     return loss
 

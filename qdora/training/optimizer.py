@@ -47,6 +47,8 @@ class AdapterOptimizer:
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
         }
+        pairs = zip(self.parameters.values(), self.masters.values(), strict=True)
+        self._rounded = {parameter: master for parameter, master in pairs if master is not parameter}
         self._adamw = torch.optim.AdamW(
             list(self.masters.values()),
             lr=config.learning_rate,
@@ -61,17 +63,25 @@ class AdapterOptimizer:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """One update from the gradients of the parameters."""
+    def step(self, learning_rate: float, skip: torch.Tensor | None = None) -> None:
+        """One update from the gradients of the parameters.
+
+        Args:
+            skip: scalar, on any device: where it is not 0 everything stays as it is.  It is read where the
+                parameters are, so that nothing waits for it.
+        """
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         for name, parameter in self.parameters.items():
             self.masters[name].grad = parameter.grad
+        if skip is not None:
+            device = next(iter(self.masters.values())).device
+            # Where torch's fused kernels look for overflow of scaled gradients, with this effect.
+            self._adamw.found_inf = skip.to(device, torch.float32)  # type: ignore[attr-defined]
         self._adamw.step()
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter:
-                parameter.copy_(master)
+        if self._rounded:
+            torch._foreach_copy_(list(self._rounded), list(self._rounded.values()))
+            for master in self._rounded.values():
                 master.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from qdora.adapters.full import train_everything
 from qdora.adapters.inject import adapted_layers, initial_update_fingerprint, inject
 from qdora.adapters.peft_io import save_adapter
 from qdora.config import ModelConfig, TrainingConfig
+from qdora.data.batches import NO_PACKING, Packing
 from qdora.data.rows import Example
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed import fsdp
@@ -53,6 +54,7 @@ class Case:
         examples: of the training set; where a batch of 8 does not divide it, the last one is uneven.
         generates: also answer questions, from a complete copy and in step.
         kernels: by the kernels' operators, whose reference computes on a CPU.
+        packing: how examples share the rows of a micro-batch.
     """
 
     model: str = "tied"
@@ -64,6 +66,7 @@ class Case:
     examples: int = 19
     generates: bool = False
     kernels: bool = False
+    packing: Packing = NO_PACKING
 
 
 FLOAT32 = {"dtype": "float32"}
@@ -91,6 +94,14 @@ CASES = {
     "fp4": Case("awkward", FLOAT32, {"max_steps": 20}, generates=True, quantization="fp4"),
     "int8": Case(adapter=FLOAT32, training={"max_steps": 20}, generates=True, quantization="int8"),
     "int8 awkward single": Case("awkward", FLOAT32, double=False, quantization="int8"),
+    "qdora joined": Case(adapter=FLOAT32, training={"max_steps": 20}, packing=Packing(joined=True)),
+    "qdora joined accumulated": Case(
+        "awkward",
+        FLOAT32,
+        {"gradient_accumulation": 2, "gradient_checkpointing": True},
+        packing=Packing(joined=True),
+    ),
+    "qdora filled": Case(adapter=FLOAT32, training={"max_steps": 8}, packing=Packing(True, row_tokens=64)),
     "qdora exact": Case(adapter=FLOAT32 | {"norm_gradient": "exact"}),
     "qlora": Case(adapter=FLOAT32 | {"method": "qlora"}, training={"max_steps": 20}),
     "qlora accumulated": Case(
@@ -210,7 +221,8 @@ def run_case(out: Path, models: Path, case: Case, context: DistributedContext) -
         if layer.magnitude is not None
     }
     training = TrainingConfig(**({"max_steps": 6, "batch_size": 8, "learning_rate": 2e-3} | case.training))
-    trainer = Trainer(model, examples(model.config.vocab_size, case.examples), training, context, pad_id=0)
+    data = examples(model.config.vocab_size, case.examples)
+    trainer = Trainer(model, data, training, context, pad_id=0, packing=case.packing)
     steps = []
     trainer.run(
         0,

@@ -20,9 +20,11 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def test_two_processes_equal_one(tmp_path, tiny_model_folder):
+@pytest.mark.parametrize("packing", ["none", "batch"])
+def test_two_processes_equal_one(tmp_path, tiny_model_folder, packing):
     """Catches: a mean of means over ranks, gradients summed twice or in bf16, a file written by every rank,
-    a short last batch that stops one rank, predictions lost or doubled between ranks."""
+    a short last batch that stops one rank, predictions lost or doubled between ranks;
+    joined sequences that compute something else than padded ones."""
     runs = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
@@ -31,6 +33,7 @@ def test_two_processes_equal_one(tmp_path, tiny_model_folder):
         tree["adapter"] |= {"dropout": 0.0, "dtype": "float32"}
         tree["data"]["train"]["limit"] = 90  # the 12th batch holds two examples: one for each rank, or none
         tree["evaluation"]["every"] = 7
+        tree["data"]["packing"] = packing if count == 2 else "none"
         runs[count] = write_config(folder, tree)
     assert run_command("train", ["--config", runs[1]]) == 0
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]

@@ -121,6 +121,14 @@ def test_float32_training_is_that_of_one_process(one, several, case):
     assert distance(adapter(several[1], case), adapter(one, case)) < 1e-5
 
 
+def test_joined_on_several_ranks_equals_padded_on_one(one, several):
+    """Catches: joined sequences that are divided over the ranks otherwise than whole, or whose attention
+    is another under sharding."""
+    ours, theirs = steps(several[1], "qdora joined"), steps(one, "qdora")
+    assert ((ours - theirs).abs() / theirs)[:3].max() < 1e-6  # before rounding has grown step by step
+    assert distance(adapter(several[1], "qdora joined"), adapter(one, "qdora")) < 1e-5
+
+
 @pytest.mark.parametrize("case", [name for name in CASES if "bf16" in name])
 def test_bf16_adapters_differ_by_their_rounding_alone(one, several, case):
     """Catches: gradients rounded to bf16 before or after their sum, masters that are bf16, scales of NF4

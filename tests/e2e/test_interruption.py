@@ -191,3 +191,32 @@ def test_checkpoints_that_cannot_be_read_stay(tmp_path, uninterrupted, capsys):
     assert run_command("train", [*words, "--set", f"output.dir={tmp_path / 'run'}"]) == 2
     assert "none of its checkpoints (step-40, step-35, step-30) can be used" in capsys.readouterr().err
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 3
+
+
+def test_filled_rows_go_on_where_they_were(tmp_path, tiny_model_folder, capsys):
+    """Catches: steps that are counted in examples where rows hold several, an order of rows with memory, a
+    run that goes on with other rows, a step that is reported with the tokens of another."""
+    trees = {}
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+        tree = tiny_tree(tmp_path / name, tiny_model_folder, batch_size=2, schedule="constant", epochs=2.0)
+        tree["training"].pop("max_steps")
+        tree["data"] |= {"packing": "stream", "max_length": 256}
+        trees[name] = write_config(tmp_path / name, tree)
+    assert run_command("train", ["--config", trees["straight"]]) == 0
+    said = capsys.readouterr().err
+    assert "none is padding; rows are filled to " in said
+    straight = metrics(tmp_path / "straight" / "run")
+    manifest = json.loads((tmp_path / "straight" / "run" / "manifest.json").read_text())
+    assert manifest["steps"] == len(straight)
+    half = len(straight) // 2
+    assert sum(m["tokens"] for m in straight[:half]) == sum(m["tokens"] for m in straight[half:])
+    assert all(m["tokens"] <= 2 * 256 for m in straight)
+    once = ["--config", trees["stopped"], "--set", "training.epochs=0.6"]
+    assert run_command("train", once) == 0
+    again = ["--config", trees["stopped"], "--resume"]
+    for change in ("data.max_length=255", "data.packing=batch"):
+        assert run_command("train", [*again, "--set", change]) == 2
+        assert "data.max_length of filled rows (data.packing: stream) = 256" in capsys.readouterr().err
+    assert run_command("train", again) == 0
+    assert metrics(tmp_path / "stopped" / "run") == straight

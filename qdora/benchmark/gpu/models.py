@@ -15,7 +15,8 @@ from qdora.adapters.base import AdapterModule
 from qdora.adapters.inject import inject
 from qdora.benchmark.peers import adapt_4bit
 from qdora.config import AdapterConfig, ModelConfig, QuantizationName
-from qdora.data.batches import Batch
+from qdora.data.batches import Batch, collate
+from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import reset_adapters
 from qdora.models.build import build_architecture
@@ -99,7 +100,7 @@ def peft_random_model(config: LlamaConfig, device: torch.device, *, dora: bool, 
 def random_batch(config: LlamaConfig, sequences: int, tokens: int) -> Batch:
     """Every token with a label."""
     ids_BT = torch.randint(config.vocab_size, (sequences, tokens), generator=torch.Generator().manual_seed(0))
-    return Batch(ids_BT, ids_BT.clone())
+    return collate([TokenizedExample(ids_T, 0, "random") for ids_T in ids_BT.tolist()], pad_id=0)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -196,6 +196,7 @@ def test_shallow_models_give_the_deep_one_to_the_byte(run):
     ("quantization", "adapter", "checkpointing"),
     [
         ("nf4", {}, False),
+        ("nf4", {"targets": ("q_proj",)}, "joined"),
         ("nf4", {}, True),
         ("fp4", {"type": "none"}, False),
         ("int8", {"init": "pissa"}, False),
@@ -208,8 +209,9 @@ def test_fakes_hold_what_real_tensors_hold(tmp_path, quantization, adapter, chec
     worst batch that training would not see; a start that fakes do not have."""
     # An estimate is of torch's operators; the compiled functions take a little less.
     monkeypatch.setattr(native, "_library", lambda: None)
-    run = launch(length=48, accumulation=2, checkpointing=checkpointing, adapter=adapter)
-    run = replace(run, device="cpu")
+    joined = checkpointing == "joined"
+    run = launch(length=48, accumulation=2, checkpointing=checkpointing is True, adapter=adapter)
+    run = replace(run, device="cpu", packing="batch" if joined else "none")
     folder = write_tiny_model(tmp_path / "tiny")
     model, _ = load_base(str(folder), quantization=quantization, dtype="float32", device="cpu")
     base = Architecture(model.config, torch.float32, torch.bfloat16, Quantization(quantization))
@@ -223,6 +225,21 @@ def test_fakes_hold_what_real_tensors_hold(tmp_path, quantization, adapter, chec
     assert max(p.total for p in fake.peaks.values()) > 1.5 * fake.at_rest.total
     batch = fake.peaks["start, micro-batch 1"][Part.OTHER] - fake.at_rest[Part.OTHER]
     assert batch >= 2 * 8 * 2 * 48  # ids and labels
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_joined_sequences_take_as_much_as_padded_ones_of_the_greatest_length(device):
+    """Catches: a worst batch of joined sequences with a mask of all their tokens, rows that hold another
+    number of tokens, a kernel for sequences of any lengths that fakes do not know."""
+    run = replace(launch(sequences=4, length=128, adapter={"targets": ("q_proj",)}), device=device)
+    plain, joined, filled = (
+        record_step(architecture(LAYERS).build(), replace(run, packing=packing))
+        for packing in ("none", "batch", "stream")
+    )
+    peaks = [max(p.total for p in one.peaks.values()) for one in (plain, joined, filled)]
+    assert peaks[1] == peaks[2]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
+    assert dict(joined.at_rest) == dict(plain.at_rest)
 
 
 def test_the_update_makes_nothing_of_its_own():

@@ -31,6 +31,13 @@ def make_batch():
     )
 
 
+def labels_of(batch):
+    """As transformers takes them: aligned with the ids, -100 where there is no loss."""
+    labels_BT = torch.full_like(batch.input_ids_BT, -100)
+    labels_BT.view(-1)[batch.labelled_N + 1] = batch.targets_N
+    return labels_BT
+
+
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
@@ -43,12 +50,12 @@ def test_every_adapter_gradient_is_that_of_the_plain_logits(tiny_model_folder, m
     model = make_model(tiny_model_folder)
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 100 * rows_in_a_chunk)
     batch = make_batch()
-    ours = completion_loss(model, batch.input_ids_BT, batch.labels_BT)
+    ours = completion_loss(model, batch)
     assert ours.dtype == torch.float32
     got = gradients(model, ours / 7)
-    count = int((batch.labels_BT[:, 1:] != -100).sum())
+    count = len(batch.targets_N)
     assert count == 9 + 7 + 1
-    theirs = model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss * count
+    theirs = model(input_ids=batch.input_ids_BT, labels=labels_of(batch)).loss * count
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)
     expected = gradients(model, theirs / 7)
     assert {n.rsplit(".", 1)[-1] for n in expected} == {"a_RI", "b_OR", "offset_O"}
@@ -58,9 +65,9 @@ def test_every_adapter_gradient_is_that_of_the_plain_logits(tiny_model_folder, m
 def test_without_gradients_the_loss_is_the_same(tiny_model_folder):
     """Catches: a loss that only works in training."""
     model, batch = make_model(tiny_model_folder), make_batch()
-    trained = completion_loss(model, batch.input_ids_BT, batch.labels_BT)
+    trained = completion_loss(model, batch)
     with torch.no_grad():
-        plain = completion_loss(model, batch.input_ids_BT, batch.labels_BT)
+        plain = completion_loss(model, batch)
     assert not plain.requires_grad
     assert float(plain) == float(trained.detach())
 
@@ -71,7 +78,7 @@ def test_chunks_bound_the_rows_of_the_output_layer(tiny_model_folder, monkeypatc
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 100 * 5)
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[0]))
-    completion_loss(model, batch.input_ids_BT, batch.labels_BT)
+    completion_loss(model, batch)
     assert rows == [5, 5, 5, 2]
 
 
@@ -101,9 +108,9 @@ def test_a_trained_output_layer_gets_its_gradient(tmp_path, monkeypatch, method,
     check_output_layer(model)
     batch = make_batch()
     monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * 100 * rows_in_a_chunk)
-    got = gradients(model, completion_loss(model, batch.input_ids_BT, batch.labels_BT) / 7)
-    count = int((batch.labels_BT[:, 1:] != -100).sum())
-    theirs = model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss * count
+    got = gradients(model, completion_loss(model, batch) / 7)
+    count = len(batch.targets_N)
+    theirs = model(input_ids=batch.input_ids_BT, labels=labels_of(batch)).loss * count
     expected = gradients(model, theirs / 7)
     assert any("lm_head" in name or "embed_tokens" in name for name in expected)
     for name, gradient in expected.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from torch import nn
@@ -30,12 +32,14 @@ def gradient(step: int, name: str) -> torch.Tensor:
     return torch.randn(start()[name].shape, generator=generator)
 
 
-def advance(optimizer: AdapterOptimizer, steps: range, scale: float = 1.0) -> None:
+def advance(
+    optimizer: AdapterOptimizer, steps: Iterable[int], scale: float = 1.0, skip=None, factor=1.0
+) -> None:
     for step in steps:
         optimizer.zero_grad()
         for name, parameter in optimizer.parameters.items():
-            parameter.grad = gradient(step, name)
-        optimizer.step(scale * 1e-3 * (1 + step % 3))
+            parameter.grad = gradient(step, name) * factor
+        optimizer.step(scale * 1e-3 * (1 + step % 3), skip)
 
 
 def reference(steps: int, scale: float = 1.0, **options) -> dict[str, torch.Tensor]:
@@ -78,6 +82,23 @@ def test_updates_too_small_for_bf16_add_up():
             assert torch.equal(parameter.detach(), torch.ones(4).bfloat16())
     assert torch.allclose(optimizer.masters["p"].detach(), torch.full((4,), 0.99), atol=1e-5)
     assert torch.equal(parameter.detach(), torch.full((4,), 0.99).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skipped_step_changes_nothing(dtype):
+    """Catches: a step count, a moment, a master or weight decay that goes on where the gradient is no number;
+    a step that is not skipped and is another one."""
+    straight, other = make(dtype), make(dtype)
+    advance(straight, range(3))
+    for step in range(3):
+        advance(other, [step], skip=torch.tensor(False))
+        before = {key: tensor.clone() for key, tensor in other.state().items()}
+        rounded = {name: p.detach().clone() for name, p in other.parameters.items()}
+        advance(other, [7], skip=torch.tensor(True), factor=float("nan"))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in other.state().items())
+        assert all(torch.equal(p, rounded[name]) for name, p in other.parameters.items())
+    for key, tensor in straight.state().items():
+        assert torch.equal(tensor, other.state()[key]), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from torch import nn
 
 from qdora.adapters.inject import inject
 from qdora.config import AdapterConfig, TrainingConfig
+from qdora.data.batches import Batch
 from qdora.data.tokenize import tokenize_examples
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from qdora.models.load import load_base
@@ -43,6 +44,12 @@ def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.parameters.items()}
 
 
+def batch_of(ids_BT, labels_BT) -> Batch:
+    """A batch with the labels of transformers: aligned with the ids, -100 where there is no loss."""
+    rows, places = (labels_BT[:, 1:] != -100).nonzero(as_tuple=True)
+    return Batch(ids_BT, rows * ids_BT.shape[1] + places, labels_BT[rows, places + 1])
+
+
 @pytest.mark.parametrize("chunk_bytes", [1 << 28, 4 * 99 * 5])
 def test_loss_is_that_of_transformers(tiny_model_folder, monkeypatch, chunk_bytes):
     """Catches: labels shifted twice or not at all, padding or prompts in the loss, a wrong last chunk."""
@@ -56,7 +63,7 @@ def test_loss_is_that_of_transformers(tiny_model_folder, monkeypatch, chunk_byte
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
     b = [p for n, p in model.named_parameters() if n.endswith("b_OR")]
-    ours = completion_loss(model, ids, labels)
+    ours = completion_loss(model, batch_of(ids, labels))
     ours.backward()
     grads = [p.grad.clone() for p in b]
     model.zero_grad()
@@ -76,7 +83,7 @@ def test_logits_only_where_there_are_labels(tiny_model_folder):
     ids = torch.randint(4, 90, (2, 10))
     labels = torch.full_like(ids, -100)
     labels[0, 7:] = ids[0, 7:]
-    completion_loss(model, ids, labels)
+    completion_loss(model, batch_of(ids, labels))
     assert rows == [3]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig, TrainingConfig
+from qdora.data.batches import NO_PACKING
 from qdora.data.tokenize import tokenize_examples
 from qdora.models.load import load_base
 from qdora.training.loop import Callbacks, Trainer
@@ -23,11 +24,13 @@ def make_model(folder, *, dtype="float32", dropout=0.0, **adapter):
     return model
 
 
-def make_trainer(folder, *, count=20, dtype="float32", dropout=0.0, **training) -> Trainer:
+def make_trainer(
+    folder, *, count=20, dtype="float32", dropout=0.0, packing=NO_PACKING, **training
+) -> Trainer:
     model = make_model(folder, dtype=dtype, dropout=dropout)
     data, _ = tokenize_examples(examples()[:count], tiny_tokenizer(), "question_answer", 128, "stop")
     settings = {"max_steps": 5, "batch_size": 8, "learning_rate": 5e-3} | training
-    return Trainer(model, data, TrainingConfig(**settings), cpu_context(), pad_id=0)
+    return Trainer(model, data, TrainingConfig(**settings), cpu_context(), pad_id=0, packing=packing)
 
 
 def run(trainer: Trainer, start: int = 0, **callbacks) -> list[StepMetrics]:
