@@ -19,6 +19,7 @@ from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fi
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import for_generation
 from qdora.errors import InputError, suggest
+from qdora.evaluation.continuous import SPARE_COLUMNS, why_not
 from qdora.evaluation.generation import (
     Generation,
     NonFiniteLogitsError,
@@ -171,7 +172,9 @@ def evaluate(
         check_ids(tokenizer, rows, zip(origins, group.prompts, strict=True))
         check_prompts(model, group.prompts, decoding["max_new_tokens"], origins)
     longest = max(len(ids) for group in groups for ids in group.prompts)
-    tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"])
+    tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"] + SPARE_COLUMNS)
+    if reason := why_not(model):
+        context.say(f"no prompt takes the place of a finished answer before its batch ends: {reason}")
     with for_generation(model, context, tokens) as sharded:
         synced = sharded and context.world_size > 1
         show_progress = show_progress and context.is_main
@@ -271,6 +274,7 @@ def _evaluate_task(
     ]
     how = {
         "method": "greedy",
+        "batching": "fixed" if why_not(model) else "continuous",
         **decoding,
         "processes": context.world_size,
         "eos_token_ids": eos_token_ids(model, tokenizer),
