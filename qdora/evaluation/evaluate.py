@@ -12,7 +12,7 @@ from typing import TypedDict, Unpack
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qdora.config import AnswerKind, RunConfig
+from qdora.config import AnswerKind, EvaluationWeights, RunConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token, prompt_ids
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
@@ -28,6 +28,7 @@ from qdora.evaluation.generation import (
     generate,
 )
 from qdora.evaluation.scores import Prediction, Scores, locked_reports, summarize, write_scores
+from qdora.evaluation.weights import evaluation_weights
 from qdora.models.load import load_with_adapter, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
@@ -84,6 +85,7 @@ def evaluate_configured(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         kind=config.data.test.answer_kind,
+        weights=settings.weights,
         context=context,
         show_progress=show_progress,
     )
@@ -138,6 +140,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     kind: AnswerKind = "numeric",
+    weights: EvaluationWeights = "auto",
     context: DistributedContext | None = None,
     show_progress: bool = True,
     **decoding: Unpack[Decoding],
@@ -149,6 +152,8 @@ def evaluate(
 
     Args:
         kind: how answers of the user's own data are compared; registered tasks have theirs.
+        weights: `merged`: compute with one dense matrix a layer; `adapted`: with weight and adapter as they
+            are; `auto`: merged where the memory is there.
         context: rank and world size; a single process where not given.
         show_progress: a bar per task on stderr, on the main rank.
         decoding: prompt template, `max_new_tokens`, `batch_size`, `parse_special_tokens`.
@@ -175,13 +180,17 @@ def evaluate(
     tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"] + SPARE_COLUMNS)
     if reason := why_not(model):
         context.say(f"no prompt takes the place of a finished answer before its batch ends: {reason}")
-    with for_generation(model, context, tokens) as sharded:
+    show_progress = show_progress and context.is_main
+    with (
+        evaluation_weights(model, context, weights, tokens) as used,
+        for_generation(model, context, tokens) as sharded,
+    ):
         synced = sharded and context.world_size > 1
-        show_progress = show_progress and context.is_main
-        return [
+        scores = [
             _evaluate_task(model, tokenizer, group, context, decoding, synced, show_progress)
             for group in groups
         ]
+    return [replace(score, decoding=score.decoding | {"weights": used}) for score in scores]
 
 
 def _by_task(

@@ -123,6 +123,7 @@ def test_scores_add_up(
         "batch_size": 2,
         "processes": 1,
         "eos_token_ids": [tokenizer.eos_token_id],
+        "weights": "merged",
     }
 
 
