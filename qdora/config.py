@@ -17,6 +17,7 @@ from qdora.errors import InputError, suggest
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 QuantizationName = Literal["nf4", "fp4", "int8", "none"]
+EvaluationWeights = Literal["auto", "merged", "adapted"]
 UpdateType = Literal["lora", "vera", "none"]
 InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -265,6 +266,8 @@ class EvaluationConfig(Section):
     """Longest generated answer in tokens."""
     every: Count | None = None
     """Steps between evaluations during training; none where not given."""
+    weights: EvaluationWeights = "auto"
+    """`merged`: one dense matrix a layer, in the compute dtype; `adapted`: as they are trained."""
     quantization: QuantizationName | None = None
     """`training.mode: full`: quantize the trained weights to this format before they are scored."""
 

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from functools import cache
+from pathlib import Path
 
 import psutil
 
@@ -139,6 +140,30 @@ def _cpu_seconds_of_launch() -> float:
             times = process.cpu_times()
             seconds += times.user + times.system
     return seconds
+
+
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take, of the machine and of a container with a limit."""
+    return int(min(psutil.virtual_memory().available, _left_in_container()))
+
+
+def _left_in_container() -> float:
+    """Infinite where no group of version 2 that this process is in has a limit."""
+    left = math.inf
+    with contextlib.suppress(OSError, ValueError):
+        own = _OWN_CGROUP.read_text().strip().rpartition("::/")[2]
+        folder = _CGROUPS / own
+        for group in [folder, *folder.parents]:
+            limit = group / "memory.max"
+            if limit.is_file() and (most := limit.read_text().strip()) != "max":
+                used = int((group / "memory.current").read_text())
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                # Pages of files are given back when others need them.
+                left = min(left, int(most) - used + int(statistics.get("inactive_file", 0)))
+    return left
 
 
 # Parameters of mallopt, from malloc.h, and the largest threshold that glibc takes on 64 bits.

@@ -252,13 +252,13 @@ class AdaptedLinear(nn.Module):
     def merge(self, dtype: torch.dtype = torch.float32) -> None:
         """Compute with one dense weight, as fast as a plain layer, until `unmerge`.
 
-        The stored weight stays beside it: a merged 4-bit layer takes the memory of both.
+        The stored weight stays beside it: a merged 4-bit layer takes the memory of both, and one
+        without an adapter that of its dequantized copy.
 
         Args:
             dtype: of the merged copy; the output differs from the adapted layer's by its rounding.
         """
-        if self.has_adapter:
-            self._merged = (DenseWeight(self.merged(dtype)),)
+        self._merged = (DenseWeight(self.merged(dtype)),)
 
     def unmerge(self) -> None:
         """Compute with weight and adapter again; neither has changed in between."""

@@ -16,7 +16,6 @@ from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import psutil
 import torch
 from torch import nn
 from torch.distributed.fsdp import (
@@ -37,7 +36,7 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError, suggest
 from qdora.quant.base import FrozenWeight
-from qdora.resources import release_freed_memory
+from qdora.resources import available_memory, release_freed_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -318,7 +317,7 @@ def for_generation(model: PreTrainedModel, context: DistributedContext, tokens: 
         yield False
         return
     shards = [p for p in model.parameters() if isinstance(p, DTensor)]
-    needed = sum(p.numel() * p.dtype.itemsize for p in shards) + tokens * _cache_bytes(model)
+    needed = sum(p.numel() * p.dtype.itemsize for p in shards) + tokens * cache_bytes(model)
     fits = all(context.gather([needed <= MARGIN * free_memory(context.device)]))
     settings = context.fsdp
     assert settings is not None
@@ -334,7 +333,7 @@ def for_generation(model: PreTrainedModel, context: DistributedContext, tokens: 
         model.reshard()
 
 
-def _cache_bytes(model: PreTrainedModel) -> int:
+def cache_bytes(model: PreTrainedModel) -> int:
     """Bytes of one token's keys and values in all layers."""
     text = model.config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -347,4 +346,4 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0] + unused)
-    return int(psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from tqdm import tqdm
 
-from qdora.config import AnswerKind, RunConfig
+from qdora.config import AnswerKind, EvaluationWeights, RunConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import choose_pad_token, prompt_ids
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import for_generation
 from qdora.errors import InputError, suggest
+from qdora.evaluation.continuous import SPARE_COLUMNS, why_not
 from qdora.evaluation.generation import (
     Generation,
     NonFiniteLogitsError,
@@ -26,6 +27,7 @@ from qdora.evaluation.generation import (
     generate,
 )
 from qdora.evaluation.scores import Prediction, Scores, locked_reports, summarize, write_scores
+from qdora.evaluation.weights import evaluation_weights
 from qdora.models.load import load_with_adapter, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
@@ -85,6 +87,7 @@ def evaluate_configured(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         kind=config.data.test.answer_kind,
+        weights=settings.weights,
         context=context,
         show_progress=show_progress,
     )
@@ -139,6 +142,7 @@ def evaluate(
     examples: Sequence[Example],
     *,
     kind: AnswerKind = "numeric",
+    weights: EvaluationWeights = "auto",
     context: DistributedContext | None = None,
     show_progress: bool = True,
     **decoding: Unpack[Decoding],
@@ -150,6 +154,8 @@ def evaluate(
 
     Args:
         kind: how answers of the user's own data are compared; registered tasks have theirs.
+        weights: `merged`: compute with one dense matrix a layer; `adapted`: with weight and adapter as they
+            are; `auto`: merged where the memory is there.
         context: rank and world size; a single process where not given.
         show_progress: a bar per task on stderr, on the main rank.
         decoding: prompt template, `max_new_tokens`, `batch_size`, `parse_special_tokens`.
@@ -173,14 +179,20 @@ def evaluate(
         check_ids(tokenizer, rows, zip(origins, group.prompts, strict=True))
         check_prompts(model, group.prompts, decoding["max_new_tokens"], origins)
     longest = max(len(ids) for group in groups for ids in group.prompts)
-    tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"])
-    with for_generation(model, context, tokens) as sharded:
+    tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"] + SPARE_COLUMNS)
+    if reason := why_not(model):
+        context.say(f"no prompt takes the place of a finished answer before its batch ends: {reason}")
+    show_progress = show_progress and context.is_main
+    with (
+        evaluation_weights(model, context, weights, tokens) as used,
+        for_generation(model, context, tokens) as sharded,
+    ):
         synced = sharded and context.world_size > 1
-        show_progress = show_progress and context.is_main
-        return [
+        scores = [
             _evaluate_task(model, tokenizer, group, context, decoding, synced, show_progress)
             for group in groups
         ]
+    return [replace(score, decoding=score.decoding | {"weights": used}) for score in scores]
 
 
 def _by_task(
@@ -273,6 +285,7 @@ def _evaluate_task(
     ]
     how = {
         "method": "greedy",
+        "batching": "fixed" if why_not(model) else "continuous",
         **decoding,
         "processes": context.world_size,
         "eos_token_ids": eos_token_ids(model, tokenizer),

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from qdora.errors import InputError
+from qdora.evaluation import continuous
 from qdora.quant.base import FrozenWeight
 from qdora.training.optimizer import local_shard
 
@@ -35,8 +36,12 @@ class _LogitsWatch(LogitsProcessor):
         self._bad = torch.zeros((), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._bad |= ~(scores < torch.inf).all()  # minus infinity forbids a token
+        self.see(scores)
         return scores
+
+    def see(self, logits: torch.Tensor) -> None:
+        """Take note of logits of any shape."""
+        self._bad |= ~(logits < torch.inf).all()  # minus infinity forbids a token
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises: NonFiniteLogitsError: there were some."""
@@ -109,29 +114,69 @@ def generate(
     """
     check_prompts(model, prompts, max_new_tokens)
     eos_ids = eos_token_ids(model, tokenizer)
+    done: dict[int, Generation] = {}
+    watch = _LogitsWatch(model.device)
+    batches = _in_batches if continuous.why_not(model) else _continuously
+    with _evaluation_mode(model), torch.no_grad():
+        for ended in batches(model, prompts, pad_id, eos_ids, max_new_tokens, batch_size, synced, watch):
+            if not synced:
+                watch.check(model)
+            read = {index: _read(ids, eos_ids, tokenizer) for index, ids in ended.items()}
+            done.update(read)
+            if progress is not None:
+                progress(read)
+    watch.check(model)
+    return [done[index] for index in range(len(prompts))]
+
+
+def _continuously(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    synced: bool,
+    watch: _LogitsWatch,
+) -> Iterator[Mapping[int, list[int]]]:
+    batch = continuous.Batch(
+        model,
+        prompts,
+        pad_id=pad_id,
+        eos_ids=eos_ids,
+        max_new_tokens=max_new_tokens,
+        slots=batch_size,
+        watch=watch.see,
+        synced=synced,
+    )
+    yield from batch.run()
+
+
+def _in_batches(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    synced: bool,
+    watch: _LogitsWatch,
+) -> Iterator[Mapping[int, list[int]]]:
+    """By transformers' `generate`, for architectures that `continuous` does not know."""
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id,
-        eos_token_id=eos_ids or None,
+        eos_token_id=list(eos_ids) or None,
     )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    done: dict[int, Generation] = {}
-    watch = _LogitsWatch(model.device)
-    with _generation_mode(model, config), torch.no_grad():
+    with _generation_config(model, config):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             outputs = _generate_batch(model, [prompts[i] for i in indices], pad_id, synced, watch)
-            if not synced:
-                watch.check(model)
-            read = {i: _read(ids, eos_ids, tokenizer) for i, ids in zip(indices, outputs, strict=True)}
-            done.update(read)
-            if progress is not None:
-                progress(read)
-    watch.check(model)
-    return [done[index] for index in range(len(prompts))]
+            yield dict(zip(indices, outputs, strict=True))
 
 
 def check_prompts(
@@ -167,19 +212,29 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @contextmanager
-def _generation_mode(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Eval mode and this generation config in the block; then the modes and the config of before."""
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode in the block; then the modes of before."""
     modes = [(module, module.training) for module in model.modules()]
-    own_config = model.generation_config
-    # Passing a config to generate() is not enough: it takes what is None there from the model's own.
-    model.generation_config = config
     model.eval()
     try:
         yield
     finally:
-        model.generation_config = own_config
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """This generation config in the block; then that of before.
+
+    Passing it to `generate` is not enough: it takes what is None there from the model's own.
+    """
+    own_config = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own_config
 
 
 def _generate_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -214,3 +215,28 @@ def test_training_says_it(tiny_model_folder, monkeypatch, capsys):
     assert [(m.tokens, m.seconds) for m in metrics] == [step[:2] for step in seen]
     assert all(cpu > 0 for *_, cpu in seen)
     assert capsys.readouterr().err.strip().endswith("step 2: other programs")
+
+
+@pytest.mark.parametrize(
+    ("files", "left"),
+    [
+        ({"a/b": ("max", 0, 0), "a": ("1000", 700, 200)}, 500),
+        ({"a/b": ("900", 700, 0), "a": ("1000", 700, 200)}, 200),
+        ({"a/b": ("max", 0, 0), "a": ("max", 0, 0)}, None),
+        ({}, None),
+    ],
+)
+def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, files, left):
+    """Catches: memory of the machine taken for memory of the container, and the process killed there."""
+    for name, (most, used, inactive) in files.items():
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 3\ninactive_file {inactive}\n")
+    own = tmp_path / "cgroup"
+    own.write_text("0::/a/b\n")
+    monkeypatch.setattr(threads, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(threads, "_OWN_CGROUP", own)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
+    assert threads.available_memory() == (left or 5000)

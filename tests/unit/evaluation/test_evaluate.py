@@ -117,11 +117,13 @@ def test_scores_add_up(
     assert first.prompt == "###Question:\nWhat is 1 + 2?\n###Answer:\n"
     assert scores.decoding == {
         "method": "greedy",
+        "batching": "continuous",
         "prompt": "question_answer",
         "max_new_tokens": 6,
         "batch_size": 2,
         "processes": 1,
         "eos_token_ids": [tokenizer.eos_token_id],
+        "weights": "merged",
     }
 
 

@@ -149,7 +149,7 @@ def test_context_is_checked_before_starting(
         calls.append(inputs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "generate", stop_here)
+    monkeypatch.setattr(model, "forward", stop_here)
     with pytest.raises(KeyboardInterrupt if fits else InputError, match=None if fits else r"prompt 1 .*256"):
         run(model, tokenizer, prompts, max_new_tokens=new)
     assert bool(calls) is fits
