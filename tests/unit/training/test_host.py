@@ -94,6 +94,32 @@ def test_a_step_waits_for_the_device_once(tiny_model_folder, monkeypatch, packin
     assert first.loss > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", [NO_PACKING, Packing(joined=True)])
+def test_torch_sees_no_wait_before_the_update(tiny_model_folder, monkeypatch, packing):
+    """Catches: a wait of a GPU that no operator shows: a copy from memory that is not pinned, a launcher that
+    reads a tensor, an optimizer that reads its state."""
+    options = {"dtype": "bfloat16", "batch_size": 4, "gradient_accumulation": 2, "packing": packing}
+    trainer = make_trainer(tiny_model_folder, on_gpu=True, **options)
+    run(trainer)  # kernels are compiled, moments made
+    batch, update, micro_batches = trainer.prepare(1), trainer.optimizer.step, trainer._micro_batches
+
+    def watched(of):
+        torch.cuda.set_sync_debug_mode("error")
+        yield from micro_batches(of)
+
+    def updated(rate, skip):
+        update(rate, skip)
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer, "_micro_batches", watched)
+    monkeypatch.setattr(trainer.optimizer, "step", updated)
+    try:
+        trainer._step(1, batch, type("Request", (), {"number": None})())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_what_waits_is_seen():
     """Catches: a count that misses what it counts."""
     x, mask = torch.ones(3, requires_grad=True), torch.tensor([True, False, True])
