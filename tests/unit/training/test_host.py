@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -142,16 +141,18 @@ def test_the_next_batch_is_made_while_a_step_computes(tiny_model_folder, monkeyp
     a thread that stays."""
     trainer = make_trainer(tiny_model_folder, max_steps=5)
     prepare, step, made = trainer.prepare, trainer._step, []
+    begun, ready = ({number: threading.Event() for number in range(6)} for _ in range(2))
 
     def noted(number):
+        assert number == 2 or begun[number - 1].wait(20), "made before the step that it is to be made beside"
         made.append((number, threading.current_thread() is threading.main_thread()))
-        return prepare(number)
+        batch = prepare(number)
+        ready[number].set()
+        return batch
 
     def waiting(number, batch, stop):
-        deadline = time.monotonic() + 20
-        while len(made) < min(number + 2, 5) - 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert [n for n, _ in made] == list(range(2, min(number + 2, 5)))
+        begun[number].set()
+        assert number == 4 or ready[number + 1].wait(20), "not made beside this step"
         return step(number, batch, stop)
 
     monkeypatch.setattr(trainer, "prepare", noted)

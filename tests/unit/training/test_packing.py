@@ -239,6 +239,8 @@ def test_filled_rows_train_every_example_once_an_epoch(tiny_model_folder):
 def test_the_share_of_padding_is_said(tiny_model_folder, packing, words):
     """Catches: a share of another division into micro-batches, or over steps that are not made."""
     trainer = make_trainer(tiny_model_folder, packing=packing, gradient_accumulation=2, max_steps=2)
+    trainer.examples = sequences(range(3, 43))
+    trainer = replace_packing(trainer, packing)
     said = trainer.batch_sizes()
     assert re.search(words, said), said
     if not packing.row_tokens:
