@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import ExitStack
 from typing import Any
 
@@ -94,6 +93,32 @@ def test_a_step_waits_for_the_device_once(tiny_model_folder, monkeypatch, packin
     assert first.loss > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", [NO_PACKING, Packing(joined=True)])
+def test_torch_sees_no_wait_before_the_update(tiny_model_folder, monkeypatch, packing):
+    """Catches: a wait of a GPU that no operator shows: a copy from memory that is not pinned, a launcher that
+    reads a tensor, an optimizer that reads its state."""
+    options = {"dtype": "bfloat16", "batch_size": 4, "gradient_accumulation": 2, "packing": packing}
+    trainer = make_trainer(tiny_model_folder, on_gpu=True, **options)
+    run(trainer)  # kernels are compiled, moments made
+    batch, update, micro_batches = trainer.prepare(1), trainer.optimizer.step, trainer._micro_batches
+
+    def watched(of):
+        torch.cuda.set_sync_debug_mode("error")
+        yield from micro_batches(of)
+
+    def updated(rate, skip):
+        update(rate, skip)
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(trainer, "_micro_batches", watched)
+    monkeypatch.setattr(trainer.optimizer, "step", updated)
+    try:
+        trainer._step(1, batch, type("Request", (), {"number": None})())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_what_waits_is_seen():
     """Catches: a count that misses what it counts."""
     x, mask = torch.ones(3, requires_grad=True), torch.tensor([True, False, True])
@@ -116,16 +141,18 @@ def test_the_next_batch_is_made_while_a_step_computes(tiny_model_folder, monkeyp
     a thread that stays."""
     trainer = make_trainer(tiny_model_folder, max_steps=5)
     prepare, step, made = trainer.prepare, trainer._step, []
+    begun, ready = ({number: threading.Event() for number in range(6)} for _ in range(2))
 
     def noted(number):
+        assert number == 2 or begun[number - 1].wait(20), "made before the step that it is to be made beside"
         made.append((number, threading.current_thread() is threading.main_thread()))
-        return prepare(number)
+        batch = prepare(number)
+        ready[number].set()
+        return batch
 
     def waiting(number, batch, stop):
-        deadline = time.monotonic() + 20
-        while len(made) < min(number + 2, 5) - 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert [n for n, _ in made] == list(range(2, min(number + 2, 5)))
+        begun[number].set()
+        assert number == 4 or ready[number + 1].wait(20), "not made beside this step"
         return step(number, batch, stop)
 
     monkeypatch.setattr(trainer, "prepare", noted)

@@ -134,6 +134,19 @@ def test_joined_sequences_need_their_attention(tiny_model_folder):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_positions_begin_anew(tiny_model_folder):
+    """Catches: positions that run on through a row.  Rotary embeddings depend on differences alone, so no
+    loss shows it but for rounding and for those that are scaled by length."""
+    model, seen = make_trainer(tiny_model_folder).model, []
+    rotary = model.model.rotary_emb
+    rotary.register_forward_pre_hook(lambda m, a, named: seen.append(named["position_ids"]), with_kwargs=True)
+    with training_attention(model):
+        completion_loss(model, collate(sequences((4, 2, 3)), 0, joined=True))
+        completion_loss(model, collate(sequences((4, 2, 3)), 0))
+    assert seen[0].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]]
+    assert seen[1].tolist() == [[0, 1, 2, 3]]
+
+
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_variable_length_kernel_is_told_the_same(monkeypatch, window, dropout):
@@ -226,6 +239,8 @@ def test_filled_rows_train_every_example_once_an_epoch(tiny_model_folder):
 def test_the_share_of_padding_is_said(tiny_model_folder, packing, words):
     """Catches: a share of another division into micro-batches, or over steps that are not made."""
     trainer = make_trainer(tiny_model_folder, packing=packing, gradient_accumulation=2, max_steps=2)
+    trainer.examples = sequences(range(3, 43))
+    trainer = replace_packing(trainer, packing)
     said = trainer.batch_sizes()
     assert re.search(words, said), said
     if not packing.row_tokens:

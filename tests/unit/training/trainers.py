@@ -8,6 +8,7 @@ from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig, TrainingConfig
 from qdora.data.batches import NO_PACKING
 from qdora.data.tokenize import tokenize_examples
+from qdora.distributed.context import DistributedContext
 from qdora.models.load import load_base
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import StepMetrics
@@ -16,8 +17,9 @@ from tests.tiny import cpu_context, tiny_tokenizer
 from tests.unit.adapters.oracle import move_off_the_identity
 
 
-def make_model(folder, *, dtype="float32", dropout=0.0, **adapter):
-    model, _ = load_base(str(folder), dtype="float32")
+def make_model(folder, *, dtype="float32", dropout=0.0, on_gpu=False, **adapter):
+    compute, device = ("bfloat16", "cuda") if on_gpu else ("float32", "auto")
+    model, _ = load_base(str(folder), dtype=compute, device=device)
     inject(model, AdapterConfig(r=4, alpha=12, dropout=dropout, dtype=dtype, **adapter), seed=3)
     for seed, layer in enumerate(adapted_layers(model).values()):
         move_off_the_identity(layer, seed)
@@ -25,12 +27,13 @@ def make_model(folder, *, dtype="float32", dropout=0.0, **adapter):
 
 
 def make_trainer(
-    folder, *, count=20, dtype="float32", dropout=0.0, packing=NO_PACKING, **training
+    folder, *, count=20, dtype="float32", dropout=0.0, packing=NO_PACKING, on_gpu=False, **training
 ) -> Trainer:
-    model = make_model(folder, dtype=dtype, dropout=dropout)
+    model = make_model(folder, dtype=dtype, dropout=dropout, on_gpu=on_gpu)
     data, _ = tokenize_examples(examples()[:count], tiny_tokenizer(), "question_answer", 128, "stop")
     settings = {"max_steps": 5, "batch_size": 8, "learning_rate": 5e-3} | training
-    return Trainer(model, data, TrainingConfig(**settings), cpu_context(), pad_id=0, packing=packing)
+    context = DistributedContext(device=torch.device("cuda", 0)) if on_gpu else cpu_context()
+    return Trainer(model, data, TrainingConfig(**settings), context, pad_id=0, packing=packing)
 
 
 def run(trainer: Trainer, start: int = 0, **callbacks) -> list[StepMetrics]:
