@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from qdora.adapters.base import describe
@@ -20,6 +21,7 @@ from qdora.planner.advise import advise
 from qdora.planner.report import Breakdown, Estimate, parse_size, show_size
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
 from qdora.planner.simulate import Architecture, Launch, estimate, find_architecture
+from qdora.training.layers import check_layer_settings
 
 RESERVE = "2GiB"
 """Set aside on a GPU: its context, buffers of NCCL and cuBLAS, what the allocator cannot use."""
@@ -99,6 +101,9 @@ def _launch(arguments: argparse.Namespace, config: RunConfig) -> Launch:
         fsdp=file.fsdp if file else FsdpSettings() if world_size > 1 else None,
         device=arguments.device or (file.device if file else "cuda"),
     )
+    # It is the uncompiled step that is estimated, with or without a compiler here.
+    eager = config.training.model_copy(update={"compile": False})
+    check_layer_settings(eager, torch.device(launch.device))
     _ = launch.micro_batch_size  # refuses a batch that does not divide, before anything is built
     return launch
 
@@ -134,7 +139,7 @@ def _parts(result: Estimate) -> str:
 
 def _around(result: Estimate, moved: Traffic, launch: Launch) -> str:
     rows = [("the peak is in", _moment(result.moment)), ("between steps", show_size(result.at_rest.total))]
-    if launch.offload:
+    if result.host.total:
         rows.append(("in CPU memory", f"{show_size(result.host.total)} a process"))
     if launch.world_size > 1:
         rows.append(("sent in a step", f"{show_size(int(moved.sent))} by each, and received"))
@@ -178,7 +183,7 @@ def _verdict(
         )
         for p in proposals
     ]
-    print("\n" + tabulate(rows, headers=["set", "GiB", "fits", "price"], disable_numparse=True))
+    print("\n" + tabulate(rows, headers=["--set", "GiB", "fits", "price"], disable_numparse=True))
     if not any(p.fits for p in proposals):
         print("\nnothing here is enough: take GPUs with more memory, or a smaller model")
     return [
