@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_CPU": "true"}
@@ -20,26 +20,24 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def start_ranks(words: Sequence[Sequence[str]], folders: Sequence[Path]) -> list[subprocess.Popen[str]]:
-    """One `python -m qdora.cli` like process a rank, with these words, in these folders."""
-    port = free_port()
-    shared = {"WORLD_SIZE": str(len(words)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "QDORA_TIMEOUT": "60"}
-    call = "import sys; from qdora.cli import main; main(sys.argv[1:])"
+def fork_ranks(words: Sequence[Sequence[str]], folders: Sequence[Path], **environment: str) -> list[Forked]:
+    """A Python process a rank, with these words, in these folders."""
+    shared = {"WORLD_SIZE": str(len(words)), "LOCAL_WORLD_SIZE": str(len(words))}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "QDORA_TIMEOUT": "60"}
+    shared |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", call, *own],
-            cwd=folder,
-            env={**os.environ, **shared, **SHARDED, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        Forked(own, cwd=folder, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank, (own, folder) in enumerate(zip(words, folders, strict=True))
     ]
 
 
-def ends(processes: Sequence[subprocess.Popen[str]], within: float = 90) -> list[tuple[int, str]]:
+def start_ranks(words: Sequence[Sequence[str]], folders: Sequence[Path]) -> list[Forked]:
+    """One `python -m qdora.cli` like process a rank of a sharded run, with these words, in these folders."""
+    call = "import sys; from qdora.cli import main; main(sys.argv[1:])"
+    return fork_ranks([["-c", call, *own] for own in words], folders, **SHARDED)
+
+
+def ends(processes: Sequence[Forked], within: float = 90) -> list[tuple[int | None, str]]:
     """Exit code and output of each; none may outlast the bound."""
     deadline = time.monotonic() + within
     try:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +12,16 @@ from safetensors.torch import load_file
 
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, newest_usable
 from tests.distributed.checkpoints import POSITION, SETTINGS, make_optimizer, no_adapter, train
-from tests.distributed.ranks import ROOT, SHARDED, ends, free_port
+from tests.distributed.ranks import ROOT, SHARDED, ends, fork_ranks
+from tests.forked import Forked
 from tests.unit.training.checkpoints import alone, read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.distributed
 
 
-def start(count: int, out: Path, part: str, **environment: str) -> list[subprocess.Popen[str]]:
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "QDORA_TIMEOUT": "60"} | environment
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.checkpoints", str(out), part],
-            cwd=ROOT,
-            env={**os.environ, **SHARDED, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+def start(count: int, out: Path, part: str, **environment: str) -> list[Forked]:
+    words = ["-m", "tests.distributed.checkpoints", str(out), part]
+    return fork_ranks([words] * count, [ROOT] * count, **SHARDED, **environment)
 
 
 def run_part(count: int, out: Path, part: str) -> list[dict[str, Any]]:

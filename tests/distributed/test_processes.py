@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.distributed.ranks import ROOT, ends, fork_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -57,35 +54,12 @@ end(0)
 """
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
 def test_two_processes_act_as_one(tmp_path, tiny_model_folder):
     """Catches: objects gathered out of order, a rank with an empty share that spoils a sum or waits for ever,
     a signal to one rank that leaves the other one hanging, parameters that drift apart."""
-    root = Path(__file__).parents[2]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path), str(tiny_model_folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=root,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for child in children:
-            _, err = child.communicate(timeout=120)
-            assert child.returncode == 0, err[-3000:]
-    finally:
-        for child in children:
-            child.kill()
+    words = ["-c", CHILD, str(tmp_path), str(tiny_model_folder)]
+    for code, output in ends(fork_ranks([words] * 2, [ROOT] * 2, ACCELERATE_USE_CPU="true"), within=120):
+        assert code == 0, output[-3000:]
     zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert (zero.pop("main"), one.pop("main")) == (True, False)
     assert (zero.pop("saved"), one.pop("saved")) == ([2], [2])

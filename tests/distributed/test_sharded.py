@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tests.distributed.ranks import ROOT, ends, fork_ranks
 from tests.distributed.sharded import CASES, main
 from tests.tiny import tiny_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
 COUNTS = (2, 4)
 
 
@@ -57,17 +54,10 @@ def one(tmp_path_factory, models) -> Path:
 @pytest.fixture(scope="module", params=COUNTS)
 def several(request, tmp_path_factory, models) -> tuple[int, Path]:
     out = tmp_path_factory.mktemp(f"several-{request.param}")
-    words = [str(out), str(models), "--fsdp"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.distributed.sharded", *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    count, words = request.param, ["-m", "tests.distributed.sharded", str(out), str(models), "--fsdp"]
+    started = fork_ranks([words] * count, [ROOT] * count, ACCELERATE_USE_CPU="true", QDORA_TIMEOUT="300")
+    for code, output in ends(started, within=400):
+        assert code == 0, output[-6000:]
     return request.param, out
 
 

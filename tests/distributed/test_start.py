@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.runs import tiny_tree, write_config
+from tests.forked import Forked
 
 pytestmark = pytest.mark.distributed
 
@@ -82,7 +83,10 @@ def environment(**changed: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **changed}
 
 
-def start(*words: str, **changed: str) -> subprocess.Popen[str]:
+def start(*words: str, **changed: str) -> subprocess.Popen[str] | Forked:
+    """A Python process; one that is a launcher is started as users start it."""
+    if words[0] != "-m":
+        return Forked(words, cwd=ROOT, env=environment(**changed))
     return subprocess.Popen(
         [sys.executable, *words],
         env=environment(**changed),
@@ -162,7 +166,7 @@ def test_processes_that_do_not_find_one_another_end_in_time(tmp_path, tiny_model
     common |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     train, meet = ["launch/train.py", "--config", config], ["-c", MEET + COMMAND]
 
-    def rank(number: str, port: int, command: list[str]) -> subprocess.Popen[str]:
+    def rank(number: str, port: int, command: list[str]) -> subprocess.Popen[str] | Forked:
         return start(*command, **common, RANK=number, LOCAL_RANK=number, MASTER_PORT=str(port))
 
     with socket.socket() as taken, socket.socket() as free:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,11 @@ from qdora.models.formats.safetensors import read_config
 from qdora.planner.scaling import traffic
 from qdora.planner.simulate import Architecture, record_step
 from qdora.quant import Quantization
+from tests.distributed.ranks import ROOT, ends, fork_ranks
 from tests.distributed.traffic import CASES, GATHER, SCATTER, launch_of
 from tests.tiny import write_tiny_model
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
 COUNT = 3
 """Divides no side of the model."""
 SLACK = 32 * 4 * 40
@@ -37,16 +34,10 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def counted(model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("counted")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(COUNT)]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.distributed.traffic", str(out), str(model)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    words = ["-m", "tests.distributed.traffic", str(out), str(model)]
+    started = fork_ranks([words] * COUNT, [ROOT] * COUNT, ACCELERATE_USE_CPU="true", QDORA_TIMEOUT="300")
+    for code, output in ends(started, within=400):
+        assert code == 0, output[-6000:]
     return out
 
 

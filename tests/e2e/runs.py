@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from tests.forked import Forked
+
 ROOT = Path(__file__).parents[2]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -56,9 +58,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, **ours}
 
 
-def start(*words: str, launcher: bool = False) -> subprocess.Popen[str]:
-    """Start a script of launch/ as users do, directly or through accelerate."""
+def start(*words: str, launcher: bool = False) -> subprocess.Popen[str] | Forked:
+    """Start a script of launch/, directly or through accelerate, which is a process as users start it."""
     prefix = ["-m", "accelerate.commands.launch", "--quiet"] if launcher else []
+    if not launcher and words[0].startswith("launch/"):
+        return Forked(words, cwd=ROOT, env=environment())
     return subprocess.Popen(
         [sys.executable, *prefix, *words],
         cwd=ROOT,
@@ -69,7 +73,7 @@ def start(*words: str, launcher: bool = False) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], code: int = 0, timeout: float = 180) -> str:
+def finish(process: subprocess.Popen[str] | Forked, code: int = 0, timeout: float = 180) -> str:
     """Wait for the end; its output."""
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == code, output

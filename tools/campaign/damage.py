@@ -9,6 +9,7 @@ safetensors libraries, or the run that was never damaged.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import tempfile
@@ -21,11 +22,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import qdora.commands.evaluate
-import qdora.commands.export
-import qdora.commands.train  # noqa: F401  (before the fork)
 from qdora.cli import run_command
 from tests.e2e.runs import tiny_tree, write_questions
+from tests.forked import PRELOADED
 from tests.tiny import tiny_tokenizer, write_tiny_gguf, write_tiny_model
 from tools.campaign.inputs import KINDS, Case
 from tools.campaign.report import Report
@@ -45,6 +44,8 @@ def run(count: int, seed: int, folder: Path) -> Report:
         Path(os.environ[name]).mkdir(parents=True)
     tempfile.tempdir = None  # asked for anew
     torch.set_num_threads(1)
+    for name in PRELOADED:  # before the fork
+        importlib.import_module(name)
     report = Report("damage")
     scene = folder / "scene"
     if os.fork() == 0:  # what this computes must not be in the processes of the cases

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tests.distributed.ranks import ROOT, free_port
+from tests.forked import server
 
 COMMANDS = ("train", "evaluate", "export", "compare")
 TIMEOUT = 20.0
@@ -163,11 +164,7 @@ def start_server() -> None:
 
 
 def _context() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    # The server has no threads and has computed nothing, so its children start as a new process would.
-    ours = [__name__, "qdora.cli", *(f"qdora.commands.{name}" for name in COMMANDS)]
-    context.set_forkserver_preload(["__main__", *ours, "matplotlib.backends.backend_agg"])
-    return context
+    return server("__main__", __name__)
 
 
 def _child(
