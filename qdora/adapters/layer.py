@@ -182,8 +182,12 @@ class AdaptedLinear(nn.Module):
     def _plain(self, x_NI: torch.Tensor) -> torch.Tensor:
         if self.is_merged and self.enabled and self.training and torch.is_grad_enabled():
             raise RuntimeError("a merged adapter gets no gradient: unmerge before training")
-        weight = self._merged[0] if self.is_merged and self.enabled else self.base
-        return adapted_product(x_NI, weight, bias_O=self.bias)
+        if not self.is_merged or not self.enabled:
+            return adapted_product(x_NI, self.base, bias_O=self.bias)
+        (merged,) = self._merged
+        if merged.weight.dtype == x_NI.dtype and not torch.is_grad_enabled():
+            return F.linear(x_NI, merged.weight, self.bias)  # what the product asks and keeps costs time
+        return adapted_product(x_NI, merged, bias_O=self.bias)
 
     def _scaling(self, factors: Factors | None, x_NI: torch.Tensor) -> Scaling | None:
         if self.magnitude is None:
@@ -280,9 +284,21 @@ class OutputLinear(nn.Linear):
 
     adoptable = True
     """Its weight is a plain one, though `forward` is its own."""
+    _widened: tuple[torch.Tensor, ...] = ()
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Compute with a copy of the weight in a dtype, until `narrow`; frozen weights only."""
+        self._widened = (self.weight.detach().to(dtype),)
+
+    def narrow(self) -> None:
+        """Compute with the stored weight again."""
+        self._widened = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) to (..., O), in the dtype of x."""
+        for w_OI in self._widened:
+            if x.dtype == w_OI.dtype:
+                return F.linear(x, w_OI, self.bias)
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         y_NO = adapted_product(x.reshape(-1, self.in_features), DenseWeight(self.weight), bias_O=self.bias)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes.functional as bnb
@@ -52,11 +53,30 @@ def peft_model(
         dense: from `load_base`, its base dense.
         settings: its block size and double quantization.
     """
+    return adapt_4bit(_copy(dense, compute), settings, config, dora=dora, compute=compute)
+
+
+def peft_saved(
+    dense: PreTrainedModel, settings: ModelConfig, folder: Path, *, compute: torch.dtype
+) -> nn.Module:
+    """As `peft_model`, with a saved adapter, in evaluation mode.
+
+    Args:
+        folder: in PEFT's format.
+    """
+    model = _copy(dense, compute)
+    _quantize_4bit(model, settings, compute)
+    loaded: nn.Module = peft_module().PeftModel.from_pretrained(model, folder)
+    return loaded.eval()
+
+
+def _copy(dense: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
+    """The transformers model of the same weights."""
     with torch.device(next(dense.parameters()).device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(dense.config, dtype=compute)
     tensors = dict(merged_tensors(dense, compute))
     model.load_state_dict(tensors, strict=not model.config.get_text_config().tie_word_embeddings)
-    return adapt_4bit(model, settings, config, dora=dora, compute=compute)
+    return model
 
 
 def adapt_4bit(
@@ -66,6 +86,11 @@ def adapt_4bit(
 
     Args, Returns: as `peft_model`.
     """
+    _quantize_4bit(model, settings, compute)
+    return _adapt(model, config, list(config.targets), dora)
+
+
+def _quantize_4bit(model: PreTrainedModel, settings: ModelConfig, compute: torch.dtype) -> None:
     output = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not output:
@@ -73,7 +98,6 @@ def adapt_4bit(
                 module.weight.detach(), compute, settings.block_size, settings.double_quantization
             )
             model.set_submodule(name, quantized)
-    return _adapt(model, config, list(config.targets), dora)
 
 
 def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:

@@ -15,31 +15,38 @@ from qdora.output import check_file
 TIME_LIMIT = 450
 """Seconds of the stages of `gpu`: with its imports it takes less than eight minutes."""
 _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any]] = {
-    "rounds": (("layer", "train"), None),
-    "dtype": (("layer", "train"), "float32"),
-    "tile_mib": (("layer", "train"), None),
+    "rounds": (("layer", "train", "generate"), None),
+    "dtype": (("layer", "train", "generate"), "float32"),
+    "tile_mib": (("layer", "train", "generate"), None),
     "r": (("layer",), 16),
     "dropout": (("layer",), 0.0),
     "shapes": (("layer",), "all"),
-    "config": (("train",), "configs/quickstart.yaml"),
-    "set": (("train",), ()),
+    "config": (("train", "generate"), None),
+    "set": (("train", "generate"), ()),
+    "examples": (("generate",), 128),
+    "word_problems": (("generate",), 64),
+    "max_new_tokens": (("generate",), 48),
+    "batch_sizes": (("generate",), "16,32,64"),
     "time_limit": (("gpu",), TIME_LIMIT),
     "stages": (("gpu",), None),
     "model": (("gpu",), None),
     "size": (("gpu",), None),
 }
 """Options that not every measurement has: those that do, and the default."""
+_CONFIGS = {"train": "configs/quickstart.yaml", "generate": "configs/arc-easy-135m.yaml"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument(
         "what",
-        choices=("layer", "train", "gpu"),
-        help="one layer, a full training step, or all that there is to measure on a GPU",
+        choices=("layer", "train", "generate", "gpu"),
+        help="one layer, a full training step, answers, or all that there is to measure on a GPU",
     )
     parser.add_argument("--json", metavar="FILE", help="write every figure there as well; gpu: as stages end")
-    parser.add_argument("--rounds", type=int, help="rounds that count (layer: 40 small, 10 large; train: 7)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds that count (layer: 40 small, 10 large; train: 7; generate: 3)"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
     dtypes = ("auto", "float32", "bfloat16")
     parser.add_argument("--dtype", choices=dtypes, help="compute dtype of all arms (default: float32)")
@@ -49,9 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = ("all", "large", "small")
     parser.add_argument("--shapes", choices=shapes, help="layer: LLaMA-7B's, SmolLM2's, or both (default)")
     parser.add_argument(
-        "--config", help="train: model, adapter and data of this run (default: the quickstart)"
+        "--config",
+        help="train, generate: model, adapter and data of this run (default: the quickstart, ARC-Easy)",
     )
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="train: override one key")
+    parser.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="train, generate: override one key"
+    )
+    parser.add_argument("--examples", type=int, help="generate: questions of its test set (default: 128)")
+    parser.add_argument(
+        "--word-problems", type=int, help="generate: synthetic ones beside them (default: 64)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, help="generate: longest answer (default: 48)")
+    parser.add_argument("--batch-sizes", metavar="A,B", help="generate: the best counts (default: 16,32,64)")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="gpu: of all stages together")
     stages = ",".join(STAGE_NAMES)
     parser.add_argument("--stages", metavar="A,B", help=f"gpu: some of {stages} (default: all)")
@@ -68,7 +84,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.what == "gpu":
         arguments.stages = _stage_names(arguments.stages)
         _check_gpu(arguments)
-    if arguments.what == "train":
+    arguments.batch_sizes = _batch_sizes(arguments.batch_sizes)
+    if arguments.what in _CONFIGS:
+        arguments.config = arguments.config or _CONFIGS[arguments.what]
         load_config(arguments.config, arguments.set)  # read again with the dtype that the device decides
 
     def work() -> int:
@@ -100,8 +118,20 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         )
     if arguments.rounds is not None and arguments.rounds < 1:
         raise InputError(f"--rounds {arguments.rounds}; allowed: 1 or more")
+    if arguments.examples < 1 or arguments.word_problems < 0 or arguments.max_new_tokens < 1:
+        raise InputError(
+            f"--examples {arguments.examples} --word-problems {arguments.word_problems} --max-new-tokens "
+            f"{arguments.max_new_tokens}; allowed: examples and tokens 1 or more, problems 0 or more"
+        )
     if arguments.tile_mib is not None and arguments.tile_mib <= 0:
         raise InputError(f"--tile-mib {arguments.tile_mib}; allowed: above 0")
+
+
+def _batch_sizes(asked: str) -> list[int]:
+    sizes = [int(size) if size.strip().isdecimal() else 0 for size in asked.split(",")]
+    if min(sizes) < 1:
+        raise InputError(f"--batch-sizes {asked}; allowed: numbers from 1 on, with commas between them")
+    return sizes
 
 
 def _check_gpu(arguments: argparse.Namespace) -> None:

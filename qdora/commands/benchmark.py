@@ -1,4 +1,4 @@
-"""`benchmark`: what our layers and training steps cost next to PEFT's, on this machine."""
+"""`benchmark`: what our layers, training steps and answers cost next to PEFT's, on this machine."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from qdora.benchmark.generate import Questions, benchmark_generate, table
 from qdora.benchmark.gpu.commands import ROOT
 from qdora.benchmark.gpu.goals import goals
 from qdora.benchmark.gpu.run import Clock, Record, Setup, run_stages
@@ -28,11 +29,15 @@ from qdora.commands.train import read_inputs
 from qdora.config import AdapterConfig, RunConfig
 from qdora.config_file import load_config
 from qdora.data.batches import Batch, BatchPlan, collate
+from qdora.data.tokenize import prompt_ids
 from qdora.errors import InputError
 from qdora.files import read_json, write_json
-from qdora.models.load import compute_dtype, resolve_device
+from qdora.models.load import compute_dtype, required_tokenizer, resolve_device
+from qdora.models.sources import open_checkpoint
 from qdora.quant.base import TILE_BYTES
 from qdora.resources import keep_freed_memory
+from qdora.tasks import synthetic
+from qdora.tasks.prepare import load_test
 
 GRACE = 15.0
 """Seconds after the time limit in which a stage must come to its end."""
@@ -58,7 +63,8 @@ def run(arguments: argparse.Namespace, figures: Path | None) -> int:
     if arguments.tile_mib is not None:
         TILE_BYTES[device.type] = int(arguments.tile_mib * 2**20)
     machine = describe_machine(device)
-    measured = (_layers if arguments.what == "layer" else _train)(arguments, dtype, device)
+    measure = {"layer": _layers, "train": _train, "generate": _generate}[arguments.what]
+    measured = measure(arguments, dtype, device)
     print(f"\n{machine['device']}, {machine['threads']} threads, {dtype}")
     if figures is not None:
         write_json(figures, {"machine": machine, "dtype": str(dtype), **measured})
@@ -119,10 +125,13 @@ def _layers(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.dev
     return {"layers": layers, "machine_flops_per_second": rate}
 
 
+def _config(arguments: argparse.Namespace, dtype: torch.dtype) -> RunConfig:
+    dtype_name = str(dtype).removeprefix("torch.")
+    return load_config(arguments.config, [*arguments.set, f"model.dtype={dtype_name}"])
+
+
 def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    config = load_config(
-        arguments.config, [*arguments.set, f"model.dtype={str(dtype).removeprefix('torch.')}"]
-    )
+    config = _config(arguments, dtype)
     step = benchmark_step(config, _first_batch(config), device, arguments.rounds or 7)
     rows = [(name, f"{seconds:.3f}") for name, seconds in step["seconds"].items()]
     print(tabulate(rows, headers=["arm", "seconds a step"]))
@@ -136,6 +145,31 @@ def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.devi
         f"({gemm['step_flops'] / 1e9:.0f} GFLOP in {gemm['step_seconds']:.3f} s, QDoRA alone)"
     )
     return {"step": step, "config": json.loads(config.model_dump_json())}
+
+
+def _generate(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    config = _config(arguments, dtype)
+    tokenizer = required_tokenizer(open_checkpoint(config.model.path, config.model.revision))
+    own = load_test(config.data, tokenizer).examples[: arguments.examples]
+    own_ids = prompt_ids(tokenizer, config.data.prompt, [example.question for example in own])
+    questions = [Questions(own[0].task, own_ids, arguments.max_new_tokens)]
+    if arguments.word_problems:
+        problems = synthetic.generate("test", arguments.word_problems, seed=7)
+        ids = prompt_ids(tokenizer, "question_answer", [problem.question for problem in problems])
+        questions.append(Questions("synthetic", ids, arguments.max_new_tokens))
+    with tempfile.TemporaryDirectory(prefix="qdora-generate-") as folder:
+        figures = benchmark_generate(
+            config, questions, arguments.batch_sizes, device, arguments.rounds or 3, Path(folder)
+        )
+    print(tabulate(table(figures), headers=["arm", "batch size", "seconds", "examples/s", "tokens/s"]))
+    total = sum(figures["questions"].values())
+    print(f"\n{total} prompts of {figures['questions']}, {figures['stopped']} answers end before the limit")
+    for entry in figures["comparisons"]:
+        print(
+            f"{entry['arm']} / {entry['peer']}: {entry['times_as_fast']:.2f} times as many examples/s, "
+            f"{entry['equal_answers']} of {total} answers equal"
+        )
+    return {"generate": figures, "config": json.loads(config.model_dump_json())}
 
 
 def _first_batch(config: RunConfig) -> Batch:

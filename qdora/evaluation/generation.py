@@ -121,7 +121,7 @@ def generate(
         for ended in batches(model, prompts, pad_id, eos_ids, max_new_tokens, batch_size, synced, watch):
             if not synced:
                 watch.check(model)
-            read = {index: _read(ids, eos_ids, tokenizer) for index, ids in ended.items()}
+            read = {index: read_answer(ids, eos_ids, tokenizer) for index, ids in ended.items()}
             done.update(read)
             if progress is not None:
                 progress(read)
@@ -256,7 +256,8 @@ def _generate_batch(
     return rows
 
 
-def _read(ids: list[int], eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+def read_answer(ids: list[int], eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+    """Generated ids, up to the first that ends an answer."""
     end = next((position for position, token in enumerate(ids) if token in eos_ids), None)
     kept = ids if end is None else ids[:end]
     text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qdora.adapters.full import compute_dtype_of
-from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.layer import AdaptedLinear, OutputLinear
 from qdora.config import EvaluationWeights
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import MARGIN, cache_bytes, free_memory, sharded_modules
@@ -39,6 +39,12 @@ def _loses_small_updates(layers: list[AdaptedLinear], dtype: torch.dtype) -> boo
     return dtype.itemsize < 4 and any(layer.base.quantization == "none" for layer in layers)
 
 
+def _narrow_output(model: PreTrainedModel, dtype: torch.dtype) -> OutputLinear | None:
+    """The output layer, where its weight is widened for every token otherwise."""
+    output = model.get_output_embeddings()
+    return output if isinstance(output, OutputLinear) and output.weight.dtype != dtype else None
+
+
 @contextmanager
 def evaluation_weights(
     model: PreTrainedModel, context: DistributedContext, wanted: EvaluationWeights, tokens: int
@@ -58,26 +64,33 @@ def evaluation_weights(
         yield "adapted"
         return
     layers, dtype = mergeable(model), compute_dtype_of(model)
-    needed = sum(layer.base.logical_parameters for layer in layers) * dtype.itemsize
+    output = _narrow_output(model, dtype)
+    sizes = [layer.base.logical_parameters for layer in layers]
+    sizes += [] if output is None else [output.weight.numel()]
+    needed = sum(sizes) * dtype.itemsize
     merges = wanted == "merged"
-    if wanted == "auto" and layers:
+    if wanted == "auto" and sizes:
         free = free_memory(context.device)
         loses = _loses_small_updates(layers, dtype)
         # One answer for all ranks: their results are one score.
         merges = all(context.gather([not loses and needed + tokens * cache_bytes(model) <= MARGIN * free]))
         if not merges:
-            sizes = f"merged copies take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+            room = f"merged copies take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
             rounds = f"merged copies in {str(dtype).removeprefix('torch.')} could lose small updates"
             context.say(
-                f"evaluating weights and adapters apart, which is slower: {rounds if loses else sizes}"
+                f"evaluating weights and adapters apart, which is slower: {rounds if loses else room}"
             )
-    if not merges or not layers:
+    if not merges or not sizes:
         yield "adapted" if layers else "merged"
         return
     try:
         for layer in layers:
             layer.merge(dtype)
+        if output is not None:
+            output.widen(dtype)
         yield "merged"
     finally:
+        if output is not None:
+            output.narrow()
         for layer in layers:
             layer.unmerge()

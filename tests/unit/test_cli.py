@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from qdora import cli
-from qdora.benchmark import peers, step
+from qdora.benchmark import generate, peers, step
 from qdora.benchmark.layer import Shape
 from qdora.cli import run_command
 from qdora.commands import benchmark
 from qdora.config_file import load_config
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
 from tests.e2e.runs import tiny_tree, write_config
+from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,3 +199,61 @@ def test_benchmark_train_runs_on_the_model_that_is_configured(
     assert report["seconds"].keys() == {"qdora", "qlora", "peft qdora", "peft qlora"}
     assert {(e["arm"], e["peer"]) for e in report["ratios"]} == set(step.PAIRS)
     assert report["gemm"]["share"] > 0
+
+
+def test_benchmark_generate_compares_answers(tmp_path, capsys, monkeypatch):
+    """Catches: arms that answer other questions, with another adapter, or at another length; adapters at
+    the identity; a batch size that no arm tried."""
+    # Rows of whole blocks: bitsandbytes' AVX512 kernel takes wrong scales for any other.
+    sizes = {"intermediate_size": 128, "initializer_range": 0.3, "tie_word_embeddings": False}
+    folder = write_tiny_model(tmp_path / "model", **sizes)
+    config, seen = write_config(tmp_path, tiny_tree(tmp_path, folder)), []
+
+    def without_fast_kernel(*words, **settings):
+        model = peft_saved(*words, **settings)
+        for module in model.modules():  # it rounds to bf16 on CPUs that have it
+            module.support_avx512bf16_for_cpu = False
+        seen.append(model)
+        return model
+
+    peft_saved = peers.peft_saved
+    monkeypatch.setattr(generate, "peft_saved", without_fast_kernel)
+    words = ["generate", "--config", config, "--rounds", "1", "--batch-sizes", "3,2", "--max-new-tokens", "7"]
+    words += ["--examples", "4", "--word-problems", "3", "--json", str(tmp_path / "generate.json")]
+    assert run_command("benchmark", words) == 0
+    shown = capsys.readouterr().out
+    figures = json.loads((tmp_path / "generate.json").read_text())["generate"]
+    assert sum(figures["questions"].values()) == 7
+    assert list(figures["arms"]) == [
+        "qdora",
+        "qdora, weights adapted",
+        "peft qdora",
+        "merged export",
+        "transformers",
+    ]
+    assert all(
+        arm["batch_size"] in (2, 3) and arm["tokens_per_second"] > 0 for arm in figures["arms"].values()
+    )
+    assert {(c["arm"], c["peer"]): c["equal_answers"] for c in figures["comparisons"]} == dict.fromkeys(
+        generate.PAIRS, 7
+    )
+    assert "qdora / peft qdora: " in shown
+    (peer,) = seen
+    b_OR = [p for name, p in peer.named_parameters() if "lora_B" in name]
+    assert b_OR
+    assert all(float(p.abs().max()) > 0 for p in b_OR)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-sizes", "8,x"], "--batch-sizes 8,x; allowed: numbers from 1 on"),
+        (["--examples", "0"], "--examples 0"),
+        (["--r", "4"], "benchmark generate has no --r; only layer"),
+    ],
+)
+def test_benchmark_generate_refuses_bad_numbers(tmp_path, tiny_model_folder, capsys, words, message):
+    """Catches: a traceback, or an option of another measurement that is ignored."""
+    config = write_config(tmp_path, tiny_tree(tmp_path, tiny_model_folder))
+    assert run_command("benchmark", ["generate", "--config", config, *words]) == 2
+    assert message in capsys.readouterr().err

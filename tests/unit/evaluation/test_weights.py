@@ -26,6 +26,7 @@ from tests.unit.adapters.oracle import move_off_the_identity, relative
 IDS = torch.arange(4, 28).view(2, 12)
 ALL_LAYERS = 14
 PARAMETERS = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+OUTPUT = 100 * 64
 
 
 def adapted(folder: Path, dtype: str = "float32", quantization: Any = "nf4", **changes: Any) -> Any:
@@ -55,10 +56,13 @@ def test_memory_decides(tiny_model_folder: Path, capsys: pytest.CaptureFixture[s
     model, context = adapted(tiny_model_folder, targets=("q_proj",)), DistributedContext()
     expected = logits(model)
     cache = 50 * 2 * 2 * 2 * 16 * 4  # tokens, keys and values, layers, heads, head size, bytes
-    needed = (4 * PARAMETERS + cache) / fsdp.MARGIN
+    needed = (4 * (PARAMETERS + OUTPUT) + cache) / fsdp.MARGIN
     with free(needed + 1), evaluation_weights(model, context, "auto", 50) as used:
         assert (used, merged_layers(model)) == ("merged", ALL_LAYERS)
         assert relative(logits(model), expected) < 1e-5
+        (copy,) = model.lm_head._widened
+        assert (copy.dtype, copy.shape) == (torch.float32, model.lm_head.weight.shape)
+    assert model.lm_head._widened == ()
     assert capsys.readouterr().err == ""
     with free(needed - 2), evaluation_weights(model, context, "auto", 50) as used:
         assert (used, merged_layers(model)) == ("adapted", 0)
@@ -70,6 +74,7 @@ def test_memory_decides(tiny_model_folder: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(MemoryError), evaluation_weights(model, context, "merged", 50):
         raise MemoryError
     assert merged_layers(model) == 0
+    assert model.lm_head._widened == ()
     assert torch.equal(logits(model), expected)
 
 
