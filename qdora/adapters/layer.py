@@ -53,6 +53,7 @@ class AdaptedLinear(nn.Module):
         self._norms = NormCache(weight)
         # In a tuple, so that it is no submodule: a merged copy is not part of the model's state.
         self._merged: tuple[DenseWeight, ...] = ()
+        self._folded: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
     def from_linear(
@@ -157,7 +158,10 @@ class AdaptedLinear(nn.Module):
         Returns: (..., O), dtype of x.
         """
         x_NI = x.reshape(-1, self.in_features)
-        y_NO = self._adapted(x_NI) if self.enabled and not self.is_merged else self._plain(x_NI)
+        if self._folded is not None and not torch.is_grad_enabled():
+            y_NO = self._folded(x_NI)
+        else:
+            y_NO = self._adapted(x_NI) if self.enabled and not self.is_merged else self._plain(x_NI)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
     def _adapted(self, x_NI: torch.Tensor) -> torch.Tensor:
@@ -267,6 +271,38 @@ class AdaptedLinear(nn.Module):
     def unmerge(self) -> None:
         """Compute with weight and adapter again; neither has changed in between."""
         self._merged = ()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Generate by a kernel that reads the codes, s and s c B made once, until `unfold`.
+
+        The sum is float32 and rounded once, as in the adapted product.  Nothing happens where the device has
+        no such kernel for the format, or the adapter is switched off.
+        """
+        if not self.enabled:
+            return
+        factors = None if self.update is None else self.update.factors()
+        scale_O = None if self.magnitude is None else self.magnitude.value() / self._norms.norm(factors)
+        product = self.base.scaled_product(scale_O)
+        if product is None:
+            return
+        combined = None if factors is None else factors.combined(self.base.norm_dtype)
+        if combined is not None and scale_O is not None:
+            combined = combined[0], combined[1] * scale_O[:, None]
+
+        def folded(x_NI: torch.Tensor) -> torch.Tensor:
+            wide_NI = x_NI.float()
+            y_NO = product(wide_NI)
+            if factors is not None and combined is not None:
+                a_RI, b_OR = combined
+                y_NO.addmm_(wide_NI @ a_RI.T, b_OR.T, alpha=factors.scale)
+            return (y_NO if self.bias is None else y_NO + self.bias).to(x_NI.dtype)
+
+        self._folded = folded
+
+    def unfold(self) -> None:
+        """Compute with weight and adapter again."""
+        self._folded = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._norms.forget()

@@ -80,10 +80,12 @@ def evaluation_weights(
             context.say(
                 f"evaluating weights and adapters apart, which is slower: {rounds if loses else room}"
             )
-    if not merges or not sizes:
-        yield "adapted" if layers else "merged"
-        return
     try:
+        if not merges:
+            for layer in layers:
+                layer.fold()
+            yield "adapted" if layers else "merged"
+            return
         for layer in layers:
             layer.merge(dtype)
         if output is not None:
@@ -94,3 +96,4 @@ def evaluation_weights(
             output.narrow()
         for layer in layers:
             layer.unmerge()
+            layer.unfold()

@@ -155,6 +155,19 @@ class FrozenWeight(nn.Module, ABC):
         """What a kernel reads, without gradients; None where no kernel reads the format."""
         return None
 
+    def scaled_product(
+        self, s_O: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What makes (N, out) s ∘ W x of float32 (N, in), reading the codes themselves; without gradients.
+
+        For generation: a token of each sequence is little work for a W that is dequantized for it.
+
+        Args:
+            s_O: (out,) at least float32, kept beside the codes as it is now.
+        Returns: None where no kernel of the device reads the format so.
+        """
+        return None
+
     @abstractmethod
     def rows_to_read(self, shard: Shard) -> slice:
         """The rows of the unquantized weight that `from_rows` needs for a shard."""

@@ -6,6 +6,7 @@ loads; here it is a lookup in a table, ten times as fast, with the same codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -42,6 +43,30 @@ class NF4Weight(BlockwiseWeight):
             codes, scales, self.block_size, self.quantization, shape, dtype
         )
         return values
+
+    def scaled_product(
+        self, s_O: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """As `FrozenWeight.scaled_product`, by bitsandbytes' `gemm_4bit`, with s in the blocks' scales."""
+        if not has_gemm(self.device) or self.in_features % self.block_size:
+            return None
+        scales, shape = self.scales(), [self.out_features, self.in_features]
+        if s_O is not None:
+            scales = (scales.view(self.out_features, -1) * s_O[:, None]).view(-1)
+        codes = self.packed.detach().view(-1, 1)
+
+        def product(x_NI: torch.Tensor) -> torch.Tensor:
+            y_NO: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit(
+                x_NI, codes, shape, scales, self.block_size, self.quantization
+            )
+            return y_NO
+
+        return product
+
+
+def has_gemm(device: torch.device) -> bool:
+    """Whether bitsandbytes multiplies by 4-bit codes on a device; elsewhere it dequantizes them first."""
+    return device.type == "cuda"
 
 
 class _Lookup(NamedTuple):

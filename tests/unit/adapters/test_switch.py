@@ -11,6 +11,7 @@ from torch import nn
 from qdora.adapters.inject import adapted_layers, adapters_off, inject, merge_adapters, unmerge_adapters
 from qdora.adapters.layer import AdaptedLinear
 from qdora.models.load import load_base
+from qdora.quant import Quantization, nf4
 from tests.axes import METHODS, adapter_config
 
 from .oracle import move_off_the_identity, relative
@@ -93,3 +94,52 @@ def test_training_a_merged_model_is_an_error(tiny_model_folder):
     merge_adapters(model)
     with pytest.raises(RuntimeError, match="unmerge before training"):
         model(input_ids=IDS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)]
+)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("quantization", "method"), [("nf4", "qdora"), ("fp4", "qlora"), ("nf4", "qdvora")])
+def test_folded_equals_adapted(quantization, method, double, bias, dtype, bound, monkeypatch):
+    """Catches: scales or their order that bitsandbytes' `gemm_4bit` reads otherwise, s on the wrong side of
+    the update, a bias that is scaled, a second rounding, a fold that training sees."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(nf4, "has_gemm", lambda device: True)  # its reference computes on a CPU
+    linear = nn.Linear(128, 48, bias=bias)
+    base = Quantization(quantization, 64, double).from_dense(linear.weight.detach())
+    layer = AdaptedLinear(base, linear.bias)
+    layer.add_adapter(adapter_config(method=method, r=4, alpha=11.0, dtype="float32"))
+    move_off_the_identity(layer).eval()
+    x = torch.randn(3, 5, 128).to(dtype)
+    adapted = layer(x)
+    exact = layer.merged(torch.float32)
+    layer.fold()
+    with torch.no_grad():
+        folded = layer(x)
+    assert folded.dtype == dtype
+    wanted = x.float() @ exact.T + (0 if linear.bias is None else linear.bias)
+    assert relative(folded.float(), wanted) < bound
+    assert torch.equal(layer(x), adapted)  # gradients are wanted there
+    layer.unfold()
+    with torch.no_grad():
+        assert torch.equal(layer(x), adapted)
+
+
+def test_what_no_kernel_reads_is_not_folded(monkeypatch):
+    """Catches: wrong scales where a row is no whole number of blocks; a fold of 8-bit or dense weights, of
+    an adapter that is switched off, or on a CPU, where tiles are faster."""
+    cases = [("nf4", 96, True), ("int8", 128, True), ("none", 128, True), ("nf4", 128, False)]
+    for quantization, width, enabled in cases:
+        monkeypatch.setattr(nf4, "has_gemm", lambda device: True)
+        layer = AdaptedLinear.from_linear(
+            nn.Linear(width, 48), adapter_config(r=4), quantization=quantization
+        )
+        layer.enabled = enabled
+        layer.fold()
+        assert layer._folded is None
+        monkeypatch.undo()
+    layer = AdaptedLinear.from_linear(nn.Linear(128, 48), adapter_config(r=4))
+    layer.fold()
+    assert layer._folded is None

@@ -67,6 +67,10 @@ def test_memory_decides(tiny_model_folder: Path, capsys: pytest.CaptureFixture[s
     with free(needed - 2), evaluation_weights(model, context, "auto", 50) as used:
         assert (used, merged_layers(model)) == ("adapted", 0)
     assert "merged copies take 0.0 GiB, 0.0 are free" in capsys.readouterr().err
+    fold = mock.patch.object(AdaptedLinear, "fold")
+    with free(0), fold as folds, evaluation_weights(model, context, "auto", 50):
+        assert folds.call_count == ALL_LAYERS
+    capsys.readouterr()
     with free(0), evaluation_weights(model, context, "merged", 50) as used:
         assert (used, merged_layers(model)) == ("merged", ALL_LAYERS)
     with free(1e12), evaluation_weights(model, context, "adapted", 50) as used:
