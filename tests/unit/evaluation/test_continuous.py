@@ -239,8 +239,10 @@ def test_the_device_is_not_asked_at_each_step(
     monkeypatch.setattr(torch.Tensor, "tolist", counted)
     monkeypatch.setattr(continuous, "SPARE_COLUMNS", 6)
     assert run(model, tokenizer, given) == expected
-    late = looks
+    late, looks = looks, 0
     model.generation_config.eos_token_id = None
+    run(model, tokenizer, given)
+    assert late < looks  # who has ended leaves when the host looks, not at the limit
     looks = 0
     run(model, tokenizer, given[:4], max_new_tokens=16)
     assert looks == 1 + 3
