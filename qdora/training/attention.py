@@ -114,20 +114,10 @@ def causal_attention(
     Returns: (B, T, H, D) and None.
     """
     assert attention_mask is None
-    projected = query_BHTD, key_BGTD, value_BGTD
+    heads = query_BHTD, key_BGTD, value_BGTD
     if segments is None:
-        return _attend(module, *projected, dropout, scaling, sliding_window)
-    if not dropout and _has_variable_length_kernel(query_BHTD):
-        return _variable_length(*projected, scaling, sliding_window, segments), None
-    sizes = [count * length for count, length in segments.runs]
-    parts = zip(segments.runs, *(x.split(sizes, dim=2) for x in projected), strict=True)
-    outputs = []
-    for (count, length), *run in parts:
-        # Neighbours of equal length are a batch, without a copy.
-        q_nHLD, k_nGLD, v_nGLD = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in run)
-        output_nLHD, _weights = _attend(module, q_nHLD, k_nGLD, v_nGLD, dropout, scaling, sliding_window)
-        outputs.append(output_nLHD.flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0), None
+        return _attend(module, *heads, dropout, scaling, sliding_window), None
+    return _attend_apart(module, *heads, dropout, scaling, sliding_window, segments), None
 
 
 AttentionInterface.register(IMPLEMENTATION, causal_attention)
@@ -141,8 +131,8 @@ def _attend(
     dropout: float,
     scaling: float | None,
     sliding_window: int | None,
-) -> tuple[torch.Tensor, None]:
-    """transformers' own call of torch's kernels, (B, T, H, D) and None, with a mask for a window only."""
+) -> torch.Tensor:
+    """(B, T, H, D) by transformers' own call of torch's kernels, with a mask for a window only."""
     length, mask_TT = query_BHTD.shape[2], None
     if sliding_window is not None and sliding_window <= length:
         place_T = torch.arange(length, device=query_BHTD.device)
@@ -151,7 +141,32 @@ def _attend(
     output_BTHD, _ = sdpa_attention_forward(
         module, query_BHTD, key_BGTD, value_BGTD, mask_TT, dropout=dropout, scaling=scaling
     )
-    return output_BTHD, None
+    return output_BTHD
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_apart(
+    module: nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+    segments: Segments,
+) -> torch.Tensor:
+    """(1, T, H, D) of a joined row.  Not compiled: batches of other lengths would be other graphs."""
+    if not dropout and _has_variable_length_kernel(query_BHTD):
+        return _variable_length(query_BHTD, key_BGTD, value_BGTD, scaling, sliding_window, segments)
+    sizes = [count * length for count, length in segments.runs]
+    heads = (x_1HTD.split(sizes, dim=2) for x_1HTD in (query_BHTD, key_BGTD, value_BGTD))
+    outputs = []
+    for (count, length), *run in zip(segments.runs, *heads, strict=True):
+        # Neighbours of equal length are a batch, without a copy.
+        q_nHLD, k_nGLD, v_nGLD = (x[0].unflatten(1, (count, length)).transpose(0, 1) for x in run)
+        output_nLHD = _attend(module, q_nHLD, k_nGLD, v_nGLD, dropout, scaling, sliding_window)
+        outputs.append(output_nLHD.flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0)
 
 
 def _variable_length(
