@@ -231,7 +231,13 @@ class TrainingConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null switches clipping off."""
     gradient_checkpointing: bool = False
-    """Recompute each decoder layer in backward instead of keeping its activations."""
+    """Recompute decoder layers in backward instead of keeping their activations."""
+    checkpoint_every: Count = 1
+    """`gradient_checkpointing`: recompute every so-manieth layer, from the first; the others keep theirs."""
+    offload_activations: bool = False
+    """`gradient_checkpointing`: keep the inputs of recomputed layers in CPU memory; GPU only."""
+    compile: bool = False
+    """Compile the decoder layers with `torch.compile`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of A, of the data order and of dropout."""
     save_every: Count | None = None
@@ -252,6 +258,16 @@ class TrainingConfig(Section):
                 f"training.batch_size {self.batch_size} does not divide into "
                 f"training.gradient_accumulation {self.gradient_accumulation} micro-batches"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _recomputed_layers(self) -> TrainingConfig:
+        for key in ("checkpoint_every", "offload_activations"):
+            if getattr(self, key) != type(self).model_fields[key].default and not self.gradient_checkpointing:
+                raise ValueError(
+                    f"training.{key} {getattr(self, key)} is about layers that are recomputed: "
+                    "set training.gradient_checkpointing: true, or leave it out"
+                )
         return self
 
 
@@ -297,6 +313,15 @@ class RunConfig(Section):
         if self.training.mode != "full" or "adapter" in self.model_fields_set:
             return self
         return self.model_copy(update={"adapter": AdapterConfig(type="none", dora=False)})
+
+    @model_validator(mode="after")
+    def _graphs_are_few(self) -> RunConfig:
+        if self.training.compile and self.data.packing != "none":
+            raise ValueError(
+                f"training.compile does not go with data.packing {self.data.packing!r}: the lengths of "
+                "joined sequences would make a graph of every batch; allowed there: none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _something_is_trained(self) -> RunConfig:

@@ -199,10 +199,10 @@ class AdaptedLinear(nn.Module):
         return Scaling(self.magnitude.initial_O, self.magnitude.offset_O, norm_O)
 
     def _norm_rides_along(self, factors: Factors, x_NI: torch.Tensor) -> bool:
-        """Whether the product brings along what a stale norm needs."""
-        if torch.compiler.is_compiling() or not scales_output(x_NI.dtype, x_NI.device):
+        """Whether the product brings along what a norm needs that is stale, or in a graph may be."""
+        if not scales_output(x_NI.dtype, x_NI.device):
             return False
-        return not self._norms.is_fresh(factors)
+        return torch.compiler.is_compiling() or not self._norms.is_fresh(factors)
 
     def refresh_norm(self) -> None:
         """Bring the norm up to date where that is a kernel's pass over the codes; as `NormCache.refresh`."""

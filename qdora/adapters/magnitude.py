@@ -266,7 +266,8 @@ class NormCache:
     def remember(self, factors: Factors, wa_OR: torch.Tensor) -> torch.Tensor:
         """The norm from W Aᵀ of the stored A, (O, R), which a forward product brought along."""
         norm_O = self._from_product(factors, wa_OR)
-        self._keep(factors, norm_O)
+        if not torch.compiler.is_compiling():
+            self._keep(factors, norm_O)
         return norm_O
 
     def _from_product(self, factors: Factors, wa_OR: torch.Tensor) -> torch.Tensor:

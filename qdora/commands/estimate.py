@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from qdora.adapters.base import describe
@@ -19,6 +20,7 @@ from qdora.planner.report import Breakdown, Estimate
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
 from qdora.planner.simulate import Architecture, Launch, estimate, find_architecture
 from qdora.resources import show_size
+from qdora.training.layers import check_layer_settings
 
 
 def run(
@@ -81,6 +83,9 @@ def _launch(arguments: argparse.Namespace, config: RunConfig) -> Launch:
         device=arguments.device or (file.device if file else "cuda"),
         packing=config.data.packing,
     )
+    # It is the uncompiled step that is estimated, with or without a compiler here.
+    eager = config.training.model_copy(update={"compile": False})
+    check_layer_settings(eager, torch.device(launch.device))
     _ = launch.micro_batch_size  # refuses a batch that does not divide, before anything is built
     return launch
 
@@ -116,7 +121,7 @@ def _parts(result: Estimate) -> str:
 
 def _around(result: Estimate, moved: Traffic, launch: Launch) -> str:
     rows = [("the peak is in", _moment(result.moment)), ("between steps", show_size(result.at_rest.total))]
-    if launch.offload:
+    if result.host.total:
         rows.append(("in CPU memory", f"{show_size(result.host.total)} a process"))
     if launch.world_size > 1:
         rows.append(("sent in a step", f"{show_size(int(moved.sent))} by each, and received"))
@@ -160,7 +165,7 @@ def _verdict(
         )
         for p in proposals
     ]
-    print("\n" + tabulate(rows, headers=["set", "GiB", "fits", "price"], disable_numparse=True))
+    print("\n" + tabulate(rows, headers=["--set", "GiB", "fits", "price"], disable_numparse=True))
     if not any(p.fits for p in proposals):
         print("\nnothing here is enough: take GPUs with more memory, or a smaller model")
     return [

@@ -37,6 +37,7 @@ from qdora.tasks import check_data
 from qdora.tasks.prepare import PreparedData, prepare
 from qdora.training.attention import check_packing
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
+from qdora.training.layers import check_layer_settings
 from qdora.training.loop import Callbacks, Trainer, count_steps, micro_batch_size
 from qdora.training.loss import check_output_layer
 from qdora.training.metrics import (
@@ -59,8 +60,12 @@ _FREE_TO_CHANGE = (
     "training.save_every",
     "training.keep_checkpoints",
     "training.async_checkpoints",
-    # Divides the same batch: other processes may need other micro-batches.
+    # How the same step is computed: other processes or another GPU may need it otherwise.
     "training.gradient_accumulation",
+    "training.gradient_checkpointing",
+    "training.checkpoint_every",
+    "training.offload_activations",
+    "training.compile",
 )
 
 
@@ -82,6 +87,7 @@ def train(
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
     with context.raise_on_all_ranks():
         micro_batch_size(config.training, context.world_size)
+        check_layer_settings(config.training, context.device)
     with context.on_main_rank(directory.locked):
         _train_locked(config, resume, context, directory)
         context.barrier()
@@ -170,6 +176,7 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     """
     with context.raise_on_all_ranks():
         micro_batch_size(config.training, context.world_size)
+        check_layer_settings(config.training, context.device)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
     meta, report = build_adapted(checkpoint, config.model, context, lambda model: _adapt(model, config))
     with context.raise_on_all_ranks():

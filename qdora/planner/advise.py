@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from qdora.config import AdapterConfig
@@ -14,6 +14,8 @@ from qdora.planner.simulate import Architecture, Launch, estimate
 Kind = Callable[["Launch"], Iterator["Change"]]
 """The changes of one kind to a launch, from mild to strong."""
 
+_PASTED = " --set "
+"""Between two settings of the command line."""
 _DOUBLINGS = 4
 """Times that a number is doubled or halved in search of one that fits."""
 
@@ -23,7 +25,7 @@ class Change:
     """A launch with other settings.
 
     Attributes:
-        settings: what to write, as in a configuration or on the command line.
+        settings: what to write after `--set`, or in a launch file.
         price: what it costs.
         same_run: whether the run stays the same but for rounding and random draws.
     """
@@ -100,15 +102,39 @@ def _combined(
         launch = proposal.change.launch
         settings.append(proposal.change.settings)
         if len(settings) > 1:
-            yield replace(proposal, change=Change(" and ".join(settings), "all of these", launch))
+            yield replace(proposal, change=Change(_joined(settings), "all of these", launch))
         if proposal.fits:
             return
 
 
+def _joined(settings: list[str]) -> str:
+    """Several settings in one line: those of the command line as they are pasted there, then the others."""
+    pasted = _PASTED.join(one for one in settings if "=" in one)
+    return " and ".join([*([pasted] if pasted else []), *(one for one in settings if "=" not in one)])
+
+
 def _checkpointing(launch: Launch) -> Iterator[Change]:
-    if not launch.checkpointing:
-        changed = launch.with_training(gradient_checkpointing=True)
-        yield Change("training.gradient_checkpointing=true", "each layer is computed twice", changed)
+    """Every fourth layer, every second, each; of those, what is more than is recomputed already."""
+    for every in (4, 2, 1):
+        if not launch.checkpointing or every < launch.training.checkpoint_every:
+            which = {1: "each layer", 2: "every second layer", 4: "every fourth layer"}[every]
+            wanted = {"gradient_checkpointing": True, "checkpoint_every": every}
+            yield _training_change(launch, f"{which} is computed twice", wanted)
+
+
+def _offload_activations(launch: Launch) -> Iterator[Change]:
+    if launch.device != "cpu" and not launch.training.offload_activations:
+        wanted = {"gradient_checkpointing": True, "offload_activations": True}
+        again = "" if launch.checkpointing else "each layer is computed twice, "
+        price = f"{again}layers' inputs cross PCIe twice"
+        yield _training_change(launch, price, wanted)
+
+
+def _training_change(launch: Launch, price: str, wanted: Mapping[str, bool | int]) -> Change:
+    """A change of training settings that names only those which differ."""
+    new = {key: value for key, value in wanted.items() if getattr(launch.training, key) != value}
+    settings = _PASTED.join(f"training.{key}={str(value).lower()}" for key, value in new.items())
+    return Change(settings, price, launch.with_training(**new))
 
 
 def _smaller_micro_batches(launch: Launch) -> Iterator[Change]:
@@ -174,7 +200,8 @@ def _lower_rank(launch: Launch) -> Iterator[Change]:
 
 
 _KINDS: tuple[Kind, ...] = (
-    *(_checkpointing, _smaller_micro_batches, _sharding, _resharding, _more_gpus, _offload),
+    *(_smaller_micro_batches, _checkpointing, _offload_activations),
+    *(_sharding, _resharding, _more_gpus, _offload),
     *(_shorter_examples, _lower_rank),
 )
-"""In the order in which to try them: those that keep the run as it is come first."""
+"""In the order of their price, as far as one is known: those that keep the run as it is come first."""

@@ -35,7 +35,7 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.planner.report import Breakdown, Part
 from qdora.quant import QUANTIZATIONS
 from qdora.quant.base import TILE_BYTES
-from qdora.training import attention
+from qdora.training import attention, layers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -247,6 +247,10 @@ class StepTracker(MemTracker):
         for kind in set(QUANTIZATIONS.values()):
             self._replace(kind, "tiles", self._tiling(kind.tiles))
         self._replace(adapted, "adapted_tiles", self._tiling(adapted.adapted_tiles))
+        # Fakes have one device: what is in CPU memory is known by its kind.
+        keep = self._with("_inside", Part.OFFLOADED, torch.clone)
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        self._replace(layers, "save_on_cpu", lambda **_: hooks(keep, torch.clone))
         TorchDispatchMode.__enter__(self)
         return self
 
@@ -281,8 +285,12 @@ class StepTracker(MemTracker):
 
     def _keep_peak(self) -> None:
         now, peak = self._curr_mem_snap.get(CPU), self._peaks.get(self._phase)
-        if now is not None and (peak is None or now[_TOTAL] > peak[_TOTAL]):
+        if now is not None and (peak is None or _on_device(now) > _on_device(peak)):
             self._peaks[self._phase] = now.copy()
+
+
+def _on_device(parts: Mapping[str, int]) -> int:
+    return parts[_TOTAL] - parts.get(Part.OFFLOADED, 0)
 
 
 def _breakdown(parts: Mapping[str, int]) -> Breakdown:

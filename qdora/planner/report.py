@@ -39,6 +39,8 @@ class Part(StrEnum):
     """Logits of a chunk of the labelled tokens, and their gradients."""
     OTHER = "other"
     """The batch, rotary frequencies, and what belongs to nothing above."""
+    OFFLOADED = "offloaded activations"
+    """Inputs of recomputed layers that are kept in CPU memory."""
 
     @classmethod
     def of(cls, module: nn.Module, name: str, tensor: torch.Tensor) -> Part:
@@ -82,8 +84,8 @@ class StepRecord:
         """The record of a model with more layers than this one's, all of them alike.
 
         Args:
-            deeper: of one more layer; it may have phases of that layer alone.
-            layers: how many more.
+            deeper: of one more layer, or group of them; it may have phases of those layers alone.
+            layers: how many more layers or groups.
         """
 
         def breakdown(first: Breakdown, second: Breakdown) -> Breakdown:
@@ -109,7 +111,7 @@ class Estimate:
         peak: what is on the device at the worst moment of a step.
         moment: which phase that is in; layers counted from 0, or from -1 backwards.
         at_rest: what is on the device between two steps.
-        host: what the rank holds in CPU memory where parameters are offloaded; else nothing.
+        host: what the rank holds in CPU memory where parameters or activations are offloaded; else nothing.
         exchanged: bytes of all ranks' shards that a step gathers, scatters and sums, by collective.
     """
 
@@ -124,12 +126,13 @@ class Estimate:
         """Read a recorded step.
 
         Args:
-            offload: whether a rank's shards, their gradients and moments are in CPU memory.
+            offload: whether a rank's shards, their gradients and moments are in CPU memory; activations that
+                are offloaded are known by their kind.
         """
 
         def split(held: Breakdown) -> tuple[Breakdown, Breakdown]:
-            moved = step.shards | {p: held[p] for p in (Part.GRADIENTS, Part.OPTIMIZER)}
-            host = Breakdown(moved if offload else {})
+            moved = step.shards | {p: held[p] for p in (Part.GRADIENTS, Part.OPTIMIZER)} if offload else {}
+            host = Breakdown(moved | {Part.OFFLOADED: held[Part.OFFLOADED]})
             return Breakdown({part: size - host[part] for part, size in held.items()}), host
 
         peaks = {phase: split(peak) for phase, peak in step.peaks.items()}

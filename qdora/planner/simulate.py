@@ -37,12 +37,13 @@ from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_ba
 from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
 from qdora.quant import Quantization
 from qdora.quant.base import parameter_like
+from qdora.training.layers import decoder_layers
 from qdora.training.loop import StepBatch, StopRequest, Trainer, micro_batch_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-DEPTHS = (4, 5)
+SHALLOW = 4
 """Two layers at each end see what no others do: nothing gathered before them, nothing to gather after."""
 SHIPPED = "models"
 """Folder beside the configuration files, with a folder for each architecture that ships."""
@@ -117,7 +118,7 @@ class Launch:
 
     @property
     def checkpointing(self) -> bool:
-        """Whether a layer's activations are computed again in backward."""
+        """Whether activations of layers are computed again in backward."""
         return self.training.gradient_checkpointing or bool(self.fsdp and self.fsdp.activation_checkpointing)
 
     @property
@@ -208,10 +209,13 @@ def record(architecture: Architecture, launch: Launch) -> StepRecord:
 
     Raises: InputError: as `record_step`.
     """
-    if architecture.depth <= max(DEPTHS) or not layers_alike(architecture, launch):
+    # Layers repeat one by one, or in groups of which only the first is recomputed.
+    group = launch.training.checkpoint_every if launch.checkpointing else 1
+    least = SHALLOW + (architecture.depth - SHALLOW) % group
+    if architecture.depth <= least + group or not layers_alike(architecture, launch):
         return record_step(architecture.build(), launch)
-    shallow, deeper = (record_step(architecture.build(depth), launch) for depth in DEPTHS)
-    return shallow.extended(deeper, architecture.depth - DEPTHS[0])
+    shallow, deeper = (record_step(architecture.build(depth), launch) for depth in (least, least + group))
+    return shallow.extended(deeper, (architecture.depth - least) // group)
 
 
 def adapted_model(architecture: Architecture, launch: Launch) -> PreTrainedModel:
@@ -295,6 +299,8 @@ class _WorstBatch(Trainer):
         batch_size = launch.micro_batch_size * accumulation * launch.world_size
         steps = {"max_steps": 1, "epochs": None}
         batch = {"batch_size": batch_size, "gradient_accumulation": accumulation}
+        # What a compiled layer keeps is no more: its graph may compute some of it again.
+        steps["compile"] = False
         training = launch.training.model_copy(update=steps | batch)
         example = TokenizedExample([0] * launch.max_length, 0, "the longest example")
         packing = Packing.of(launch.packing, launch.max_length)
@@ -353,12 +359,6 @@ class _WorstBatch(Trainer):
             hidden.register_hook(lambda gradient: self._begin(f"backward of layer {name}"))
         if name == "-1":
             self._begin("loss")
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that follow one another, first to last; none for a decoder of another make."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    return list(layers) if isinstance(layers, nn.ModuleList) else []
 
 
 def _shards(model: nn.Module) -> Breakdown:

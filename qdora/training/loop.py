@@ -32,6 +32,7 @@ from qdora.errors import InputError, InterruptedRunError
 from qdora.resources import SlowdownWatch, keep_freed_memory
 from qdora.signals import REPEATED, STOPPING, StopSignal
 from qdora.training.attention import check_packing, training_attention
+from qdora.training.layers import prepare_layers
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
 from qdora.training.optimizer import AdapterOptimizer, learning_rate, local_shard
@@ -124,8 +125,7 @@ class Trainer:
         self._adapted = list(adapted_layers(model).values())
         on_cpu = context.is_main and context.device.type == "cpu"
         self._slowdown = SlowdownWatch(torch.get_num_threads()) if on_cpu else None
-        if config.gradient_checkpointing or (context.fsdp and context.fsdp.activation_checkpointing):
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        prepare_layers(model, config, context.fsdp, context.device)
 
     def run(self, start: int, callbacks: Callbacks) -> None:
         """Train from step `start` (steps already done) to the end.

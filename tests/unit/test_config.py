@@ -125,6 +125,14 @@ def test_a_value_out_of_range_is_refused(tmp_path, override, message):
         (["training.epochs=1"], "exactly one of training.max_steps and training.epochs"),
         (["training.max_steps=null"], "exactly one of training.max_steps and training.epochs"),
         (["training.gradient_accumulation=3"], "batch_size 16 does not divide into .* 3 micro-batches"),
+        (
+            ["training.checkpoint_every=2"],
+            "checkpoint_every 2 is about layers .* set training.gradient_checkpointing: true, or",
+        ),
+        (
+            ["training.offload_activations=true"],
+            "offload_activations True is about layers that are recomputed",
+        ),
     ],
 )
 def test_an_impossible_combination_is_refused(tmp_path, overrides, message):

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from qdora.config import TrainingConfig
+from qdora.config_file import apply_overrides
 from qdora.planner import advise as memory_advice
 from qdora.planner.advise import advise
 from qdora.planner.report import Breakdown, Estimate, Part
@@ -16,7 +18,9 @@ from .scenes import architecture, launch
 
 def invented(architecture, launch: Launch) -> Estimate:
     """A peak that falls with everything that can be changed, quickly to be had."""
-    activations = launch.micro_batch_size * launch.max_length * (1 if launch.checkpointing else 10)
+    kept = 10 - 8 // launch.training.checkpoint_every if launch.checkpointing else 10
+    kept -= 1 if launch.training.offload_activations else 0
+    activations = launch.micro_batch_size * launch.max_length * kept
     weights = 6000 if launch.fsdp is None else 6000 // launch.world_size
     if launch.fsdp and not launch.fsdp.reshard_after_forward:
         weights += 1000
@@ -40,12 +44,14 @@ def advice(run: Launch, memory: int):
 
 
 def test_changes_come_in_the_order_in_which_to_try_them(invent):
-    """Catches: a shorter example or a lower rank proposed before what leaves the run as it is."""
+    """Catches: a shorter example or a lower rank proposed before what leaves the run as it is, or what costs
+    more before what costs less."""
     run = launch(2, sequences=8, reshard_after_forward=False)
     proposals = advice(run, memory=3600)
     assert list(proposals) == [
-        "training.gradient_checkpointing=true",
         "training.gradient_accumulation=8",
+        "training.gradient_checkpointing=true",
+        "training.gradient_checkpointing=true --set training.offload_activations=true",
         "fsdp_reshard_after_forward: true",
         "4 GPUs",
         "fsdp_offload_params: true",
@@ -53,7 +59,7 @@ def test_changes_come_in_the_order_in_which_to_try_them(invent):
         "adapter.r=1",
     ]
     same = [p.change.same_run for p in proposals.values()]
-    assert same.index(False) == 5
+    assert same.index(False) == 6
 
 
 def test_the_mildest_change_that_fits_is_proposed(invent):
@@ -67,16 +73,32 @@ def test_the_mildest_change_that_fits_is_proposed(invent):
         assert proposal.change.launch.micro_batch_size == 8 // count
 
 
+def test_as_few_layers_are_recomputed_as_fit(invent):
+    """Catches: each layer computed twice where every fourth is enough; a setting that is proposed again."""
+    run = launch(1, sequences=8)
+    peak = invented(None, run).peak.total
+    for memory, every in ((peak - 1, 4), (peak - 300, 2), (peak - 600, 1)):
+        (proposal,) = [
+            p for p in advice(run, memory).values() if p.change.price.endswith("is computed twice")
+        ]
+        more = f" --set training.checkpoint_every={every}" if every > 1 else ""
+        assert proposal.change.settings == "training.gradient_checkpointing=true" + more
+        assert proposal.change.launch.training.checkpoint_every == every
+    run = run.with_training(gradient_checkpointing=True, checkpoint_every=4)
+    assert "training.checkpoint_every=1" in advice(run, 10)
+    assert "training.offload_activations=true" in advice(run, 10)
+
+
 def test_changes_are_put_together_where_none_is_enough(invent):
     """Catches: a user who is left with proposals of which none fits."""
     run = launch(2, sequences=8)
     memory = 100
     proposals = advice(run, memory)
-    together = [p for name, p in proposals.items() if " and " in name]
-    assert [p.fits for p in together] == [False, True]
+    together = [p for p in proposals.values() if p.change.price == "all of these"]
+    assert [p.fits for p in together] == [False, False, True]
     assert together[-1].change.settings == (
-        "training.gradient_checkpointing=true and training.gradient_accumulation=8 "
-        "and fsdp_offload_params: true"
+        "training.gradient_accumulation=8 --set training.gradient_checkpointing=true "
+        "--set training.offload_activations=true and fsdp_offload_params: true"
     )
     assert together[-1].estimate == invented(None, together[-1].change.launch)
 
@@ -95,7 +117,7 @@ def test_more_gpus_keep_the_batch(invent):
 
 def test_what_is_set_already_is_not_proposed(invent):
     """Catches: advice to do what was done."""
-    run = launch(2, sequences=1, checkpointing=True, offload=True)
+    run = launch(2, sequences=1, checkpointing=True, offload=True).with_training(offload_activations=True)
     assert [name for name in advice(run, 10) if "=true" in name or ": true" in name] == []
 
 
@@ -119,8 +141,27 @@ def test_a_proposal_is_the_estimate_of_its_launch():
     run = launch(2, length=64, adapter={"targets": ("q_proj",)})
     now = estimate(model, run)
     first = next(advise(model, run, now, now.peak.total - 1))
-    training = run.training.model_copy(update={"gradient_checkpointing": True})
-    assert first.change.settings == "training.gradient_checkpointing=true"
-    assert first.change.launch == replace(run, training=training)
+    assert first.change.settings == "training.gradient_accumulation=2"
+    assert first.change.launch == run.with_training(gradient_accumulation=2)
     assert first.estimate == estimate(model, first.change.launch)
     assert first.fits
+
+
+def test_what_is_proposed_fits_when_it_is_set():
+    """Catches: settings that say another run than the one that was estimated, or that no parser takes."""
+    model = architecture(4)
+    run = launch(1, length=64, sequences=2, adapter={"targets": ("q_proj",)})
+    now = estimate(model, run)
+    each = estimate(model, run.with_training(gradient_checkpointing=True)).peak.total
+    settings = []
+    for proposal in advise(model, run, now, (now.peak.total + each) // 2):
+        if not proposal.change.same_run or "GPU" in proposal.change.settings:
+            continue
+        settings.append(proposal.change.settings)
+        tree = {"training": run.training.model_dump(mode="json")}
+        apply_overrides(tree, proposal.change.settings.split(" --set "))
+        pasted = replace(run, training=TrainingConfig(**tree["training"]))
+        assert pasted == proposal.change.launch
+        assert proposal.fits == (estimate(model, pasted).peak.total <= (now.peak.total + each) // 2)
+    assert any("checkpoint" in one for one in settings)
+    assert any("offload" in one for one in settings)

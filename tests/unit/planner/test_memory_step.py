@@ -15,7 +15,7 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.models.load import load_base
-from qdora.planner.report import Part, StepRecord
+from qdora.planner.report import Breakdown, Part, StepRecord
 from qdora.planner.simulate import Architecture, estimate, layers_alike, record, record_step
 from qdora.quant import QUANTIZATIONS, Quantization
 from qdora.quant.base import TILE_BYTES
@@ -150,6 +150,39 @@ def test_checkpointing_keeps_one_tensor_a_layer():
     assert kept[Part.ACTIVATIONS] < 0.8 * plain[Part.ACTIVATIONS]
 
 
+def test_fewer_recomputed_layers_keep_more():
+    """Catches: every so-manieth layer taken for each, or for none."""
+    run = launch(length=64, checkpointing=True, adapter={"targets": ("q_proj",)})
+    held = [
+        estimate(architecture(4), one).peak[Part.ACTIVATIONS]
+        for one in (
+            run,
+            run.with_training(checkpoint_every=2),
+            run.with_training(gradient_checkpointing=False),
+        )
+    ]
+    # Of four layers that keep theirs two are recomputed, or all, of which one at a time has its own.
+    of_one = (held[2] - held[0]) / 3
+    assert held[1] == pytest.approx(held[0] + 2 * of_one, abs=of_one)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_offloaded_inputs_are_in_cpu_memory(every):
+    """Catches: inputs of layers on the GPU and in CPU memory, in both or in none; of layers that keep
+    what they have."""
+    run = launch(length=64, checkpointing=True, adapter={"targets": ("q_proj",)})
+    run = run.with_training(checkpoint_every=every)
+    layers, bytes_of_one = 4, 2 * 64 * HIDDEN * 2
+    here, away = (
+        estimate(architecture(layers), one) for one in (run, run.with_training(offload_activations=True))
+    )
+    assert here.host.total == 0
+    assert away.host == Breakdown({Part.OFFLOADED: layers // every * bytes_of_one})
+    assert away.peak[Part.OFFLOADED] == 0
+    saved = here.peak.total - away.peak.total
+    assert (layers // every - 1) * bytes_of_one <= saved <= layers // every * bytes_of_one
+
+
 def test_offloaded_shards_are_in_cpu_memory():
     """Catches: an offload that is not seen, or host memory counted on the GPU."""
     here = estimate(architecture(LAYERS), launch(2))
@@ -178,12 +211,16 @@ def test_offloaded_shards_are_in_cpu_memory():
         ),
         launch(3, adapter={"dora": False, "dropout": 0.1, "targets": ("q_proj",), "r": 16}),
         launch(2, sharded=False, adapter={"dora": False, "targets": ("down_proj",), "r": 32}),
+        launch(checkpointing=True, adapter={"targets": ("q_proj",)}).with_training(checkpoint_every=2),
+        launch(2, accumulation=2, checkpointing=True, adapter={"targets": ("q_proj",)}).with_training(
+            checkpoint_every=3, offload_activations=True
+        ),
     ],
-    ids=["alone", "sharded", "dropout", "data parallel"],
+    ids=["alone", "sharded", "dropout", "data parallel", "every second layer", "every third, offloaded"],
 )
 def test_shallow_models_give_the_deep_one_to_the_byte(run):
     """Catches: a worst moment that two shallow models do not show, a line through the wrong points."""
-    deep = architecture(6)
+    deep = architecture(9 if run.training.checkpoint_every > 1 else 6)
     assert layers_alike(deep, run)
     shallow, whole = record(deep, run), record_step(deep.build(), run)
     assert max(p.total for p in shallow.peaks.values()) == max(p.total for p in whole.peaks.values())
@@ -202,6 +239,7 @@ def test_shallow_models_give_the_deep_one_to_the_byte(run):
         ("int8", {"init": "pissa"}, False),
         ("none", {"type": "vera", "r": 64}, False),
         ("nf4", {"norm_gradient": "exact", "init": "orthogonal"}, False),
+        ("nf4", {}, "offloaded"),
     ],
 )
 def test_fakes_hold_what_real_tensors_hold(tmp_path, quantization, adapter, checkpointing, monkeypatch):
@@ -210,7 +248,10 @@ def test_fakes_hold_what_real_tensors_hold(tmp_path, quantization, adapter, chec
     # An estimate is of torch's operators; the compiled functions take a little less.
     monkeypatch.setattr(native, "_library", lambda: None)
     joined = checkpointing == "joined"
-    run = launch(length=48, accumulation=2, checkpointing=checkpointing is True, adapter=adapter)
+    run = launch(
+        length=48, accumulation=2, checkpointing=checkpointing in (True, "offloaded"), adapter=adapter
+    )
+    run = run.with_training(offload_activations=checkpointing == "offloaded")
     run = replace(run, device="cpu", packing="batch" if joined else "none")
     folder = write_tiny_model(tmp_path / "tiny")
     model, _ = load_base(str(folder), quantization=quantization, dtype="float32", device="cpu")
