@@ -315,6 +315,15 @@ class RunConfig(Section):
         return self.model_copy(update={"adapter": AdapterConfig(type="none", dora=False)})
 
     @model_validator(mode="after")
+    def _graphs_are_few(self) -> RunConfig:
+        if self.training.compile and self.data.packing != "none":
+            raise ValueError(
+                f"training.compile does not go with data.packing {self.data.packing!r}: the lengths of "
+                "joined sequences would make a graph of every batch; allowed there: none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_is_trained(self) -> RunConfig:
         has_adapter = self.adapter.type != "none" or self.adapter.dora
         if self.training.mode == "full":

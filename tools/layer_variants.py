@@ -21,10 +21,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qdora.adapters.inject import inject
 from qdora.config import AdapterConfig, ModelConfig, TrainingConfig
+from qdora.data.batches import Batch, collate
+from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.models.load import load_model
 from qdora.models.norm import RMSNorm
 from qdora.models.sources import open_checkpoint
+from qdora.training.attention import training_attention
 from qdora.training.layers import prepare_layers
 from qdora.training.loss import completion_loss
 
@@ -49,10 +52,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = load(arguments.model)
-    ids = torch.randint(
+    rows = torch.randint(
         3, model.config.vocab_size, arguments.batch, generator=torch.Generator().manual_seed(0)
     )
-    arms = {name: arm(model, name, ids) for name in arguments.arms}
+    batch = collate([TokenizedExample(row, 0, "") for row in rows.tolist()], pad_id=0)
+    arms = {name: arm(model, name, batch) for name in arguments.arms}
     first = {name: run() for name, run in arms.items()}
     seconds = [{name: run() for name, run in arms.items()} for _ in range(arguments.rounds)]
     rows = [
@@ -80,10 +84,10 @@ def load(path: str) -> PreTrainedModel:
     return model.train()
 
 
-def arm(model: PreTrainedModel, name: str, ids: torch.Tensor) -> Callable[[], float]:
+def arm(model: PreTrainedModel, name: str, batch: Batch) -> Callable[[], float]:
     """A step without its update; its processor time in seconds."""
     settings = TrainingConfig(max_steps=1, **ARMS[name])
-    prepare_layers(model, settings, None, ids.device)
+    prepare_layers(model, settings, None, torch.device("cpu"))
     forwards = [vars(layer).get("forward") for layer in model.model.layers]
     ours = {key: m for key, m in model.named_modules() if isinstance(m, RMSNorm)}
     theirs: dict[str, nn.Module] = {}
@@ -100,7 +104,8 @@ def arm(model: PreTrainedModel, name: str, ids: torch.Tensor) -> Callable[[], fl
             model.set_submodule(key, norm)
         model.zero_grad()
         started = time.process_time()
-        completion_loss(model, ids, ids.clone()).backward()
+        with training_attention(model):
+            completion_loss(model, batch).backward()
         return time.process_time() - started
 
     return run

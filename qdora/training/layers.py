@@ -15,19 +15,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._dynamo import maybe_mark_dynamic
 from torch.autograd.graph import save_on_cpu
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from qdora.config import TrainingConfig
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Forward = Callable[..., Any]
 
@@ -105,6 +106,8 @@ def prepare_layers(
 
 def _compiled(forward: Forward) -> Forward:
     """One graph for batches of all sizes, of which those of the layer are constants."""
+    from torch._dynamo import maybe_mark_dynamic  # a second and more to import
+
     compiled = torch.compile(forward, fullgraph=True)
 
     @wraps(forward)

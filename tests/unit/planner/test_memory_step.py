@@ -248,8 +248,9 @@ def test_fakes_hold_what_real_tensors_hold(tmp_path, quantization, adapter, chec
     # An estimate is of torch's operators; the compiled functions take a little less.
     monkeypatch.setattr(native, "_library", lambda: None)
     joined = checkpointing == "joined"
-    recomputed = checkpointing in (True, "offloaded")
-    run = launch(length=48, accumulation=2, checkpointing=recomputed, adapter=adapter)
+    run = launch(
+        length=48, accumulation=2, checkpointing=checkpointing in (True, "offloaded"), adapter=adapter
+    )
     run = run.with_training(offload_activations=checkpointing == "offloaded")
     run = replace(run, device="cpu", packing="batch" if joined else "none")
     folder = write_tiny_model(tmp_path / "tiny")

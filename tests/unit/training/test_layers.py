@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -12,9 +13,12 @@ import torch._inductor.config as inductor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qdora.config import TrainingConfig
+from qdora.data.batches import collate
+from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.training import layers
+from qdora.training.attention import training_attention
 from qdora.training.layers import check_layer_settings, decoder_layers, prepare_layers
 from qdora.training.loss import completion_loss
 from tests.tiny import write_tiny_model
@@ -38,8 +42,8 @@ def prepare(model, fsdp=None, **settings) -> None:
 def loss_and_gradients(model, batch=3, length=17) -> list[torch.Tensor]:
     model.train()
     torch.manual_seed(7)
-    ids = torch.randint(3, 90, (batch, length))
-    loss = completion_loss(model, ids, ids.clone())
+    rows = torch.randint(3, 90, (batch, length)).tolist()
+    loss = completion_loss(model, collate([TokenizedExample(row, 0, "") for row in rows], pad_id=0))
     trained = [p for p in model.parameters() if p.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, trained)]
 
@@ -270,11 +274,12 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def test_keys_and_values_are_not_repeated_for_their_queries(folder):
+@pytest.mark.parametrize("attention", [training_attention, nullcontext])
+def test_keys_and_values_are_not_repeated_for_their_queries(folder, attention):
     """Catches: transformers, or a mask that a batch brings, by which each key and value is copied for every
     query head of its group."""
     model = make_model(folder)
-    with Operators() as seen:
+    with attention(model), Operators() as seen:
         loss_and_gradients(model, batch=3, length=17)
     assert seen.attended == [[(3, 4, 17, 16), (3, 2, 17, 16), (3, 2, 17, 16)]] * DEPTH
     assert (3, 2, 2, 17, 16) not in seen.made
