@@ -20,7 +20,7 @@ asks for.  Of the factors between 1 and 2 this one keeps moves of 1e-4 to 1e-3 b
 direction, within 4% where half of the rows move up and half down, over all 128 fractions of bf16.
 """
 SIXTEEN_BIT_TILES = 4
-"""As many times the rows of another tile has one of 16 bits on a CPU: a product in 16 bits repacks x for each."""
+"""A tile of 16 bits on a CPU has so many times the rows of another: each product in 16 bits repacks x."""
 
 
 def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
