@@ -1,6 +1,7 @@
 """Tokens per second of training steps with sequences padded, joined and in filled rows.
 
     python tools/packing_speed.py CONFIG [--set KEY=VALUE ...] [--steps N] [--rounds N] [--arms none,batch]
+    python tools/packing_speed.py CONFIG --rounds 0     padding's share alone; no model is loaded
 
 One model, loaded once, trained on by all arms in turn, each second round in the opposite order: a ratio is
 the median over rounds of the ratio within the round, by time and by the CPU time of the process, in which
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 
+import numpy as np
 import torch
 from tabulate import tabulate
 
@@ -22,19 +24,36 @@ from qdora.adapters.full import adapt
 from qdora.commands.train import read_inputs
 from qdora.config import PackingName, RunConfig
 from qdora.config_file import load_config
-from qdora.data.batches import Packing
+from qdora.data.batches import BatchPlan, Packing
 from qdora.distributed.context import DistributedContext
+from qdora.models.formats import Checkpoint
 from qdora.models.load import load_model
 from qdora.resources import keep_freed_memory
+from qdora.tasks.prepare import PreparedData
 from qdora.training.loop import StopRequest, Trainer
 
 ARMS: tuple[PackingName, ...] = ("none", "batch", "stream")
 
 
-def make_trainers(config: RunConfig, names: list[PackingName]) -> dict[PackingName, Trainer]:
+def print_shares(data: PreparedData, config: RunConfig) -> None:
+    """Padding's share of an epoch, in batches of like lengths, as training has them, and without that."""
+    lengths, size = [len(example.input_ids) for example in data.train], config.training.batch_size
+    plan = BatchPlan(lengths, size, config.training.seed)
+    order = [int(i) for i in np.random.default_rng(0).permutation(len(lengths))]
+    plans = {
+        "sorted": [plan.batch(step) for step in range(plan.steps_per_epoch)],
+        "in random order": [order[start : start + size] for start in range(0, len(order), size)],
+    }
+    for name, batches in plans.items():
+        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+        print(f"padding of batches of {size}, {name}: {100 * (1 - sum(lengths) / padded):.1f}%")
+
+
+def make_trainers(
+    checkpoint: Checkpoint, data: PreparedData, config: RunConfig, names: list[PackingName]
+) -> dict[PackingName, Trainer]:
     """A trainer of the same model for each arm."""
     context = DistributedContext()
-    checkpoint, _, data = read_inputs(config)
     training, longest = config.training, config.data.max_length
     model, _ = load_model(
         checkpoint, config.model, context, lambda model: adapt(model, config.adapter, training.mode)
@@ -70,7 +89,12 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     names = [name for name in ARMS if name in arguments.arms.split(",")]
-    trainers = make_trainers(load_config(arguments.config, arguments.set), names)
+    config = load_config(arguments.config, arguments.set)
+    checkpoint, _, data = read_inputs(config)
+    print_shares(data, config)
+    if arguments.rounds < 1:
+        return
+    trainers = make_trainers(checkpoint, data, config, names)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for i in range(arguments.rounds + 1):
         for name in names if i % 2 else reversed(names):
