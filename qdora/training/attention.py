@@ -12,15 +12,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qdora.data.batches import Segments
 from qdora.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 IMPLEMENTATION = "qdora_causal"
 """Name under which transformers knows it.  It makes no mask for a name that it has no mask function for."""
@@ -61,6 +62,9 @@ def training_attention(model: PreTrainedModel) -> Iterator[None]:
 
     Without effect on families that are not in `FAMILIES`: there transformers looks at the batch.
     """
+    import transformers
+
+    transformers.AttentionInterface.register(IMPLEMENTATION, causal_attention)
     config = model.config
     before = config._attn_implementation
     if config.model_type in FAMILIES and before == "sdpa":
@@ -120,9 +124,6 @@ def causal_attention(
     return _attend_apart(module, *heads, dropout, scaling, sliding_window, segments), None
 
 
-AttentionInterface.register(IMPLEMENTATION, causal_attention)
-
-
 def _attend(
     module: nn.Module,
     query_BHTD: torch.Tensor,
@@ -133,6 +134,8 @@ def _attend(
     sliding_window: int | None,
 ) -> torch.Tensor:
     """(B, T, H, D) by transformers' own call of torch's kernels, with a mask for a window only."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     length, mask_TT = query_BHTD.shape[2], None
     if sliding_window is not None and sliding_window <= length:
         place_T = torch.arange(length, device=query_BHTD.device)
