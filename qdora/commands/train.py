@@ -24,7 +24,6 @@ from qdora.data.batches import BatchPlan, Packing
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.evaluation.evaluate import evaluate_configured
 from qdora.evaluation.scores import write_scores
 from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
@@ -229,6 +228,8 @@ def _train(
             )
 
         def evaluate(step: int) -> None:
+            from qdora.evaluation.evaluate import evaluate_configured  # with transformers' generation
+
             scores = evaluate_configured(
                 trainer.model, tokenizer, data.test, config, context, show_progress=False
             )

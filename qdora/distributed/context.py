@@ -7,11 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch.distributed import DistError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -24,6 +23,9 @@ from qdora.distributed.launch import (
 )
 from qdora.errors import InputError
 from qdora.quant.base import Shard
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class DistributedContext:
@@ -82,6 +84,8 @@ class DistributedContext:
         if fsdp is not None:
             # Every rank reads its own rows; transformers must not leave weights out on its own account.
             os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        from accelerate import Accelerator  # of a launch alone
+
         accelerator = Accelerator(
             cpu=cpu, mixed_precision="no", log_with=list(trackers) or None, project_dir=project_dir
         )

@@ -15,7 +15,6 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.commands.config.config_args import load_config_from_file
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -89,6 +88,8 @@ def read_launch_file(path: str) -> LaunchFile:
 
     Raises: InputError: no such file, one that accelerate refuses, or settings that training refuses.
     """
+    from accelerate.commands.config.config_args import load_config_from_file  # for `estimate` alone
+
     try:
         file = load_config_from_file(path)
         kind = getattr(file.distributed_type, "value", file.distributed_type)

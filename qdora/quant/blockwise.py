@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ from qdora.quant.base import (
     rows_per_tile,
 )
 
+T = TypeVar("T")
+
 SCALES_PER_BLOCK = 256
 """Scales that share one scale of the second quantization, unless a checkpoint says otherwise."""
 CODE_BOOK = 256
@@ -37,6 +40,16 @@ _CACHED = 1 << 17
 """Values that a CPU quantizes at a time."""
 _COMPILE = "TORCHDYNAMO_DISABLE"
 _on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+
+def without_modes(make: Callable[[], T]) -> T:
+    """Make tensors that stay where no mode of the caller is in force.
+
+    Modes are a thread's own: in this one tensors are neither the fake ones of an estimate nor on the meta
+    device of a model under construction.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 @cache
@@ -55,12 +68,13 @@ def _tables() -> dict[str, torch.Tensor]:
             del os.environ[_COMPILE]
         else:
             os.environ[_COMPILE] = before
-    with torch.device("cpu"):  # a model may be under construction, on the meta device
-        return {
+    return without_modes(
+        lambda: {
             "nf4": bnb.get_4bit_type("nf4", device="cpu"),  # type: ignore[no-untyped-call]
             "fp4": bnb.get_4bit_type("fp4", device="cpu"),  # type: ignore[no-untyped-call]
             "int8": bnb.create_dynamic_map(),  # type: ignore[no-untyped-call]
         }
+    )
 
 
 class BlockwiseWeight(FrozenWeight):
@@ -91,7 +105,7 @@ class BlockwiseWeight(FrozenWeight):
         nested_block_size: int = SCALES_PER_BLOCK,
     ) -> None:
         super().__init__()
-        _tables()  # now: made at their first use, they could be the fake tensors of an estimate
+        _tables()  # the operators
         self.out_features, self.in_features = shape
         if self.in_features % self.codes_per_byte:
             raise ValueError(

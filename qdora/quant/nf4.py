@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from qdora.quant.blockwise import BlockwiseWeight, code_values
+from qdora.quant.blockwise import BlockwiseWeight, code_values, without_modes
 
 _BINS = 2048
 """Equal intervals between 0 and 1, few enough for a core's first cache; two bounds are five bins apart."""
@@ -85,6 +85,10 @@ class _Lookup(NamedTuple):
 
 @cache
 def _lookup(quantization: str) -> _Lookup:
+    return without_modes(lambda: _make_lookup(quantization))
+
+
+def _make_lookup(quantization: str) -> _Lookup:
     code = code_values(quantization, torch.device("cpu"))
     order = torch.argsort(code)
     bounds = (code[order[:-1]] + code[order[1:]]) / 2

@@ -91,7 +91,8 @@ def test_help_imports_nothing_heavy():
 
 def test_a_command_imports_what_it_uses_when_it_uses_it():
     """Catches: inductor, bitsandbytes, matplotlib or the code of models imported with a command's module."""
-    own = sorted({*COMMANDS} - {"benchmark"})  # which works with bitsandbytes' own layers
+    # The others generate with transformers, or measure bitsandbytes' own layers.
+    own = ("train", "export", "estimate", "demo")
     modules, _ = loaded("\n".join(f"import qdora.commands.{name}" for name in own))
     late = {"torch._inductor.compile_fx", "bitsandbytes", "transformers.modeling_utils"}
     late |= {"matplotlib", "scipy", "pandas", "datasets", "tensorboard"}
@@ -110,6 +111,21 @@ def test_a_quantized_weight_brings_no_inductor():
     assert "bitsandbytes" in modules
     assert "torch._inductor.compile_fx" not in modules
     assert "128.0 False" in said
+
+
+def test_the_first_weight_of_a_process_may_be_a_fake_one():
+    """Catches: tables of codes made under an estimate's fake tensors, or on the meta device, and kept."""
+    modes = "with FakeTensorMode(allow_non_fake_inputs=True), torch.device('meta'):\n"
+    _, said = loaded(
+        "import torch\n"
+        "from torch._subclasses.fake_tensor import FakeTensorMode\n"
+        "from qdora.quant import Quantization\n"
+        "values = torch.ones(2, 64)\n"
+        + modes
+        + "    for name in ('nf4', 'fp4', 'int8'): Quantization(name).from_dense(values)\n"
+        "print([Quantization(n).from_dense(values).dense().sum().item() for n in ('nf4', 'fp4', 'int8')])\n"
+    )
+    assert "[128.0, 128.0, 128.0]" in said
 
 
 def test_the_package_names_what_it_exports():

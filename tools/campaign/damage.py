@@ -22,6 +22,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qdora.adapters.kernels import native
 from qdora.cli import run_command
 from tests.e2e.runs import tiny_tree, write_questions
 from tests.forked import PRELOADED
@@ -46,6 +47,9 @@ def run(count: int, seed: int, folder: Path) -> Report:
     torch.set_num_threads(1)
     for name in PRELOADED:  # before the fork
         importlib.import_module(name)
+    native.takes(
+        ()
+    )  # as well: a process that has not loaded the functions starts a compiler, outside its folder
     report = Report("damage")
     scene = folder / "scene"
     if os.fork() == 0:  # what this computes must not be in the processes of the cases

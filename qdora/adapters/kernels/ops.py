@@ -39,10 +39,13 @@ _library.define(
 )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def available(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device: CUDA, compute capability 8, Triton 3.6."""
     return device.type == "cuda" and _has_triton(device)
+
+
+# What `torch.compiler.assume_constant_result` does; that imports the compiler, which most runs do not use.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from qdora.distributed import context as failures
+from qdora import signals
 from qdora.distributed.context import lost_process
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:45"
@@ -35,13 +35,13 @@ def test_our_own_bugs_stay_bugs(error):
 def test_one_of_several_processes_ends_at_once(monkeypatch, code):
     """Catches: a refusal or a finished run whose exit code becomes that of an abort in a thread of torch."""
     left: list[int] = []
-    monkeypatch.setattr(failures, "leave", left.append)
+    monkeypatch.setattr(signals, "leave", left.append)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(SystemExit) as alone:
-        failures.end(code)
+        signals.end(code)
     assert alone.value.code == code
     assert left == []
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):  # what `leave` does not return from goes on here
-        failures.end(code)
+        signals.end(code)
     assert left == [code]

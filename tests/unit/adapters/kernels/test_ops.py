@@ -116,3 +116,9 @@ def test_where_triton_is_missing_torch_computes(monkeypatch):
     assert ops._kernels(layer.weight.values, None) is ops.reference
     monkeypatch.setattr(ops, "available", lambda device: True)
     assert ops._kernels(layer.weight.values, layer.a_RI.double()) is ops.reference
+
+
+def test_the_mark_of_a_constant_is_the_one_that_torch_makes():
+    """Catches: a torch whose compiler looks for another mark, and breaks its graph at every layer."""
+    marked = torch.compiler.assume_constant_result(lambda device: True)
+    assert vars(marked) == vars(ops.available) == {"_dynamo_marked_constant": True}
