@@ -69,25 +69,38 @@ def _library() -> Any:
     source = Path(__file__).with_name("native.cpp").read_text(encoding="utf-8")
     capability = torch.backends.cpu.get_cpu_capability()
     flags = ["-O3", "-fopenmp", "-ffp-contract=off", *_FLAGS.get(capability, [])]
-    # Its folder serves all processes and versions of this machine, so what differs is in the name.
+    # The folder serves all processes and versions of this machine, so what differs is in the name.
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    name = f"{NAME}_{capability.lower()}_{digest}"
+    folder = _cache() / name
     try:
-        from torch.utils import cpp_extension
+        path = folder / f"{name}.so"
+        if not path.exists() or (folder / "lock").exists():  # it is torch's, and another process compiles
+            from torch.utils import cpp_extension
 
-        _find_ninja()
-        path = cpp_extension.load_inline(
-            f"{NAME}_{capability.lower()}_{digest}",
-            source,
-            extra_cflags=flags,
-            extra_ldflags=["-fopenmp"],
-            no_implicit_headers=True,
-            is_python_module=False,
-        )
-        return declare(ctypes.CDLL(path))
+            folder.mkdir(parents=True, exist_ok=True)
+            _find_ninja()
+            cpp_extension.load_inline(
+                name,
+                source,
+                extra_cflags=flags,
+                extra_ldflags=["-fopenmp"],
+                build_directory=str(folder),
+                no_implicit_headers=True,
+                is_python_module=False,
+            )
+        return declare(ctypes.CDLL(str(path)))
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         reason = str(error).splitlines()[0]
         _logger.warning("the functions for CPUs were not compiled, torch computes: %s", reason)
         return None
+
+
+def _cache() -> Path:
+    """Where torch keeps what it compiles; asking it would import its builder, in every process."""
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
 
 
 def _find_ninja() -> None:
