@@ -111,9 +111,9 @@ MUTANTS = {
         f"{SIXTEEN}::test_small_moves_come_through[kernels-qdora-update-0.0-start]",
     ),
     "compiled norm of an earlier step": Mutant(
-        "adapters/magnitude.py",
-        "        if torch.compiler.is_compiling():\n            # A graph",
-        "        if torch.compiler.is_compiling() and self._norm_O is None:\n            # A graph",
+        "adapters/layer.py",
+        "return torch.compiler.is_compiling() or not self._norms.is_fresh(factors)",
+        "return not self._norms.is_fresh(factors)",
         "tests/unit/adapters/test_compile.py::test_a_layer_is_one_graph[qdora-dtype0-1e-06-False-0.0]",
     ),
     "tile off by one": Mutant(
@@ -142,8 +142,8 @@ MUTANTS = {
     ),
     "step without a master": Mutant(
         "training/optimizer.py",
-        "parameter.copy_(master)\n                master.grad = None\n",
-        "parameter.copy_(master)\n                master.copy_(parameter)\n",
+        "for master in self._rounded.values():\n                master.grad = None",
+        "for parameter, master in self._rounded.items():\n                master.copy_(parameter)",
         f"{NORM}::test_the_tail_of_a_decayed_rate_moves_as_float32_does",
     ),
     "nibbles swapped": Mutant(

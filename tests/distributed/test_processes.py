@@ -36,10 +36,10 @@ def log(metrics):
     pass
 if rank == 1:  # the second process's signal must stop the first as well
     step = trainer._step
-    def signalled(number, stop):
+    def signalled(number, *rest):
         if number == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(number, stop)
+        return step(number, *rest)
     trainer._step = signalled
 try:
     run(trainer, save=saved.append)

@@ -161,7 +161,8 @@ void norm(float* out, const float* w2, const Product* wa, const float* gram, con
     for (int64_t r = 0; r < rank; r++) {
       sum += double(scale * widen(b_row[r])) * (2 * widen(wa[row * rank + r]) + scale * slope[r]);
     }
-    out[row] = float(std::sqrt(std::max(sum, 1.17549435e-38)));
+    // What overflows float32 is to be seen as that, as it is where torch computes.
+    out[row] = std::sqrt(std::max(float(sum), 1.17549435e-38f));
   }
 }
 
