@@ -147,7 +147,6 @@ def _attend(
     return output_BTHD
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_apart(
     module: nn.Module,
     query_BHTD: torch.Tensor,
@@ -158,7 +157,7 @@ def _attend_apart(
     sliding_window: int | None,
     segments: Segments,
 ) -> torch.Tensor:
-    """(1, T, H, D) of a joined row.  Not compiled: batches of other lengths would be other graphs."""
+    """(1, T, H, D) of a joined row."""
     if not dropout and _has_variable_length_kernel(query_BHTD):
         return _variable_length(query_BHTD, key_BGTD, value_BGTD, scaling, sliding_window, segments)
     sizes = [count * length for count, length in segments.runs]

@@ -147,21 +147,6 @@ def test_positions_begin_anew(tiny_model_folder):
     assert seen[1].tolist() == [[0, 1, 2, 3]]
 
 
-def test_compiled_layers_are_not_compiled_for_every_batch(tiny_model_folder):
-    """Catches: a graph for each combination of lengths, until torch gives up and computes uncompiled."""
-    model, graphs = make_trainer(tiny_model_folder).model, []
-    lengths = ((5, 9, 9), (4, 14, 3), (7, 7), (8, 3, 3, 3), (20,), (6, 5), (11, 2), (9, 3))
-    batches = [collate(sequences(of), 0, joined=True) for of in lengths]
-    expected = [loss_and_gradients(model, batch)[0] for batch in batches]
-    for layer in model.model.layers:
-        layer.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
-    seen = []
-    for batch, loss in zip(batches, expected, strict=True):
-        assert float(loss_and_gradients(model, batch)[0]) == pytest.approx(float(loss), rel=1e-6)
-        seen.append(len(graphs))
-    assert seen[3:] == [seen[3]] * (len(seen) - 3)
-
-
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_variable_length_kernel_is_told_the_same(monkeypatch, window, dropout):
