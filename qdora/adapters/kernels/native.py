@@ -16,7 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ import torch
 from qdora.quant.base import StoredWeight, codes_per_byte
 
 NAME = "qdora"
+LONGEST_BUILD = 60
+"""Seconds after which a process that compiles, which takes one or two, is taken for dead."""
 MAX_RANK = 512
 """As many ranks as the functions have room for."""
 DTYPES = (torch.float32, torch.bfloat16)
@@ -75,7 +79,8 @@ def _library() -> Any:
     folder = _cache() / name
     try:
         path = folder / f"{name}.so"
-        if not path.exists() or (folder / "lock").exists():  # it is torch's, and another process compiles
+        _wait_for(folder / "lock")
+        if not path.exists():
             from torch.utils import cpp_extension
 
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +99,14 @@ def _library() -> Any:
         reason = str(error).splitlines()[0]
         _logger.warning("the functions for CPUs were not compiled, torch computes: %s", reason)
         return None
+
+
+def _wait_for(lock: Path) -> None:
+    """Wait while another process compiles, whose lock it is; torch would also wait for a killed one."""
+    with suppress(FileNotFoundError):
+        while time.time() - lock.stat().st_mtime < LONGEST_BUILD:
+            time.sleep(0.1)
+        lock.unlink()
 
 
 def _cache() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -179,3 +180,17 @@ def test_without_a_compiler_torch_computes(monkeypatch, caplog):
     layer = make(CODED[0])
     assert not native.takes((layer.s_O,))
     assert torch.equal(tiles_of(layer.frozen, F32, None, 1.0), layer.frozen.dense())
+
+
+def test_a_build_that_was_killed_is_made_anew(monkeypatch, tmp_path):
+    """Catches: every later run waiting for ever for the process that was killed while it compiled."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    name = Path(native._library()._name).stem.replace(native.NAME, "qdora_killed", 1)
+    monkeypatch.setattr(native, "NAME", "qdora_killed")  # torch remembers what this process has built
+    lock = tmp_path / name / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    assert native._library.__wrapped__() is not None
+    assert (tmp_path / name / f"{name}.so").exists()
+    assert not lock.exists()
