@@ -37,6 +37,7 @@ from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_ba
 from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
 from qdora.quant import Quantization
 from qdora.quant.base import parameter_like
+from qdora.resources import meanwhile
 from qdora.training.layers import decoder_layers
 from qdora.training.loop import StepBatch, StopRequest, Trainer, micro_batch_size
 
@@ -214,8 +215,9 @@ def record(architecture: Architecture, launch: Launch) -> StepRecord:
     least = SHALLOW + (architecture.depth - SHALLOW) % group
     if architecture.depth <= least + group or not layers_alike(architecture, launch):
         return record_step(architecture.build(), launch)
-    shallow, deeper = (record_step(architecture.build(depth), launch) for depth in (least, least + group))
-    return shallow.extended(deeper, (architecture.depth - least) // group)
+    deeper = meanwhile(lambda: record_step(architecture.build(least + group), launch))
+    shallow = record_step(architecture.build(least), launch)
+    return shallow.extended(deeper(), (architecture.depth - least) // group)
 
 
 def adapted_model(architecture: Architecture, launch: Launch) -> PreTrainedModel:
