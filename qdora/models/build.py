@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import accelerate
 import torch
 import transformers
 from torch import nn
@@ -174,12 +173,14 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
 
 def _architecture(config: PreTrainedConfig, origin: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the meta device and its derived buffers computed."""
+    from accelerate import init_empty_weights  # a quarter of a second
+
     config = copy.deepcopy(config)  # the checkpoint's own still says how its weights are stored
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = origin
     try:
-        with accelerate.init_empty_weights(include_buffers=False), _quiet():
+        with init_empty_weights(include_buffers=False), _quiet():
             model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         reason = str(error).splitlines()[0]
