@@ -233,7 +233,7 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute decoder layers in backward instead of keeping their activations."""
     checkpoint_every: Count = 1
-    """`gradient_checkpointing`: recompute every so-manieth layer, from the first; the others keep theirs."""
+    """`gradient_checkpointing`: recompute every k-th layer, from the first; the others keep activations."""
     offload_activations: bool = False
     """`gradient_checkpointing`: keep the inputs of recomputed layers in CPU memory; GPU only."""
     compile: bool = False
@@ -261,13 +261,11 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _recomputed_layers(self) -> TrainingConfig:
-        for key in ("checkpoint_every", "offload_activations"):
-            if getattr(self, key) != type(self).model_fields[key].default and not self.gradient_checkpointing:
-                raise ValueError(
-                    f"training.{key} {getattr(self, key)} is about layers that are recomputed: "
-                    "set training.gradient_checkpointing: true, or leave it out"
-                )
+    def _checkpointing_is_on(self) -> TrainingConfig:
+        for key, default in (("checkpoint_every", 1), ("offload_activations", False)):
+            if getattr(self, key) != default and not self.gradient_checkpointing:
+                came = f"training.{key} {getattr(self, key)} is about layers that are recomputed"
+                raise ValueError(f"{came}: set training.gradient_checkpointing: true, or leave it out")
         return self
 
 
@@ -315,12 +313,10 @@ class RunConfig(Section):
         return self.model_copy(update={"adapter": AdapterConfig(type="none", dora=False)})
 
     @model_validator(mode="after")
-    def _graphs_are_few(self) -> RunConfig:
+    def _compiles_without_packing(self) -> RunConfig:
         if self.training.compile and self.data.packing != "none":
-            raise ValueError(
-                f"training.compile does not go with data.packing {self.data.packing!r}: the lengths of "
-                "joined sequences would make a graph of every batch; allowed there: none"
-            )
+            came = f"training.compile does not go with data.packing {self.data.packing!r}"
+            raise ValueError(f"{came}, whose lengths would make a graph of every batch; allowed there: none")
         return self
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ class Packing:
 
     Attributes:
         joined: the rows of a micro-batch are joined into one, without padding.
-        row_tokens: a row holds as many whole examples as have room in so many tokens; None: one example.
+        row_tokens: most tokens in a row, which holds as many uncut examples as fit; None: one example.
     """
 
     joined: bool = False

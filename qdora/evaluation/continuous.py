@@ -224,8 +224,8 @@ class Batch:
         self.model, self.prompts, self.pad_id, self.synced, self.watch = model, prompts, pad_id, synced, watch
         self.eos_ids, self.max_new_tokens = frozenset(eos_ids), max_new_tokens
         self.slots = max(1, min(slots, len(prompts)))
-        # Longest first: the batch that needs the most memory comes first, and whoever enters is shorter than
-        # what is there.
+        # Longest first: the batch that needs the most memory comes first, and a prompt that enters later is
+        # no longer than those before it.
         self.waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         self.width = max(map(len, prompts), default=0) + max_new_tokens
         spare = SPARE_COLUMNS if len(prompts) > self.slots else 0

@@ -116,9 +116,22 @@ def generate(
     eos_ids = eos_token_ids(model, tokenizer)
     done: dict[int, Generation] = {}
     watch = _LogitsWatch(model.device)
-    batches = _in_batches if continuous.why_not(model) else _continuously
+    batches: Iterator[Mapping[int, list[int]]]
     with _evaluation_mode(model), torch.no_grad():
-        for ended in batches(model, prompts, pad_id, eos_ids, max_new_tokens, batch_size, synced, watch):
+        if continuous.why_not(model):
+            batches = _in_batches(model, prompts, pad_id, eos_ids, max_new_tokens, batch_size, synced, watch)
+        else:
+            batches = continuous.Batch(
+                model,
+                prompts,
+                pad_id=pad_id,
+                eos_ids=eos_ids,
+                max_new_tokens=max_new_tokens,
+                slots=batch_size,
+                watch=watch.see,
+                synced=synced,
+            ).run()
+        for ended in batches:
             if not synced:
                 watch.check(model)
             read = {index: read_answer(ids, eos_ids, tokenizer) for index, ids in ended.items()}
@@ -127,29 +140,6 @@ def generate(
                 progress(read)
     watch.check(model)
     return [done[index] for index in range(len(prompts))]
-
-
-def _continuously(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    pad_id: int,
-    eos_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    synced: bool,
-    watch: _LogitsWatch,
-) -> Iterator[Mapping[int, list[int]]]:
-    batch = continuous.Batch(
-        model,
-        prompts,
-        pad_id=pad_id,
-        eos_ids=eos_ids,
-        max_new_tokens=max_new_tokens,
-        slots=batch_size,
-        watch=watch.see,
-        synced=synced,
-    )
-    yield from batch.run()
 
 
 def _in_batches(

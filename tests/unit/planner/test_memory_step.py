@@ -151,7 +151,7 @@ def test_checkpointing_keeps_one_tensor_a_layer():
 
 
 def test_fewer_recomputed_layers_keep_more():
-    """Catches: every so-manieth layer taken for each, or for none."""
+    """Catches: every k-th layer taken for each, or for none."""
     run = launch(length=64, checkpointing=True, adapter={"targets": ("q_proj",)})
     held = [
         estimate(architecture(4), one).peak[Part.ACTIVATIONS]
