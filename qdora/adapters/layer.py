@@ -158,7 +158,7 @@ class AdaptedLinear(nn.Module):
         Returns: (..., O), dtype of x.
         """
         x_NI = x.reshape(-1, self.in_features)
-        if self._folded is not None and not torch.is_grad_enabled():
+        if self._folded is not None and self.enabled and not torch.is_grad_enabled():
             y_NO = self._folded(x_NI)
         else:
             y_NO = self._adapted(x_NI) if self.enabled and not self.is_merged else self._plain(x_NI)
