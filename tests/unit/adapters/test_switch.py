@@ -104,8 +104,8 @@ def test_training_a_merged_model_is_an_error(tiny_model_folder):
 @pytest.mark.parametrize(("quantization", "method"), [("nf4", "qdora"), ("fp4", "qlora"), ("nf4", "qdvora")])
 def test_folded_equals_adapted(quantization, method, double, bias, dtype, bound, monkeypatch):
     """Catches: scales or their order that bitsandbytes' `gemm_4bit` reads otherwise, s on the wrong side of
-    the update, a bias that is scaled, a second rounding, a fold that training sees or that an adapter which is
-    switched off still has."""
+    the update, a bias that is scaled, a second rounding, a fold that training sees, or an adapter that is
+    switched off."""
     torch.manual_seed(0)
     monkeypatch.setattr(nf4, "has_gemm", lambda device: True)  # its reference computes on a CPU
     linear = nn.Linear(128, 48, bias=bias)
