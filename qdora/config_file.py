@@ -1,4 +1,4 @@
-"""Configuration files: strict YAML into the models of `qdora/config.py`, and back.
+"""Configuration files: strict YAML into the models of `qdora/config/`, and back.
 
 An unknown key, a wrong type or an impossible combination is an `InputError` that names file,
 key, what came, what is allowed and the nearest key.

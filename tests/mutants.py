@@ -75,7 +75,7 @@ MUTANTS = {
         f"{NORM}::test_norm_is_that_of_the_dense_sum",
     ),
     "alpha and r swapped": Mutant(
-        "config.py",
+        "config/model.py",
         "return self.alpha / (self.r**0.5 if self.rslora else self.r)",
         "return self.r / self.alpha",
         "tests/unit/adapters/test_peft_format.py::test_an_adapter_from_peft_loads_here",

@@ -1,0 +1,47 @@
+"""The configuration of a run: frozen pydantic models, a file for each part.
+
+Every field states its unit and bounds; `qdora/config_file.py` reads them from strict YAML.
+"""
+
+from qdora.config.data import AnswerKind, ColumnsConfig, DataConfig, DatasetConfig, PackingName, PromptName
+from qdora.config.model import (
+    LLAMA_LINEARS,
+    AdapterConfig,
+    DtypeName,
+    InitName,
+    ModelConfig,
+    QuantizationName,
+    UpdateType,
+)
+from qdora.config.run import (
+    EvaluationConfig,
+    EvaluationWeights,
+    OutputConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from qdora.config.section import Count, Section, explain
+
+__all__ = [
+    "LLAMA_LINEARS",
+    "AdapterConfig",
+    "AnswerKind",
+    "ColumnsConfig",
+    "Count",
+    "DataConfig",
+    "DatasetConfig",
+    "DtypeName",
+    "EvaluationConfig",
+    "EvaluationWeights",
+    "InitName",
+    "ModelConfig",
+    "OutputConfig",
+    "PackingName",
+    "PromptName",
+    "QuantizationName",
+    "RunConfig",
+    "Section",
+    "TrainingConfig",
+    "UpdateType",
+    "explain",
+]

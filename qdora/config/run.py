@@ -1,0 +1,150 @@
+"""One run: training, evaluation, output, and what goes together."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from qdora.config.data import DataConfig
+from qdora.config.model import AdapterConfig, ModelConfig, QuantizationName
+from qdora.config.section import MOST, Count, Section
+
+EvaluationWeights = Literal["auto", "merged", "adapted"]
+
+
+class TrainingConfig(Section):
+    """The optimization."""
+
+    key = "training"
+    mode: Literal["adapter", "full"] = "adapter"
+    """`full` trains every weight of an unquantized model; there is no adapter then."""
+    max_steps: Count | None = None
+    """Optimizer steps; give this or `epochs`."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training set; give this or `max_steps`."""
+    batch_size: Count = 16
+    """Sequences per optimizer step, over all processes and micro-batches."""
+    gradient_accumulation: Count = 1
+    """Micro-batches into which a process splits its share of the batch."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after warm-up, down to 0 (`linear`, `cosine`)."""
+    warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
+    """Steps over which the rate rises linearly from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; null switches clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute decoder layers in backward instead of keeping their activations."""
+    checkpoint_every: Count = 1
+    """`gradient_checkpointing`: recompute every k-th layer, from the first; the others keep activations."""
+    offload_activations: bool = False
+    """`gradient_checkpointing`: keep the inputs of recomputed layers in CPU memory; GPU only."""
+    compile: bool = False
+    """Compile the decoder layers with `torch.compile`."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of A, of the data order and of dropout."""
+    save_every: Count | None = None
+    """Steps between checkpoints; where not given, only at the end."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+    async_checkpoints: bool = False
+    """Write checkpoints while the next steps compute, from a copy of the trained state in CPU memory."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml"], ...] = ()
+    """Experiment trackers, through accelerate."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of training.max_steps and training.epochs")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"training.batch_size {self.batch_size} does not divide into "
+                f"training.gradient_accumulation {self.gradient_accumulation} micro-batches"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpointing_is_on(self) -> TrainingConfig:
+        for key, default in (("checkpoint_every", 1), ("offload_activations", False)):
+            if getattr(self, key) != default and not self.gradient_checkpointing:
+                came = f"training.{key} {getattr(self, key)} is about layers that are recomputed"
+                raise ValueError(f"{came}: set training.gradient_checkpointing: true, or leave it out")
+        return self
+
+
+class EvaluationConfig(Section):
+    """Generation and scoring."""
+
+    limit: Count | None = None
+    """Score only the first so many test examples."""
+    batch_size: Count = 32
+    """Prompts generated together, per process."""
+    max_new_tokens: Count = 256
+    """Longest generated answer in tokens."""
+    every: Count | None = None
+    """Steps between evaluations during training; none where not given."""
+    weights: EvaluationWeights = "auto"
+    """`merged`: one dense matrix a layer, in the compute dtype; `adapted`: as they are trained."""
+    quantization: QuantizationName | None = None
+    """`training.mode: full`: quantize the trained weights to this format before they are scored."""
+
+
+class OutputConfig(Section):
+    """Where a run is written."""
+
+    dir: str
+    """Run directory."""
+    overwrite: bool = False
+    """Replace a run that is already there."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: OutputConfig
+
+    @model_validator(mode="after")
+    def _full_has_no_adapter(self) -> RunConfig:
+        """Full fine-tuning needs no adapter section: the resolved configuration says that there is none."""
+        if self.training.mode != "full" or "adapter" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"adapter": AdapterConfig(type="none", dora=False)})
+
+    @model_validator(mode="after")
+    def _compiles_without_packing(self) -> RunConfig:
+        if self.training.compile and self.data.packing != "none":
+            came = f"training.compile does not go with data.packing {self.data.packing!r}"
+            raise ValueError(f"{came}, whose lengths would make a graph of every batch; allowed there: none")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> RunConfig:
+        has_adapter = self.adapter.type != "none" or self.adapter.dora
+        if self.training.mode == "full":
+            if has_adapter:
+                raise ValueError(
+                    "training.mode 'full' trains every weight and no adapter: leave out the adapter section, "
+                    "or set adapter.type: none and adapter.dora: false"
+                )
+            if self.model.quantization != "none":
+                raise ValueError(
+                    f"training.mode 'full' does not go with model.quantization {self.model.quantization!r}; "
+                    "allowed there: none (evaluation.quantization quantizes what was trained)"
+                )
+        elif not has_adapter:
+            raise ValueError(
+                "adapter.type 'none' with adapter.dora false trains nothing; choose adapter.type lora or "
+                "vera, adapter.dora: true, or training.mode: full"
+            )
+        elif self.evaluation.quantization is not None:
+            raise ValueError("evaluation.quantization goes with training.mode 'full' only")
+        return self
