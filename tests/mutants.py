@@ -8,12 +8,14 @@ Exits with 1 when a mutant survives: a test that passes with its bug in place te
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +25,8 @@ SIXTEEN = "tests/unit/adapters/test_sixteen_bits.py"
 KERNELS = "tests/unit/adapters/kernels/test_closed_form.py"
 SHARDS = "tests/unit/quant/test_shards.py"
 SHARDED = "tests/distributed/test_sharded.py"
+DECODING = "tests/unit/evaluation/test_continuous.py"
+PACKING = "tests/unit/training/test_packing.py"
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,111 @@ MUTANTS = {
         f"{SHARDED}::test_the_initial_norms_are_the_same[2-qdora]",
         slow=True,
     ),
+    "padding attended to while decoding": Mutant(
+        "evaluation/continuous.py",
+        "mask = ((mask[:, None] & causal_QK) | itself_QK)[:, None]",
+        "mask = (causal_QK | itself_QK)[None, None]",
+        f"{DECODING}::test_answers_are_those_of_transformers",
+    ),
+    "positions count the padding": Mutant(
+        "evaluation/continuous.py",
+        "(columns_Q - starts_N[:, None]).clamp_min(0)",
+        "columns_Q.expand(len(starts_N), -1)",
+        f"{DECODING}::test_answers_are_those_of_transformers",
+    ),
+    "a row moved without its first columns": Mutant(
+        "evaluation/continuous.py",
+        "self.cache.move_row(len(self.batch), row, slice(last.start, self.column))",
+        "self.cache.move_row(len(self.batch), row, slice(last.start + 1, self.column))",
+        f"{DECODING}::test_columns_and_rows_move",
+    ),
+    "starts left behind as columns move": Mutant(
+        "evaluation/continuous.py",
+        "self.starts_N = self.starts_N - start",
+        "pass",
+        f"{DECODING}::test_columns_and_rows_move",
+    ),
+    "a prefix that takes a whole prompt": Mutant(
+        "evaluation/continuous.py",
+        "most = min(len(prompt) for prompt in prompts) - 1",
+        "most = min(len(prompt) for prompt in prompts)",
+        f"{DECODING}::test_the_common_prefix",
+    ),
+    "tokens after the end of an answer": Mutant(
+        "evaluation/continuous.py",
+        "                if token in self.eos_ids:\n                    break",
+        "                if token in self.eos_ids:\n                    continue",
+        f"{DECODING}::test_the_device_is_not_asked_at_each_step",
+    ),
+    "joined sequences see one another": Mutant(
+        "training/attention.py",
+        "    if segments is None:\n        return _attend(",
+        "    if True:\n        return _attend(",
+        f"{PACKING}::test_joined_equals_padded_and_transformers",
+    ),
+    "a window of one token more": Mutant(
+        "training/attention.py",
+        "(back_TT < sliding_window)",
+        "(back_TT <= sliding_window)",
+        f"{PACKING}::test_joined_equals_padded_and_transformers",
+    ),
+    "positions run on through a row": Mutant(
+        "data/batches.py",
+        "np.concatenate([np.arange(length) for length in lengths])[None]",
+        "np.arange(sum(lengths))[None]",
+        f"{PACKING}::test_positions_begin_anew",
+    ),
+    "another layer recomputed": Mutant(
+        "training/layers.py",
+        "if recomputed and i % config.checkpoint_every == 0:",
+        "if recomputed and i % config.checkpoint_every == 1 % config.checkpoint_every:",
+        "tests/unit/training/test_layers.py::test_the_layers_that_are_asked_for_are_computed_twice",
+    ),
+    "layers prepared in evaluation too": Mutant(
+        "training/layers.py",
+        "trains = layer.training and torch.is_grad_enabled()",
+        "trains = True",
+        "tests/unit/training/test_layers.py::test_evaluation_computes_each_layer_as_it_is",
+    ),
+    "a norm's backward with a sum for a mean": Mutant(
+        "models/norm.py",
+        "along_N1 = product_NI.mul_(weight_wide).mean(1, keepdim=True).mul_(-(inverse_N1**3))",
+        "along_N1 = product_NI.mul_(weight_wide).sum(1, keepdim=True).mul_(-(inverse_N1**3))",
+        "tests/unit/models/test_norm.py::test_as_near_to_float64_as_transformers",
+    ),
 }
+
+
+_SERVER = """
+import json, os, sys
+import bitsandbytes, hypothesis, peft, pytest, scipy.stats, torch, transformers
+for line in sys.stdin:
+    folder, test = json.loads(line)
+    child = os.fork()
+    if not child:
+        code = 2
+        try:
+            os.chdir(folder)
+            sys.path.insert(0, folder)
+            os.dup2(os.open("output", os.O_CREAT | os.O_WRONLY), 1)
+            os.dup2(1, 2)
+            import qdora
+            assert qdora.__file__.startswith(folder), qdora.__file__
+            code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", test]))
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """A process that has imported everything but this project, and forks itself for each test."""
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-P", "-c", _SERVER]
+    return subprocess.Popen(
+        words, env=environment, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def fails(mutant: Mutant | None, test: str) -> bool:
@@ -273,13 +381,14 @@ def fails(mutant: Mutant | None, test: str) -> bool:
                 f"{mutant.file}: {mutant.old!r} stands there {text.count(mutant.old)}x"
             )
             path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", test]
-        environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        done = subprocess.run(
-            [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode in (0, 1), done.stdout + done.stderr
-        return done.returncode == 1
+        server = _server()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        print(json.dumps([temporary, test]), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        output = (folder / "output").read_text(encoding="utf-8", errors="replace")
+        assert code in (0, 1), output
+        return code == 1
 
 
 def main(names: list[str]) -> int:

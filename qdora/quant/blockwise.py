@@ -9,11 +9,14 @@ and loses the statistics when the parameter is sharded.
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import ModuleType
 from typing import ClassVar, Self, TypeVar
 
 import torch
@@ -53,26 +56,38 @@ def without_modes(make: Callable[[], T]) -> T:
 
 
 @cache
-def _tables() -> dict[str, torch.Tensor]:
-    """Import bitsandbytes, whose operators the formats call; the values of its codes, on the CPU.
+def import_bitsandbytes() -> ModuleType:
+    """`bitsandbytes.functional`, imported where the first weight is made, since that takes a second.
 
-    When the first weight is made, since it takes a second.  It would be two: bitsandbytes hands functions
-    that no weight of ours calls to `torch.compile`, which brings inductor; here they stay uncompiled.
+    It would take two: bitsandbytes hands functions that no weight of ours calls to `torch.compile`, which
+    brings inductor; here they stay uncompiled.  And on some CPUs it would fetch a kernel for its own layers
+    from the hub and run it, where the package `kernels` is installed; here it does not find that package.
     """
-    before = os.environ.get(_COMPILE)
+    before, kernels = os.environ.get(_COMPILE), sys.modules.get("kernels")
     os.environ[_COMPILE] = "1"
+    sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        import bitsandbytes.functional as bnb
+        return importlib.import_module("bitsandbytes.functional")
     finally:
         if before is None:
             del os.environ[_COMPILE]
         else:
             os.environ[_COMPILE] = before
+        if kernels is None:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = kernels
+
+
+@cache
+def _tables() -> dict[str, torch.Tensor]:
+    """The values of bitsandbytes' codes, on the CPU."""
+    bnb = import_bitsandbytes()
     return without_modes(
         lambda: {
-            "nf4": bnb.get_4bit_type("nf4", device="cpu"),  # type: ignore[no-untyped-call]
-            "fp4": bnb.get_4bit_type("fp4", device="cpu"),  # type: ignore[no-untyped-call]
-            "int8": bnb.create_dynamic_map(),  # type: ignore[no-untyped-call]
+            "nf4": bnb.get_4bit_type("nf4", device="cpu"),
+            "fp4": bnb.get_4bit_type("fp4", device="cpu"),
+            "int8": bnb.create_dynamic_map(),
         }
     )
 
@@ -296,8 +311,7 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _quantize_scales(scales: torch.Tensor, block_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Codes, and the statistics, of the second quantization (arXiv:2305.14314 §3)."""
-    from bitsandbytes import functional as bnb
-
+    bnb = import_bitsandbytes()
     offset = _mean(scales)
     absmax, nested = bnb.quantize_blockwise(
         scales - offset, code=code_book(scales.device), blocksize=block_size

@@ -17,7 +17,7 @@ from torch import nn
 from qdora.errors import InputError
 from qdora.files import parse_object
 from qdora.quant.base import FULL, FrozenWeight, Shard
-from qdora.quant.blockwise import CODE_BOOK, SCALES_PER_BLOCK, BlockwiseWeight
+from qdora.quant.blockwise import CODE_BOOK, SCALES_PER_BLOCK, BlockwiseWeight, import_bitsandbytes
 from qdora.quant.fp4 import FP4Weight
 from qdora.quant.nf4 import NF4Weight
 
@@ -163,6 +163,7 @@ def parse_state(
 
 
 def _is_linear_4bit(layer: nn.Linear) -> bool:
+    import_bitsandbytes()
     from bitsandbytes.nn import modules
 
     return isinstance(layer, modules.Linear4bit)

@@ -76,7 +76,7 @@ def test_the_first_rank_holds_what_was_estimated(counted, model, case):
     fake = record_step(architecture(model, case).build(), launch)
     real = facts(counted, case, 0)
     assert {part.value: size for part, size in fake.at_rest.items()} == real["at_rest"]
-    # Gloo may hold on to what it has just moved for a moment longer than anybody needs it.
+    # Gloo may hold on to a table that it has just moved for a moment longer than anybody needs it.
     table = 4 * -(-302 // COUNT) * COUNT * 64
     exact = 0
     for stretch, peak in fake.peaks.items():

@@ -101,9 +101,12 @@ def test_a_command_imports_what_it_uses_when_it_uses_it():
 
 def test_a_quantized_weight_brings_no_inductor():
     """Catches: bitsandbytes' import compiling functions that nothing here calls, a second of every run; the
-    setting that prevents it left behind for the rest of the process."""
+    setting that prevents it left behind for the rest of the process; a kernel fetched from the hub and run,
+    as with AVX512-BF16 where the package `kernels` is installed."""
     modules, said = loaded(
-        "import os, torch\n"
+        "import os, sys, torch, types\n"
+        "sys.modules['kernels'] = types.ModuleType('kernels')\n"
+        "sys.modules['kernels'].get_kernel = lambda *_, **__: print('FETCHED')\n"
         "from qdora.quant import Quantization\n"
         "weight = Quantization('nf4').from_dense(torch.ones(2, 64))\n"
         "print(weight.dense().sum().item(), 'TORCHDYNAMO_DISABLE' in os.environ)\n"
@@ -111,6 +114,8 @@ def test_a_quantized_weight_brings_no_inductor():
     assert "bitsandbytes" in modules
     assert "torch._inductor.compile_fx" not in modules
     assert "128.0 False" in said
+    assert "kernels" in modules
+    assert "FETCHED" not in said
 
 
 def test_the_first_weight_of_a_process_may_be_a_fake_one():

@@ -76,7 +76,9 @@ def test_as_near_to_float64_as_transformers(dtype, bound):
         errors(results(of_transformers, x, weight, g), exact),
     )
     assert max(ours) <= bound
-    assert all(a <= 1.05 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+    # Below float32's own spacing it is the order of a sum that decides, which is the library's on each CPU.
+    spacing = torch.finfo(torch.float32).eps
+    assert all(a <= max(1.05 * b, spacing) for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
