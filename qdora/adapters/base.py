@@ -20,7 +20,8 @@ def describe(quantization: str, adapter: AdapterConfig, mode: str = "adapter") -
     if mode == "full":
         return "full"
     update = [] if adapter.type == "none" else [adapter.type]
-    return " + ".join([quantization, *update, *(["dora"] if adapter.dora else [])])
+    magnitude = "frozen magnitude" if adapter.magnitude == "frozen" else "dora"
+    return " + ".join([quantization, *update, *([magnitude] if adapter.dora else [])])
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -31,8 +32,9 @@ class Factors(NamedTuple):
 
     Attributes:
         a_RI, b_OR: the matrices.
-        inner_R, outer_O: VeRA's vectors d and b; None, meaning ones, for LoRA.
+        inner_R, outer_O: VeRA's vectors d and b; a gate as a vector `outer_O` of one number; None for ones.
         scale: c.
+        watched: what is written to when a factor changes, where that is not the factors themselves.
     """
 
     a_RI: torch.Tensor
@@ -40,6 +42,7 @@ class Factors(NamedTuple):
     inner_R: torch.Tensor | None
     outer_O: torch.Tensor | None
     scale: float
+    watched: tuple[torch.Tensor, ...] | None = None
 
     def combined(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """diag(inner) A (R, I) and diag(outer) B (O, R) in `dtype`; their gradients come back unrounded."""
@@ -51,7 +54,9 @@ class Factors(NamedTuple):
         return a_RI, b_OR
 
     def tensors(self) -> Sequence[torch.Tensor]:
-        """The tensors that it consists of."""
+        """The tensors whose versions say whether a factor has changed."""
+        if self.watched is not None:
+            return self.watched
         return [t for t in (self.a_RI, self.b_OR, self.inner_R, self.outer_O) if t is not None]
 
 

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import nn
 
-from qdora.adapters.base import full_tensor
+from qdora.adapters.base import AdapterModule, full_tensor
 from qdora.adapters.inject import InjectionReport, count_parameters, inject, linear_layers
 from qdora.adapters.layer import AdaptedLinear
 from qdora.config import AdapterConfig
@@ -61,6 +61,12 @@ def full_report(model: nn.Module) -> InjectionReport:
 def compute_dtype_of(model: nn.Module) -> torch.dtype:
     """What an unquantized model computes in: its widest dtype, since its vectors are never narrower."""
     return reduce(torch.promote_types, (parameter.dtype for parameter in model.parameters()))
+
+
+def trained_storage(model: nn.Module) -> torch.dtype | None:
+    """Dtype of what is trained where it is not sharded, the same for all of it; None where nothing is."""
+    adapters = (module.storage for module in model.modules() if isinstance(module, AdapterModule))
+    return getattr(model, _STORAGE, None) or next(adapters, None)
 
 
 def is_fully_trained(model: nn.Module) -> bool:

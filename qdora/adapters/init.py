@@ -52,6 +52,16 @@ def gaussian(out_features: int, in_features: int, r: int, seed: int) -> tuple[to
     return torch.randn(r, in_features, generator=_generator(seed)) / r, torch.zeros(out_features, r)
 
 
+def gaussian_sqrt(
+    out_features: int, in_features: int, r: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A normal with variance 1/R, so that A x has the size of x; B zero.
+
+    Source: AnswerDotAI/fsdp_qlora, `scripts/dora.py`.
+    """
+    return torch.randn(r, in_features, generator=_generator(seed)) / r**0.5, torch.zeros(out_features, r)
+
+
 def orthogonal(out_features: int, in_features: int, r: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B both not zero, their product zero.
 
@@ -89,6 +99,8 @@ def orthonormal(w_OI: torch.Tensor, r: int, scale: float) -> tuple[torch.Tensor,
 INITS: Mapping[InitName, Init] = {
     "kaiming": Init(kaiming, peft=True),
     "gaussian": Init(gaussian, peft="gaussian"),
+    # Drawn in a way that PEFT has no name for.
+    "gaussian_sqrt": Init(gaussian_sqrt, peft=False),
     "orthogonal": Init(orthogonal, peft="orthogonal"),
     # Drawn as Kaiming's until the weight is there; with B zero the model is the same before and after.
     "pissa": Init(kaiming, peft="pissa", from_weight=principal, quantized=False),
@@ -118,12 +130,10 @@ def init_from_peft(value: object) -> InitName:
     for name, init in INITS.items():
         if init.peft == named and isinstance(named, type(init.peft)):
             return name
-    if value is False or named == "eva":
-        return (
-            "kaiming"  # A and B were drawn in another way; loading does nothing but take what became of them
-        )
+    if named == "eva":
+        return "kaiming"  # drawn in another way; loading does nothing but take what became of A and B
     why = next((why for start, why in _REFUSED.items() if str(named).startswith(start)), "an unknown start")
-    allowed = ", ".join(repr(peft) for peft in (*(init.peft for init in INITS.values()), False, "eva"))
+    allowed = ", ".join(repr(peft) for peft in (*(init.peft for init in INITS.values()), "eva"))
     raise ValueError(f"init_lora_weights = {value!r} is not supported: {why}; allowed: {allowed}")
 
 

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -67,7 +67,8 @@ def inject(
         seed: of the updates' random values, of which each layer draws its own from it and its name.
     Returns: the report; the model's output has not changed yet, but for quantization that was asked for.
     Raises: InputError: a pattern matches no layer, r is larger than a layer's side, a layer has an adapter
-        already, its weight is shared or quantized in a way that is not supported.
+        already, its weight is shared or quantized in a way that is not supported, or a magnitude is to start
+        from an original weight that is not at hand.
     """
     layers = linear_layers(model)
     update_names, magnitude_names = _choose(model, layers, config)
@@ -76,6 +77,12 @@ def inject(
     bases = {
         name: adopt_linear(layer, name) for name, layer in chosen.items() if isinstance(layer, nn.Linear)
     }
+    if config.magnitude_start == "original":
+        for name in magnitude_names:
+            weight = bases.get(name) or getattr(chosen[name], "base", None)
+            # On the meta device the original is yet to be read.
+            if weight is not None and weight.quantization != "none" and weight.device.type != "meta":
+                refuse_lost_original(name, weight.quantization)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     kind, shared = UPDATES[config.type], None
@@ -84,6 +91,7 @@ def inject(
         device = next(chosen[update_names[0]].parameters()).device
         shared = kind.create_shared(shapes, config, device, seed)
     for name, layer in chosen.items():
+        original_OI = None if bases.get(name) else _unquantized(layer)
         if isinstance(layer, nn.Linear):
             base = bases[name] or _from_dense(layer, name, quantization)
             layer = AdaptedLinear(base, layer.bias)
@@ -94,6 +102,7 @@ def inject(
             magnitude=name in magnitude_names,
             seed=layer_seed(seed, name),
             shared=shared,
+            original_OI=original_OI,
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return InjectionReport(tuple(update_names), tuple(magnitude_names), trainable, count_parameters(model))
@@ -316,6 +325,26 @@ def _users_of_weights(model: nn.Module) -> dict[int, list[str]]:
         for _, parameter in module.named_parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name.removesuffix(".base"))
     return users
+
+
+def refuse_lost_original(name: str, quantization: str) -> NoReturn:
+    """A magnitude cannot start from an original weight that is not at hand.
+
+    Args:
+        name: of a layer that is quantized already.
+        quantization: its format.
+    Raises: InputError: naming both.
+    """
+    raise InputError(
+        f"adapter.magnitude_start 'original': {name} is {quantization} already, and the weight that it was "
+        f"quantized from is not at hand; allowed there: quantized"
+    )
+
+
+def _unquantized(layer: Linear) -> torch.Tensor | None:
+    """(O, I) the weight of a layer that is not quantized and not on the meta device."""
+    weight = layer.weight if isinstance(layer, nn.Linear) else getattr(layer.base, "weight", None)
+    return weight.detach() if isinstance(weight, torch.Tensor) and not weight.is_meta else None
 
 
 def _from_dense(layer: nn.Linear, name: str, quantization: QuantizationName) -> FrozenWeight:

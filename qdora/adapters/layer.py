@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qdora.adapters import UPDATES
 from qdora.adapters.base import DTYPES, Factors, LowRankUpdate
-from qdora.adapters.magnitude import Magnitude, NormCache
+from qdora.adapters.magnitude import Magnitude, NormCache, original_norms
 from qdora.adapters.product import Scaling, adapted_product
 from qdora.adapters.tiles import scales_output
 from qdora.config import AdapterConfig, QuantizationName
@@ -78,7 +78,7 @@ class AdaptedLinear(nn.Module):
         except ValueError as error:
             raise InputError(str(error)) from None
         refuse_large_rank(config, "this layer", layer.shape)
-        layer.add_adapter(config, seed=seed)
+        layer.add_adapter(config, seed=seed, original_OI=linear.weight.detach())
         return layer
 
     @property
@@ -114,14 +114,20 @@ class AdaptedLinear(nn.Module):
         magnitude: bool | None = None,
         seed: int = 0,
         shared: Any = None,
+        original_OI: torch.Tensor | None = None,
     ) -> None:
         """Give the layer a fresh adapter; its output does not change yet.
+
+        But for a magnitude that starts from the original weight: that scales by what quantization did to the
+        norm of each row.
 
         Args:
             update: whether to have the configured low-rank update.
             magnitude: whether to have a magnitude; as configured where None.
             seed: of the update's random values.
             shared: what the updates of all layers have in common, of `LowRankUpdate.create_shared`.
+            original_OI: that the frozen weight was quantized from; for a magnitude that starts from it, and
+                where the layer is on the meta device that gets it as the weights are loaded.
         """
         kind, device = UPDATES[config.type], self.base.device
         self.exact_norm_gradient = config.norm_gradient == "exact"
@@ -130,7 +136,15 @@ class AdaptedLinear(nn.Module):
             self.update = kind(self.shape, config, device, seed, shared)
         if config.dora if magnitude is None else magnitude:
             initial_O = torch.empty(self.out_features, dtype=self.base.norm_dtype, device=device)
-            self.magnitude = Magnitude(initial_O, DTYPES[config.dtype])
+            self.magnitude = Magnitude(
+                initial_O,
+                DTYPES[config.dtype],
+                frozen=config.magnitude == "frozen",
+                start=config.magnitude_start,
+            )
+            if config.magnitude_start == "original" and device.type != "meta":
+                assert original_OI is not None, "the weight that this layer was quantized from"
+                self.magnitude.start_from(original_norms(original_OI).to(self.base.norm_dtype))
         if device.type != "meta":
             self.reset_from_weight()
 
@@ -148,7 +162,9 @@ class AdaptedLinear(nn.Module):
                 norm_of = self.update.factors()
         self._norms.forget()
         if self.magnitude is not None:
-            self.magnitude.start_from(self._norms.norm(norm_of).clone())
+            norm_O = self._norms.norm(norm_of)  # kept for the first pass, whatever the magnitude starts from
+            if self.magnitude.start == "quantized":
+                self.magnitude.start_from(norm_O.clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer.

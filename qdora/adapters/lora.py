@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
 from qdora.adapters.base import Factors, LowRankUpdate, adapter_parameter, assign_full
 from qdora.adapters.init import CONVERT, INITS, init_from_peft
 from qdora.adapters.peft_settings import expression, number, patterns
-from qdora.config import AdapterConfig
+from qdora.config import AdapterConfig, UpdateType
 from qdora.quant.base import FrozenWeight
+
+Number = TypeVar("Number", int, float)
 
 
 class LoraUpdate(LowRankUpdate):
@@ -26,9 +28,9 @@ class LoraUpdate(LowRankUpdate):
             them to do the same to the base that it is loaded onto.
     """
 
-    kind = "lora"
+    kind: ClassVar[UpdateType] = "lora"
     peft_type = "LORA"
-    peft_keys: ClassVar = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
+    peft_keys: ClassVar[Mapping[str, str]] = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight"}
     peft_magnitude = True
     extra_keys = ("initial_A", "initial_B")
 
@@ -109,14 +111,13 @@ class LoraUpdate(LowRankUpdate):
         if not updates:
             return {}
         ranks = {name: update.r for name, update in updates.items()}
-        alphas = {name: _integer(update.scale * update.r) for name, update in updates.items()}
-        r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-        first = next(iter(updates.values()))
+        r, first = _most_common(ranks), next(iter(updates.values()))
+        alphas = alpha_settings({name: update.scale * update.r for name, update in updates.items()})
         return {
             "r": r,
-            "lora_alpha": alpha,
+            "lora_alpha": alphas["lora_alpha"],
             "rank_pattern": {name: value for name, value in ranks.items() if value != r},
-            "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+            "alpha_pattern": alphas["alpha_pattern"],
             "lora_dropout": first.dropout,
             "use_rslora": False,
             "init_lora_weights": INITS[first.init].peft,
@@ -160,6 +161,18 @@ class LoraUpdate(LowRankUpdate):
     def extra_repr(self) -> str:
         """Rank, scale, dropout, start and dtype, for printing."""
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout:g}, {self.init}, {self.a_RI.dtype}"
+
+
+def alpha_settings(alphas: Mapping[str, float]) -> dict[str, Any]:
+    """PEFT's settings for an alpha of each layer: the most common one, and its exceptions."""
+    values = {name: _integer(value) for name, value in alphas.items()}
+    alpha = _most_common(values)
+    exceptions = {name: value for name, value in values.items() if value != alpha}
+    return {"lora_alpha": alpha, "alpha_pattern": exceptions}
+
+
+def _most_common(values: Mapping[str, Number]) -> Number:
+    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _integer(value: float) -> float | int:

@@ -16,37 +16,51 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qdora.adapters import kernels
 from qdora.adapters.base import AdapterModule, Factors, adapter_parameter, full_tensor
 from qdora.adapters.kernels import native
+from qdora.config import MagnitudeStart
 from qdora.quant.base import FrozenWeight
+from qdora.quant.dense import DenseWeight
 
 
 class Magnitude(AdapterModule):
     """m = initial + offset.
 
     Attributes:
-        offset_O: (O,) parameter, zero at the start.
-        initial_O: (O,) frozen, at least float32, not 0: the row norms of W, or a loaded magnitude.
+        offset_O: (O,) parameter, zero at the start; None where the magnitude is frozen, m = initial.
+        initial_O: (O,) frozen, at least float32, not 0: the row norms of a weight, or a loaded magnitude.
+        start: which weight those are of.
     """
 
     initial_O: torch.Tensor
+    offset_O: nn.Parameter | None
 
-    def __init__(self, initial_O: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        initial_O: torch.Tensor,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        frozen: bool = False,
+        start: MagnitudeStart = "quantized",
+    ) -> None:
         super().__init__()
         self.register_buffer("initial_O", initial_O, persistent=False)
-        self.storage = dtype
-        self.offset_O = adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))
+        self.storage, self.start = dtype, start
+        self.offset_O = None if frozen else adapter_parameter(torch.zeros_like(initial_O, dtype=dtype))
 
     def initial(self, name: str) -> torch.Tensor:
         """An offset of zero."""
-        return torch.zeros(self.offset_O.shape)
+        return torch.zeros(self.initial_O.shape)
 
     def value(self) -> torch.Tensor:
         """m: (O,), dtype of `initial_O`; a collective where the offset is sharded."""
+        if self.offset_O is None:
+            return self.initial_O
         return self.initial_O + full_tensor(self.offset_O, self.storage).to(self.initial_O.dtype)
 
     def start_from(self, norm_O: torch.Tensor) -> None:
@@ -65,7 +79,7 @@ class Magnitude(AdapterModule):
 
     def extra_repr(self) -> str:
         """Rows and dtype, for printing."""
-        return f"{self.offset_O.shape[0]}, {self.offset_O.dtype}"
+        return f"{self.initial_O.shape[0]}, {'frozen' if self.offset_O is None else self.offset_O.dtype}"
 
 
 def row_norms_squared(weight: FrozenWeight) -> torch.Tensor:
@@ -74,6 +88,11 @@ def row_norms_squared(weight: FrozenWeight) -> torch.Tensor:
     for rows, w_tile in weight.tiles(weight.norm_dtype):
         torch.linalg.vector_norm(w_tile, dim=1, out=norms_O[rows])
     return norms_O.square_()
+
+
+def original_norms(w_RI: torch.Tensor) -> torch.Tensor:
+    """||W|| of the rows of an unquantized weight, as a magnitude starts from them: (R,), at least float32."""
+    return positive_root(row_norms_squared(DenseWeight(w_RI)))
 
 
 def weight_times_a(

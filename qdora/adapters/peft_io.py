@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qdora.adapters import UPDATES
+from qdora.adapters import UPDATES, update_with_keys
 from qdora.adapters.base import LowRankUpdate, assign_full, full_tensor, refuse_non_finite
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import full_report, full_tensors, is_fully_trained, load_full
@@ -75,8 +75,13 @@ class SavedAdapter:
 
     @property
     def kind(self) -> type[LowRankUpdate] | None:
-        """The variant, of a file that is PEFT's; None of one that is ours alone."""
+        """The variant of PEFT's name for it; None of a file that is ours alone."""
         return next((kind for kind in _KINDS if kind.peft_type == self.settings["peft_type"]), None)
+
+    @property
+    def kind_of_tensors(self) -> type[LowRankUpdate] | None:
+        """The variant that the layers' tensors belong to; None where there are magnitudes alone."""
+        return update_with_keys({key for tensors in self.layers.values() for key in tensors})
 
 
 def check_savable(model: nn.Module) -> None:
@@ -282,7 +287,7 @@ def _adapter_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
     _check_parts(saved)
     updates = [name for name, parts in saved.layers.items() if parts.keys() - {_MAGNITUDE}]
     magnitudes = [name for name, parts in saved.layers.items() if _MAGNITUDE in parts]
-    kind = _kind_of(saved.layers[updates[0]]) if updates else None
+    kind = saved.kind_of_tensors
     of_updates = [t for parts in saved.layers.values() for key, t in parts.items() if key != _MAGNITUDE]
     try:
         own = {} if kind is None else kind.config_from_peft(settings, updates)
@@ -310,21 +315,19 @@ def _format_of(layer: Linear) -> str:
     return "none" if layer.weight.is_floating_point() else type(layer).__name__
 
 
-def _kind_of(parts: Mapping[str, torch.Tensor]) -> type[LowRankUpdate]:
-    """The variant that these tensors of a layer belong to."""
-    return next(kind for kind in _KINDS if parts.keys() & set(kind.peft_keys.values()))
-
-
 def _check_parts(saved: SavedAdapter) -> None:
     """A half adapter is refused: a layer with one factor, or one without the magnitude of the others."""
-    settings = saved.settings
-    everywhere = {key for k in _KINDS if k.peft_type == settings["peft_type"] for key in k.peft_keys.values()}
-    if settings["peft_type"] == LoraUpdate.peft_type and settings.get("use_dora"):
+    everywhere = set() if saved.kind is None else set(saved.kind.peft_keys.values())
+    own = set() if saved.kind_of_tensors is None else set(saved.kind_of_tensors.peft_keys.values())
+    # A variant that shares keys with the file's own is not in it.
+    of_kinds = [keys for kind in _KINDS if (keys := set(kind.peft_keys.values())) == own or not keys & own]
+    groups = [*of_kinds, *(set(kind.extra_keys) for kind in _KINDS)]
+    if saved.kind is not None and saved.kind.peft_magnitude and saved.settings.get("use_dora"):
         everywhere.add(_MAGNITUDE)
     for name, tensors in saved.layers.items():
         wanted = set(everywhere)
-        for group in (keys for kind in _KINDS for keys in (kind.peft_keys.values(), kind.extra_keys)):
-            wanted |= set(group) if set(group) & tensors.keys() else set()
+        for group in groups:
+            wanted |= group if group & tensors.keys() else set()
         lacking = sorted(wanted - tensors.keys())
         if lacking:
             raise CheckpointError(f"{saved.directory / WEIGHTS_FILE}: {name} lacks {', '.join(lacking)}")

@@ -17,7 +17,7 @@ READ = (
     {"peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     | {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern"}
     | {"init_lora_weights", "projection_prng_key", "save_projection", "vera_dropout"}
-    | {"adapter_type", "dora", "magnitude_modules", "qdora_method"}  # of our own adapters
+    | {"adapter_type", "dora", "magnitude_modules", "qdora_method", "ungated"}  # of our own adapters
 )
 """Settings that are read."""
 
@@ -27,7 +27,7 @@ WITHOUT_EFFECT = (
     | {"runtime_config", "merge_weights"}
     # Tied layers, which are refused; details of a start, of which the file has what came out.
     | {"ensure_weight_tying", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-    | {"d_initial", "init_weights"}
+    | {"d_initial", "init_weights", "gates"}
     # Of something that another setting switches on.
     | {"megatron_core", "qalora_group_size"}
 )

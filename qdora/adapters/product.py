@@ -33,14 +33,14 @@ class Scaling(NamedTuple):
 
     Attributes:
         initial_O: (O,) frozen, at least float32.
-        offset_O: (O,) trained; m = initial + offset.
+        offset_O: (O,) trained; m = initial + offset.  None where m is frozen at its start.
         norm_O: ||W + c BA||, at least float32: a tensor, differentiable where its exact gradient is
             wanted, or, where `scales_output`, what makes it a constant from the (O, R) product W Aᵀ of the
             same pass.
     """
 
     initial_O: torch.Tensor
-    offset_O: torch.Tensor
+    offset_O: torch.Tensor | None
     norm_O: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -73,7 +73,7 @@ class ProductSettings:
         weight: W, (O, I).
         scale: c.
         dropout: probability of dropping an input of the low-rank branch.
-        initial_O: the frozen part of the magnitude; None where there is none.
+        initial_O: the frozen part of the magnitude; None where there is no magnitude.
         norm_of: makes the norm from W Aᵀ, (O, R), where it is not known before the product.
     """
 
@@ -84,16 +84,19 @@ class ProductSettings:
     norm_of: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-def _takes_update(weight: FrozenWeight, given: Operands, dropout: float, dtype: torch.dtype) -> bool:
+def _takes_update(settings: ProductSettings, given: Operands, dtype: torch.dtype) -> bool:
     """Whether the update is part of the tiles: two thin products less, where a kernel forms the tiles anyway.
 
     Not with dropout, whose update has other inputs than W; not with VeRA's vectors; and not where W is
     used as it is stored.
     """
-    if given.b_OR is None or given.inner_R is not None or dropout or not has_kernels(dtype, weight.device):
+    weight = settings.weight
+    if given.b_OR is None or given.inner_R is not None or settings.dropout:
+        return False
+    if not has_kernels(dtype, weight.device):
         return False
     stored = weight.stored()
-    as_it_is = given.offset_O is None and stored is not None and stored.values.dtype == dtype
+    as_it_is = settings.initial_O is None and stored is not None and stored.values.dtype == dtype
     return stored is not None and not as_it_is
 
 
@@ -161,12 +164,16 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         given, weight, dtype = Operands(*tensors), settings.weight, x_NI.dtype
         scales_after = scales_output(dtype, x_NI.device)
-        in_tile = _takes_update(weight, given, settings.dropout, dtype)
-        factor = OFF_GRID if dtype.itemsize < 4 and (in_tile or given.offset_O is not None) else 1.0
+        in_tile = _takes_update(settings, given, dtype)
+        has_scale = settings.initial_O is not None
+        factor = b_factor = OFF_GRID if dtype.itemsize < 4 and (in_tile or has_scale) else 1.0
         b_OR = None if given.b_OR is None else _outer_rows(given.b_OR, given.outer_O, dtype)
         m_O = s_O = b_scaled_OR = None
         if given.norm_O is not None:
             m_O, s_O, b_scaled_OR = _row_scale(settings, given, given.norm_O, b_OR, factor, dtype)
+        elif b_OR is not None and not has_scale and _is_moved_off_grid(given, dtype):
+            b_factor = OFF_GRID
+            b_scaled_OR = (b_OR * b_factor).to(dtype)
         a_cast = None if given.a_RI is None else given.a_RI.to(dtype)
         update = small_NO = h_NR = dropout_seed = None
         if in_tile:
@@ -183,7 +190,7 @@ class _AdaptedProduct(torch.autograd.Function):
             if scales_after or b_scaled_OR is None:
                 small_NO = _mm(inner_NR, b_OR.to(dtype).T, settings.scale)
             else:
-                small_NO = _mm(inner_NR, b_scaled_OR.T, settings.scale / factor)
+                small_NO = _mm(inner_NR, b_scaled_OR.T, settings.scale / b_factor)
         w_tiles = tiles.adapted_tiles(weight, dtype, None if scales_after else s_O, update, factor)
         a_along = None if settings.norm_of is None else a_cast
         y_NO, wa_OR = _product(x_NI, w_tiles, small_NO, 1 / factor, a_along, weight.out_features)
@@ -195,26 +202,27 @@ class _AdaptedProduct(torch.autograd.Function):
             # graph: that of torch 2.11 loses the gradient of an output that was changed in place.
             y_NO = y_NO * s_O if torch.compiler.is_compiling() else y_NO.mul_(s_O)
         needs = Operands(*ctx.needs_input_grad[2:])
+        keeps_output = m_O is not None and (needs.offset_O or needs.norm_O)
         needs_x = given.w_OI is not None or (given.a_RI is not None and (in_tile or needs.a_RI))
         ctx.save_for_backward(
             x_NI if needs_x else None,
-            None if m_O is None else y_NO,
+            y_NO if keeps_output else None,
             *(
                 given.a_RI,
                 given.b_OR,
                 given.inner_R,
                 given.outer_O,
                 h_NR,
-                m_O,
+                m_O if keeps_output else None,
                 s_O,
                 b_scaled_OR,
                 dropout_seed,
             ),
         )
-        ctx.settings, ctx.in_tile, ctx.factor = settings, in_tile, factor
+        ctx.settings, ctx.in_tile, ctx.factor, ctx.b_factor = settings, in_tile, factor, b_factor
         if given.bias_O is None:
             return y_NO
-        if m_O is None:
+        if not keeps_output:
             return y_NO.add_(given.bias_O)
         return (y_NO + given.bias_O).to(dtype)
 
@@ -236,7 +244,7 @@ class _AdaptedProduct(torch.autograd.Function):
             if b_scaled_OR is None:
                 back_NR = _mm(g_NO, _outer_rows(b_OR, outer_O, dtype).to(dtype), settings.scale)
             else:
-                back_NR = _mm(g_NO, b_scaled_OR, settings.scale / ctx.factor)
+                back_NR = _mm(g_NO, b_scaled_OR, settings.scale / ctx.b_factor)
             inner_NR = h_NR
             if inner_R is not None:
                 if needs.inner_R:
@@ -246,7 +254,7 @@ class _AdaptedProduct(torch.autograd.Function):
             if needs.a_RI:
                 grads["a_RI"] = mm_wide(back_NR.T, x_NI if mask_NI is None else x_NI * mask_NI)
             if ctx.in_tile:
-                update = Factors(a_RI, b_OR, None, None, settings.scale)
+                update = Factors(a_RI, _outer_rows(b_OR, outer_O, dtype), None, None, settings.scale)
             elif ctx.needs_input_grad[1]:
                 small_NI = back_NR @ a_cast if mask_NI is None else (back_NR @ a_cast).mul_(mask_NI)
         trains_b = needs.b_OR or needs.outer_O
@@ -255,7 +263,8 @@ class _AdaptedProduct(torch.autograd.Function):
                 g_NO, y_NO, m_O, inner_NR if trains_b else None, s_O, settings.scale
             )
             if grad_offset_O is not None:
-                grads["offset_O"] = grad_offset_O
+                if needs.offset_O:
+                    grads["offset_O"] = grad_offset_O
                 if needs.norm_O:
                     grads["norm_O"] = -s_O * grad_offset_O
             if grad_b_OR is not None:
@@ -284,8 +293,13 @@ def _row_scale(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """m, s = m / norm, and f s B in the dtype of the product."""
     assert settings.initial_O is not None
-    assert given.offset_O is not None
     return kernels.row_scale(norm_O, settings.initial_O, given.offset_O, b_OR, factor, dtype)
+
+
+def _is_moved_off_grid(given: Operands, dtype: torch.dtype) -> bool:
+    """Whether B is on the grid of 16 bits, to which a rounding would take it back from a gate near 1."""
+    on_grid = given.b_OR is not None and given.b_OR.dtype == dtype
+    return on_grid and given.outer_O is not None and dtype.itemsize < 4
 
 
 def _outer_rows(b_OR: torch.Tensor, outer_O: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

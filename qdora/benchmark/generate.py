@@ -148,7 +148,7 @@ def _move_off_the_identity(model: nn.Module) -> None:
         for name, parameter in layer.named_parameters():
             if name.endswith("b_OR"):
                 parameter.normal_(std=MOVED_B)
-        if layer.magnitude is not None:
+        if layer.magnitude is not None and layer.magnitude.offset_O is not None:
             m_O = layer.magnitude.value()
             layer.magnitude.offset_O.copy_(m_O * torch.randn_like(m_O) * MOVED_M)
 

@@ -95,6 +95,7 @@ def move(layer: AdaptedLinear, part: Part, size: float, *, seed: int = 4) -> dic
     generator = torch.Generator().manual_seed(seed)
     if part == "magnitude":
         assert layer.magnitude is not None
+        assert layer.magnitude.offset_O is not None
         sign_O = torch.randint(2, (layer.out_features,), generator=generator).to(layer.base.device) * 2 - 1
         offset_O = layer.magnitude.offset_O
         return {"magnitude.offset_O": offset_O + (size * sign_O * layer.magnitude.value()).to(offset_O.dtype)}
@@ -165,7 +166,7 @@ def exact(layer: AdaptedLinear, x_NI: torch.Tensor, g_NO: torch.Tensor) -> dict[
     if update.dropout and layer.training:
         kept_NI = x_NI * keep_mask(x_NI.detach(), layer.in_features, update.dropout, draw_seed())
     y_NO = x_NI @ w_OI.T + update.scale * (kept_NI @ a_RI.T) @ b_OR.T
-    if layer.magnitude is not None:
+    if layer.magnitude is not None and layer.magnitude.offset_O is not None:
         norm_O = (w_OI + update.scale * b_OR.detach() @ a_RI.detach()).norm(dim=1)
         offset_O = layer.magnitude.offset_O.detach().double().requires_grad_()
         inputs["magnitude.offset_O"] = offset_O

@@ -16,8 +16,9 @@ from tabulate import tabulate
 from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import adapt
+from qdora.adapters.gated import GATES
 from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
-from qdora.adapters.peft_io import check_savable, save_adapter
+from qdora.adapters.peft_io import CONFIG_FILE, check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dotted
 from qdora.data.batches import BatchPlan, Packing
@@ -25,7 +26,7 @@ from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fi
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.scores import write_scores
-from qdora.files import fsync, wrap_os_errors
+from qdora.files import fsync, read_json, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
 from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
@@ -346,6 +347,10 @@ def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepM
         ("adapter", directory.adapter),
         ("loss plot", directory.loss_plot),
     ]
+    gates = list(read_json(directory.adapter / CONFIG_FILE).get(GATES, {}).values())
+    if gates:
+        spread = f"{min(gates):.4f} to {max(gates):.4f}, mean {sum(gates) / len(gates):.4f}"
+        rows.append(("gates", f"{spread}; each layer's in adapter/{CONFIG_FILE}"))
     return tabulate(rows, tablefmt="plain")
 
 

@@ -11,8 +11,9 @@ from qdora.config.section import Count, Section
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 QuantizationName = Literal["nf4", "fp4", "int8", "none"]
-UpdateType = Literal["lora", "vera", "none"]
-InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora"]
+UpdateType = Literal["lora", "gated_lora", "vera", "none"]
+InitName = Literal["kaiming", "gaussian", "gaussian_sqrt", "orthogonal", "pissa", "olora"]
+MagnitudeStart = Literal["quantized", "original"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -48,9 +49,13 @@ class AdapterConfig(Section):
     type: UpdateType = "lora"
     """Low-rank update of the weight; `none` trains the magnitude alone."""
     dora: bool = True
-    """Train the magnitude of each row apart from its direction (arXiv:2402.09353 §4)."""
+    """Scale each row to a magnitude of its own (arXiv:2402.09353 §4)."""
+    magnitude: Literal["trained", "frozen"] = "trained"
+    """`frozen`: the magnitude stays at its start, and s = m / ||W + c B A|| follows the update alone."""
+    magnitude_start: MagnitudeStart = "quantized"
+    """Row norms of the weight as it is stored, or of the `original` one that it was quantized from."""
     init: InitName = "kaiming"
-    """`lora`: how A and B start; docs/configuration.md has each."""
+    """`lora`, `gated_lora`: how A and B start; docs/configuration.md has each."""
     r: Count = 16
     """Rank of the low-rank update."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -72,7 +77,7 @@ class AdapterConfig(Section):
     dropout_placement: Literal["branch", "published"] = "branch"
     """`published`: with a magnitude, also drop the inputs of (s - 1) W x, at a second base product."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage of A, B, VeRA's vectors and the magnitude offset."""
+    """Storage of A, B, VeRA's vectors and the offsets of the gate and the magnitude."""
 
     @property
     def scale(self) -> float:
@@ -85,15 +90,28 @@ class AdapterConfig(Section):
             raise ValueError("adapter.targets is empty; name at least one layer, for example q_proj")
         if self.magnitude_targets == ():
             raise ValueError("adapter.magnitude_targets is empty; leave it out, or set adapter.dora: false")
-        if self.type != "lora" and (self.rank_pattern or self.alpha_pattern):
+        has_factors = self.type in ("lora", "gated_lora")
+        if not has_factors and (self.rank_pattern or self.alpha_pattern):
             raise ValueError(
                 f"adapter.type {self.type!r} has one rank for all layers and no alpha: "
                 "adapter.rank_pattern and adapter.alpha_pattern do not go with it"
             )
-        if self.type != "lora" and self.init != "kaiming":
+        if not has_factors and self.init != "kaiming":
             raise ValueError(f"adapter.init {self.init!r} is a start of lora; adapter.type is {self.type!r}")
         if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
             raise ValueError("adapter.init 'orthogonal' halves the rank: adapter.r must be even")
         if self.magnitude_targets is not None and not self.dora:
             raise ValueError("adapter.magnitude_targets given, but adapter.dora is false")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_magnitude_that_it_sets(self) -> AdapterConfig:
+        for key, default in (("magnitude", "trained"), ("magnitude_start", "quantized")):
+            if getattr(self, key) != default and not self.dora:
+                raise ValueError(f"adapter.{key} {getattr(self, key)!r} given, but adapter.dora is false")
+        if self.type == "none" and self.magnitude == "frozen":
+            raise ValueError(
+                "adapter.type 'none' with adapter.magnitude 'frozen' trains nothing; choose adapter.type "
+                "lora, gated_lora or vera, or adapter.magnitude: trained"
+            )
         return self

@@ -35,6 +35,8 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    master_weights: bool = True
+    """Step float32 masters of 16-bit parameters; false: AdamW computes in their own dtype, moments too."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null switches clipping off."""
     gradient_checkpointing: bool = False
@@ -127,6 +129,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _masters_are_of_16_bits(self) -> RunConfig:
+        float32 = self.training.mode == "adapter" and self.adapter.dtype == "float32"
+        if float32 and not self.training.master_weights:
+            raise ValueError(
+                "training.master_weights false is about parameters of 16 bits, and adapter.dtype is "
+                "'float32': set adapter.dtype: bfloat16, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_is_trained(self) -> RunConfig:
         has_adapter = self.adapter.type != "none" or self.adapter.dora
         if self.training.mode == "full":
@@ -142,8 +154,8 @@ class RunConfig(Section):
                 )
         elif not has_adapter:
             raise ValueError(
-                "adapter.type 'none' with adapter.dora false trains nothing; choose adapter.type lora or "
-                "vera, adapter.dora: true, or training.mode: full"
+                "adapter.type 'none' with adapter.dora false trains nothing; choose adapter.type lora, "
+                "gated_lora or vera, adapter.dora: true, or training.mode: full"
             )
         elif self.evaluation.quantization is not None:
             raise ValueError("evaluation.quantization goes with training.mode 'full' only")

@@ -59,7 +59,7 @@ def shard_model(model: PreTrainedModel, context: DistributedContext) -> None:
         if layer.update is not None and layer.update.sees_weight:
             raise InputError(
                 f"adapter.init: the update of {name} is made of the full weight, "
-                f"which no rank has under FSDP; allowed there: kaiming, gaussian, orthogonal"
+                f"which no rank has under FSDP; allowed there: kaiming, gaussian, gaussian_sqrt, orthogonal"
             )
     mesh, settings = context.mesh, context.fsdp
     assert mesh is not None

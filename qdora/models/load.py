@@ -19,8 +19,9 @@ from tqdm import tqdm
 from qdora.adapters.base import refuse_non_finite
 from qdora.adapters.fingerprint import combine, sample_digest, sample_rows, set_base_fingerprint
 from qdora.adapters.full import quantize_layers
-from qdora.adapters.inject import refuse_overflow
+from qdora.adapters.inject import adapted_layers, refuse_lost_original, refuse_overflow
 from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.magnitude import original_norms
 from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, read_saved
 from qdora.config import DtypeName, ModelConfig, QuantizationName
 from qdora.distributed.context import DistributedContext
@@ -122,6 +123,10 @@ def build_adapted(
             checkpoint, compute_dtype(settings.dtype, context.device), Quantization.of(settings)
         )
         report = adapt(meta.model)
+        for name, layer in adapted_layers(meta.model).items():
+            kept = meta.stored.get(f"{name}.weight")
+            if kept is not None and layer.magnitude is not None and layer.magnitude.start == "original":
+                refuse_lost_original(name, kept.kind.quantization)
         shard_model(meta.model, context)
     return meta, report
 
@@ -211,7 +216,13 @@ class _WeightLoader:
         self.meta, self.model, self.checkpoint = meta, meta.model, meta.checkpoint
         self.context = context
         modules = self.model.named_modules()
-        self.bases = {f"{name}.weight": m.base for name, m in modules if isinstance(m, AdaptedLinear)}
+        layers = {f"{name}.weight": m for name, m in modules if isinstance(m, AdaptedLinear)}
+        self.bases = {name: layer.base for name, layer in layers.items()}
+        self.from_original = {
+            name: layer.magnitude
+            for name, layer in layers.items()
+            if layer.magnitude is not None and layer.magnitude.start == "original"
+        }
         self.plain = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self.samples: dict[str, torch.Tensor] = {}
 
@@ -252,6 +263,11 @@ class _WeightLoader:
         if stored is None:
             # Outside the block above: the ranks gather the scales of each other here.
             tensors = base.from_rows(w_RI, shard, self.context.gather_rows)
+            if name in self.from_original:
+                first, own = base.rows_to_read(shard).start, shard.rows(base.out_features)
+                norm_O = original_norms(w_RI[own.start - first : own.stop - first])
+                norm_O = self.context.gather_rows(norm_O, base.out_features)
+                self.from_original[name].start_from(norm_O.to(base.norm_dtype))
         base.assign({key: self._like(getattr(base, key), tensor) for key, tensor in tensors.items()})
 
     def _load_plain(self, name: str, target: nn.Parameter | torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from qdora.adapters.base import AdapterModule, SharedBuffers
 from qdora.adapters.full import adapt
+from qdora.adapters.magnitude import Magnitude
 from qdora.config import AdapterConfig, ModelConfig, PackingName, TrainingConfig
 from qdora.data.batches import Batch, Packing
 from qdora.data.tokenize import TokenizedExample
@@ -277,6 +278,8 @@ def record_worst_step(
 def load_fakes(model: PreTrainedModel) -> None:
     """Materialize what a checkpoint would, of a sharded parameter this rank's rows; within `fake_tensors`."""
     for module in model.modules():
+        if isinstance(module, Magnitude) and module.start == "original":
+            module.start_from(torch.empty(module.initial_O.shape, dtype=module.initial_O.dtype))
         if isinstance(module, AdapterModule | SharedBuffers):
             continue
         for parameter in list(module.parameters(recurse=False)):

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from qdora.adapters.full import trained_storage
 from qdora.adapters.inject import adapted_layers
 from qdora.config import TrainingConfig
 from qdora.data.batches import NO_PACKING, Batch, BatchPlan, Packing, collate, divide, without_labels
@@ -120,7 +121,7 @@ class Trainer:
         self.parameters: dict[str, nn.Parameter] = {
             name: p for name, p in model.named_parameters() if p.requires_grad
         }
-        self.optimizer = AdapterOptimizer(self.parameters, config)
+        self.optimizer = AdapterOptimizer(self.parameters, config, trained_storage(model))
         self.loss = as_forward(model, completion_loss)
         self._adapted = list(adapted_layers(model).values())
         on_cpu = context.is_main and context.device.type == "cpu"

@@ -1,13 +1,14 @@
 """AdamW for 16-bit parameters, on float32 masters that are rounded back after each step; its learning rate.
 
 A bfloat16 parameter that is stepped in place loses every update smaller than half its spacing.  The masters
-keep those; there are as many as adapter parameters, which are few.
+keep those; there are as many as adapter parameters, which are few.  Published code that has no masters is
+repeated by those of the parameters' own dtype: what is stepped then is the rounded parameter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -38,15 +39,25 @@ class AdapterOptimizer:
 
     Args:
         parameters: the trained parameters by name; their gradients are float32.
-        config: betas and weight decay.
+        config: betas and weight decay; `master_weights` false: state, step and gradient in `storage`.
+        storage: dtype in which the parameters are stored where they are not sharded; a shard is float32.
+            Theirs where None.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: TrainingConfig,
+        storage: torch.dtype | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
-        self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in self.parameters.items()
-        }
+        self.masters: dict[str, nn.Parameter] = {}
+        for name, parameter in self.parameters.items():
+            dtype = torch.float32 if config.master_weights else storage or parameter.dtype
+            # A float32 parameter is its own master.  One of 16 bits without another is that too, but for its
+            # gradient, which is float32: the object that is stepped holds its rounding.
+            own = parameter.dtype == dtype == torch.float32
+            self.masters[name] = parameter if own else nn.Parameter(parameter.detach().to(dtype))
         pairs = zip(self.parameters.values(), self.masters.values(), strict=True)
         self._rounded = {parameter: master for parameter, master in pairs if master is not parameter}
         self._adamw = torch.optim.AdamW(
@@ -73,19 +84,23 @@ class AdapterOptimizer:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         for name, parameter in self.parameters.items():
-            self.masters[name].grad = parameter.grad
+            gradient, master = parameter.grad, self.masters[name]
+            master.grad = None if gradient is None else gradient.to(master.dtype)
         if skip is not None:
             device = next(iter(self.masters.values())).device
             # Where torch's fused kernels look for overflow of scaled gradients, with this effect.
             self._adamw.found_inf = skip.to(device, torch.float32)  # type: ignore[attr-defined]
         self._adamw.step()
         if self._rounded:
-            torch._foreach_copy_(list(self._rounded), list(self._rounded.values()))
+            parameters, masters = map(_locals, (self._rounded, self._rounded.values()))
+            torch._foreach_copy_(parameters, masters)
+            # A shard is written to without a version, by which a stale norm is known.
+            torch.autograd.graph.increment_version(self._rounded)
             for master in self._rounded.values():
                 master.grad = None
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Masters and moments as flat named float32 tensors, sharded where the parameters are.
+        """Masters and moments as flat named tensors, sharded where the parameters are.
 
         Names and full shapes do not depend on the world size, nor on whether a step was made.  A 16-bit
         parameter is the rounding of its master, so it is not among them.
@@ -120,6 +135,11 @@ def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """The local shard of a DTensor; any other tensor itself."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _locals(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """As `local_shard`, of each."""
+    return [local_shard(tensor) if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _zero_moments(master: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.errors import CheckpointError, InputError
 from qdora.evaluation import evaluate as evaluation
 from qdora.models.formats import safetensors as safetensors_file
-from qdora.models.load import load_base, load_model
+from qdora.models.load import load_model
 from qdora.models.sources import open_checkpoint
 from qdora.quant.base import FrozenWeight
 from qdora.signals import end
@@ -119,6 +119,12 @@ CASES = {
         {"gradient_accumulation": 2, "gradient_checkpointing": True},
     ),
     "qdvora": Case(adapter=FLOAT32 | {"method": "qdvora", "r": 16}),
+    "gated frozen": Case("awkward", FLOAT32 | {"method": "qgdora", "magnitude": "frozen"}),
+    "published bf16": Case(
+        "awkward",
+        {"alpha": 4, "init": "gaussian_sqrt", "magnitude_start": "original"},
+        {"master_weights": False},
+    ),
     "head": Case("awkward", FLOAT32 | {"method": "qdora", "targets": ("q_proj", "lm_head")}),
     "wide": Case("wide", training={"max_steps": 1}),
     "wide dense": Case("wide", {"method": "dora"}, {"max_steps": 1}),
@@ -255,13 +261,7 @@ def save_from_one_process(
     state = {name: _whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if not main:
         return
-    alone, _ = load_base(
-        settings.path,
-        quantization=settings.quantization,
-        dtype="float32",
-        double_quantization=settings.double_quantization,
-    )
-    adapt(alone, case)
+    alone, _ = load(settings, lambda m: adapt(m, case), DistributedContext())
     with torch.no_grad():
         for name, parameter in alone.named_parameters():
             if parameter.requires_grad:

@@ -113,6 +113,16 @@ AXES = {
     "int8 lora": ("qlora", {"model.quantization": "int8", "model.double_quantization": False}),
     "gaussian": ("qdora", {"adapter.init": "gaussian"}),
     "orthogonal": ("dora", {"adapter.init": "orthogonal"}),
+    "gated": ("qgdora", {}),
+    "frozen magnitude": ("qdora", {"adapter.magnitude": "frozen"}),
+    "published recipe": (
+        "qdora",
+        {
+            "adapter.init": "gaussian_sqrt",
+            "adapter.magnitude_start": "original",
+            "training.master_weights": False,
+        },
+    ),
     "pissa": ("qdora", {"adapter.init": "pissa"}),
     "pissa dense": ("lora", {"adapter.init": "pissa"}),
 }

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from qdora import config as schema
 from qdora.config import RunConfig, Section
-from qdora.config_file import load_config, read_yaml
+from qdora.config_file import dotted, load_config, read_yaml
 from qdora.errors import InputError
 from qdora.experiments import arms
 from qdora.experiments.arms import CompareConfig, expand
@@ -76,9 +76,9 @@ def test_comparisons_parse_with_their_base_and_every_arm(path):
     assert [(run.seed, run.arm) for run in runs] == [(seed, arm.name) for seed, arm in pairs]
     for (seed, arm), run in zip(pairs, runs, strict=True):
         assert run.config.training.seed == seed
+        resolved = dotted(run.config.model_dump(mode="json"))
         for key, value in {**comparison.set, **arm.set}.items():
-            section, leaf = key.split(".")
-            assert getattr(getattr(run.config, section), leaf) == value
+            assert resolved[key] == value
 
 
 @pytest.mark.parametrize("path", named("accelerate"), ids=name)

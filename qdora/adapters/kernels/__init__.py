@@ -67,7 +67,7 @@ def row_norm(
 def row_scale(
     norm_O: torch.Tensor,
     initial_O: torch.Tensor,
-    offset_O: torch.Tensor,
+    offset_O: torch.Tensor | None,
     b_OR: torch.Tensor | None,
     factor: float,
     dtype: torch.dtype,
@@ -76,12 +76,15 @@ def row_scale(
 
     Args:
         norm_O, initial_O: (O,) at least float32.
-        offset_O: (O,)
+        offset_O: (O,); zero where None.
         b_OR: may be a strided view.
         factor: f.
         dtype: of f s B, which is rounded once.
     Returns: m and s, (O,) at least float32; (O, R), None where there is no B.
     """
+    if offset_O is None:  # of a frozen magnitude, which is no more than an ablation
+        m_O, s_O, b_scaled_OR = reference.row_scale(norm_O, initial_O, None, b_OR, factor, dtype)
+        return m_O, s_O, None if b_OR is None else b_scaled_OR
     if dtype in native.DTYPES and native.takes((norm_O, initial_O), (offset_O, b_OR)):
         return native.row_scale(norm_O, initial_O, offset_O, b_OR, factor, dtype)
     m_O, s_O, b_scaled_OR = _scale(norm_O, initial_O, offset_O, b_OR, factor, dtype)

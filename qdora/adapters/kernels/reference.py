@@ -87,13 +87,13 @@ def row_norm(
 def row_scale(
     norm_O: torch.Tensor,
     initial_O: torch.Tensor,
-    offset_O: torch.Tensor,
+    offset_O: torch.Tensor | None,
     b_OR: torch.Tensor | None,
     factor: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """m, s and f s B."""
-    m_O = initial_O + offset_O
+    m_O = initial_O if offset_O is None else initial_O + offset_O
     s_O = m_O / norm_O
     if b_OR is None:
         return m_O, s_O, s_O.new_empty(0, dtype=dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qdora.adapters.gated import GatedLoraUpdate
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.lora import LoraUpdate
 from qdora.adapters.vera import VeraUpdate
@@ -13,6 +14,7 @@ from tests.axes import METHODS, adapter_config
 PARAMETERS = {
     "a": "update.a_RI",
     "b": "update.b_OR",
+    "gate": "update.gate_offset",
     "inner": "update.d_R",
     "outer": "update.b_O",
     "m": "magnitude.offset_O",
@@ -43,7 +45,7 @@ def dense_weight(layer: AdaptedLinear, dtype: torch.dtype = torch.float32) -> to
 
 
 class ClosedForm(nn.Module):
-    """y = s ∘ (W x + c diag(b) B diag(d) A (mask ∘ x)) + bias with autograd in float64.
+    """y = s ∘ (W x + c g diag(b) B diag(d) A (mask ∘ x)) + bias with autograd in float64.
 
     What is to be computed is said here, not taken from the layer: exact norm gradient, published dropout.
     """
@@ -54,7 +56,7 @@ class ClosedForm(nn.Module):
         self.bias = None if layer.bias is None else layer.bias.detach().double()
         self.exact, self.published = exact, published
         self.scale = layer.update.scale if layer.update is not None else 0.0
-        self.a = self.b = self.inner = self.outer = self.m = None
+        self.a = self.b = self.inner = self.outer = self.gate = self.m = None
         if isinstance(layer.update, LoraUpdate):
             self.a = nn.Parameter(layer.update.a_RI.detach().double())
             self.b = nn.Parameter(layer.update.b_OR.detach().double())
@@ -63,13 +65,16 @@ class ClosedForm(nn.Module):
             self.a, self.b = update.a_RI.double(), update.b_OR.double()
             self.inner = nn.Parameter(update.inner_R.detach().double())
             self.outer = nn.Parameter(update.outer_O.detach().double())
+        if isinstance(layer.update, GatedLoraUpdate):
+            self.gate = nn.Parameter(1 + layer.update.gate_offset.detach().double())
         if layer.magnitude is not None:
-            self.m = nn.Parameter(layer.magnitude.value().detach().double())
+            m_O = layer.magnitude.value().detach().double()
+            self.m = m_O if layer.magnitude.offset_O is None else nn.Parameter(m_O)
 
     def update(self) -> torch.Tensor:
         a = self.a if self.inner is None else self.inner[:, None] * self.a
         b = self.b if self.outer is None else self.outer[:, None] * self.b
-        return self.scale * (b @ a)
+        return self.scale * (1 if self.gate is None else self.gate) * (b @ a)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         dropped = x if mask is None else x * mask
@@ -100,7 +105,11 @@ def move_off_the_identity(layer: AdaptedLinear, seed: int = 0) -> AdaptedLinear:
         elif isinstance(layer.update, VeraUpdate):
             layer.update.b_O.copy_(noise(layer.update.b_O, 0.5))
             layer.update.d_R.add_(noise(layer.update.d_R, 0.1))
-        if layer.magnitude is not None:
+        if isinstance(layer.update, GatedLoraUpdate):
+            layer.update.gate_offset.fill_(-0.4 - 0.1 * seed)
+        if layer.magnitude is not None and layer.magnitude.offset_O is None:
+            layer.magnitude.initial_O.add_(noise(layer.magnitude.initial_O, 0.2))
+        elif layer.magnitude is not None:
             layer.magnitude.offset_O.copy_(noise(layer.magnitude.offset_O, 0.2))
     return layer
 
@@ -130,6 +139,8 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
     """Relative error of each, as a norm, within the bound."""
     assert got.keys() == expected.keys()
     errors = {name: relative(got[name], expected[name]) for name in expected}
+    if "gate" in errors:  # a single sum, <∂B, B> / gate, whose terms may cancel: its error is that of ∂B
+        errors["gate"] *= float(expected["gate"].norm() / expected["b"].norm())
     assert max(errors.values()) <= bound, errors
 
 

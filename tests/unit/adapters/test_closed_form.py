@@ -33,7 +33,8 @@ from .oracle import (
 def test_every_combination_of_the_axes_is_tested():
     """Catches: a point of the test table that is missing or doubled."""
     axes = [(s.quantization, s.update, s.dora) for s in METHODS.values() if not s.full]
-    expected = {(b, d, m) for b in ("none", "nf4") for d in (None, "lora", "vera") for m in (False, True)}
+    updates = (None, "lora", "gated_lora", "vera")
+    expected = {(b, d, m) for b in ("none", "nf4") for d in updates for m in (False, True)}
     assert len(axes) == len(set(axes))
     assert set(axes) == expected - {("none", None, False), ("nf4", None, False)}
 

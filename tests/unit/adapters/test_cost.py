@@ -127,7 +127,7 @@ def test_what_is_kept_for_backward(method):
     kept, x, y = kept_for_backward(layer)
     large = [t for t in kept if t.numel() >= TOKENS * min(INPUTS, OUTPUTS)]
     storages = {storage(t).data_ptr() for t in large}
-    expected = {storage(x).data_ptr()} if spec.update == "lora" else set()
+    expected = {storage(x).data_ptr()} if spec.update in ("lora", "gated_lora") else set()
     if spec.dora:
         expected.add(storage(y).data_ptr())  # the output itself, not one more tensor
     assert storages == expected

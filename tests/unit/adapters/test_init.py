@@ -49,7 +49,7 @@ def test_the_registry_is_what_the_configuration_allows():
 
 
 @pytest.mark.parametrize("method", ["lora", "qdora"])
-@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", ["gaussian", "gaussian_sqrt", "orthogonal"])
 def test_a_drawn_start_changes_nothing(tiny_model_folder, init, method):
     """Catches: an update that is not zero at step 0, a norm that an orthogonal start moves."""
     model = model_of(tiny_model_folder, "nf4" if method == "qdora" else "none")
@@ -63,6 +63,9 @@ def test_the_starts_have_their_distributions():
     a_RI, b_OR = INITS["gaussian"].draw(300, 2000, 8, 1)
     assert float(a_RI.std()) == pytest.approx(1 / 8, rel=0.02)
     assert not b_OR.any()
+    a_RI, b_OR = INITS["gaussian_sqrt"].draw(300, 2000, 8, 1)
+    assert float(a_RI.var()) == pytest.approx(1 / 8, rel=0.02)
+    assert not b_OR.any()
     a_RI, b_OR = INITS["orthogonal"].draw(3000, 2000, 8, 1)
     assert float((b_OR @ a_RI).abs().max()) < 1e-6
     assert float(a_RI.std()) == pytest.approx(0.1 * 0.5**0.5, rel=0.05)
@@ -72,7 +75,7 @@ def test_the_starts_have_their_distributions():
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "gaussian_sqrt", "orthogonal"])
 def test_a_start_goes_both_ways_with_peft(tiny_model_folder, tmp_path, init, method):
     """Catches: a start that is forgotten, or one of PEFT's that is not read."""
     ours = model_of(tiny_model_folder)

@@ -99,6 +99,8 @@ def test_a_default_that_changes_with_a_setting_must_be_declared():
     [
         ({"adapter.r": 8}, {"initial_a": "x"}),
         ({"adapter.type": "vera"}, {"initial_a": "x"}),
+        ({"adapter.type": "gated_lora"}, {"initial_a": "x"}),
+        ({"adapter.init": "gaussian_sqrt"}, {"initial_a": "x"}),
         ({"data.train.limit": 9}, {"data.fingerprints.train": "x", "data.train": 9, "batch_order": "x"}),
         ({"training.batch_size": 4, "training.max_steps": 80}, {"batch_order": "x", "steps": 80}),
         ({"model.path": "other/model"}, {"base.fingerprint": "x", "base.parameters": 1, "initial_a": "x"}),

@@ -89,6 +89,19 @@ def test_what_stays_is_the_sum_of_the_tensors(ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
+def test_a_frozen_magnitude_and_steps_without_masters_are_estimated(ranks):
+    """Catches: an offset that is not there counted with its moments, a start that the estimate cannot make,
+    masters and float32 moments counted where there are none."""
+    run = launch(ranks, adapter={"magnitude": "frozen", "magnitude_start": "original"})
+    at_rest = estimate(architecture(LAYERS), run.with_training(master_weights=False)).at_rest
+    numbers = trained(ranks) - LAYERS * sum(own(o, ranks) for o, _ in LINEARS)
+    parameters = 7 * 2 * LAYERS
+    assert at_rest[Part.ADAPTERS] == numbers * (4 if ranks > 1 else 2) + vectors()
+    # A shard is float32, so what is stepped stands beside it in bf16; alone it is the parameter itself.
+    assert at_rest[Part.OPTIMIZER] == numbers * (6 if ranks > 1 else 4) + 4 * parameters
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_a_weight_takes_the_bits_of_its_format(name, ranks):
     """Catches: a format that cannot be estimated, or whose codes are taken for one a byte."""

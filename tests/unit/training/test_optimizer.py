@@ -117,6 +117,76 @@ def test_state_continues_bit_for_bit(dtype):
         assert torch.equal(tensor, second.state()[key]), key
 
 
+PURE = CONFIG.model_copy(update={"master_weights": False})
+
+
+def without_masters(dtype, storage=None) -> AdapterOptimizer:
+    return AdapterOptimizer(
+        {n: adapter_parameter(t.to(dtype)) for n, t in start().items()}, PURE, storage=storage
+    )
+
+
+def test_without_masters_everything_is_bf16():
+    """Catches: a float32 moment or master left, a gradient that is not rounded: another recipe than the one
+    that is to be repeated."""
+    optimizer = without_masters(torch.bfloat16)
+    advance(optimizer, range(40))
+    parameters = {n: nn.Parameter(t.clone()) for n, t in start().items()}
+    adamw = torch.optim.AdamW(parameters.values(), betas=(0.8, 0.95), weight_decay=0.1, fused=True)
+    for step in range(40):
+        adamw.param_groups[0]["lr"] = 1e-3 * (1 + step % 3)
+        for name, parameter in parameters.items():
+            parameter.grad = gradient(step, name).bfloat16()
+        adamw.step()
+    with_masters = make(torch.bfloat16)
+    advance(with_masters, range(40))
+    for name, parameter in optimizer.parameters.items():
+        assert torch.equal(parameter.detach(), parameters[name].detach())
+        assert not torch.equal(parameter.detach(), with_masters.parameters[name].detach())
+    own = {key: t.dtype for key, t in optimizer.state().items() if not key.startswith("step/")}
+    assert set(own.values()) == {torch.bfloat16}
+
+
+def test_a_small_update_is_lost_without_a_master():
+    """Catches: a switch that changes nothing; this loss is what it is there to show."""
+    parameter = adapter_parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
+    optimizer = AdapterOptimizer({"p": parameter}, PURE.model_copy(update={"weight_decay": 0.0}))
+    for _ in range(100):
+        parameter.grad = torch.ones(4)
+        optimizer.step(1e-4)
+    assert torch.equal(parameter.detach(), torch.ones(4).bfloat16())
+
+
+def test_a_float32_shard_without_masters_steps_as_its_bf16_parameter():
+    """Catches: shards, which are float32, that keep what the parameter of a process alone would lose."""
+    alone, shard = without_masters(torch.bfloat16), without_masters(torch.float32, torch.bfloat16)
+    advance(alone, range(12))
+    advance(shard, range(12))
+    for name, parameter in alone.parameters.items():
+        assert torch.equal(shard.parameters[name].detach(), parameter.detach().float())
+    assert all(torch.equal(t, alone.state()[key]) for key, t in shard.state().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_without_masters_continues_bit_for_bit(dtype):
+    """Catches: a moment that is widened on the way, a parameter that is not what was stepped; a version that
+    does not count a step, by which a stale norm is known."""
+    straight, first, second = (without_masters(dtype, torch.bfloat16) for _ in range(3))
+    advance(straight, range(8))
+    advance(first, range(4))
+    advance(second, range(20, 22))
+    second.load_state({key: tensor.clone() for key, tensor in first.state().items()})
+    versions = {name: p._version for name, p in second.parameters.items()}
+    advance(second, range(4, 8))
+    assert all(p._version > versions[name] for name, p in second.parameters.items())
+    assert all(torch.equal(t, second.state()[key]) for key, t in straight.state().items())
+    for name, parameter in straight.parameters.items():
+        assert torch.equal(parameter.detach(), second.parameters[name].detach())
+    before = {name: p.detach().clone() for name, p in second.parameters.items()}
+    advance(second, [7], skip=torch.tensor(True), factor=float("nan"))
+    assert all(torch.equal(p, before[name]) for name, p in second.parameters.items())
+
+
 @pytest.mark.parametrize("key", ["master/a", "master/m", "step/a", "exp_avg/m", "exp_avg_sq/a"])
 def test_missing_and_misshapen_tensors_are_named(key):
     """Catches: a checkpoint of another adapter that is loaded in part."""
