@@ -6,20 +6,26 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from qdora.config_file import load_config, read_yaml
-from qdora.experiments.arms import CompareConfig, expand
+from qdora.config_file import read_yaml
+from qdora.experiments.arms import expand
+from qdora.experiments.overlay import load_comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--config", required=True, help="YAML file of the comparison")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
+    overlay = "settings on top of the comparison's, in a directory of their own; can be repeated"
+    parser.add_argument("--overlay", action="append", default=[], metavar="FILE", help=overlay)
+    small = "the overlays that the comparison names under `small`: a small model, few steps"
+    parser.add_argument("--small", action="store_true", help=small)
     parser.add_argument("--resume", action="store_true", help="continue a comparison in its output.dir")
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Check the configuration of every arm; what is left to do."""
-    config = load_config(arguments.config, arguments.set, CompareConfig)
+    overlays, small = arguments.overlay, arguments.small
+    config = load_comparison(arguments.config, arguments.set, overlays, small=small)
     runs = expand(read_yaml(Path(arguments.config).parent / config.base), config)
 
     def work() -> None:

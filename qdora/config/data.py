@@ -29,7 +29,7 @@ class DatasetConfig(Section):
     source: str
     """Name of a task, of a mixture of tasks, `file` or `hub`."""
     path: str | None = None
-    """File or folder; `hub`: dataset id; `orca_math`, `gsm8k`: a local copy instead of the hub."""
+    """File or folder; `hub`: dataset id; `orca_math`, `gsm8k`, `alpaca`: a local copy instead of the hub."""
     name: str | None = None
     """`hub`: configuration of the dataset; `file`: name under which scores are reported."""
     split: str = "train"
@@ -43,7 +43,7 @@ class DatasetConfig(Section):
     count: Count | None = None
     """`synthetic`: how many problems to generate."""
     held_out: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """`file`, `hub`, `orca_math`: rows at the end of the shuffled set that form the split `test`."""
+    """`file`, `hub`, `orca_math`, `alpaca`: rows at the end of the shuffled set, the split `test`."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the shuffle, of the generator and of mixing."""
     limit: Count | None = None

@@ -88,6 +88,8 @@ class CompareConfig(Section):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Each arm is trained once with each seed."""
     output: OutputConfig
+    small: tuple[str, ...] = ()
+    """Overlays of `compare --small`, relative to this file; a later one comes on top."""
 
     @model_validator(mode="after")
     def _distinct(self) -> CompareConfig:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from qdora.config import AnswerKind, DataConfig, DatasetConfig
 from qdora.data.rows import BadRows, Dataset
 from qdora.errors import InputError, suggest
+from qdora.tasks.alpaca import ALPACA
 from qdora.tasks.arithmetic import ARITHMETIC
 from qdora.tasks.base import Task
 from qdora.tasks.columns import FILE, HUB
@@ -20,7 +21,8 @@ from qdora.tasks.orca_math import ORCA_MATH
 from qdora.tasks.synthetic import SYNTHETIC
 
 TASKS: Mapping[str, Task] = {
-    task.name: task for task in (SYNTHETIC, ORCA_MATH, GSM8K, MIXTURE, *COMMONSENSE, *ARITHMETIC, FILE, HUB)
+    task.name: task
+    for task in (SYNTHETIC, ORCA_MATH, GSM8K, ALPACA, MIXTURE, *COMMONSENSE, *ARITHMETIC, FILE, HUB)
 }
 """Every source that a configuration can name."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,18 @@ from qdora import config as schema
 from qdora.config import RunConfig, Section
 from qdora.config_file import dotted, load_config, read_yaml
 from qdora.errors import InputError
-from qdora.experiments import arms
-from qdora.experiments.arms import CompareConfig, expand
+from qdora.experiments import arms, overlay
+from qdora.experiments.arms import CompareConfig, covers, differences, expand
+from qdora.experiments.overlay import OverlayConfig, load_comparison
 from qdora.tasks import TASKS, check_data
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-SECTIONS = [
-    v for v in {**vars(schema), **vars(arms)}.values() if inspect.isclass(v) and issubclass(v, Section)
-]
+SECTIONS = {
+    v
+    for v in {**vars(schema), **vars(arms), **vars(overlay)}.values()
+    if inspect.isclass(v) and issubclass(v, Section)
+}
 HEADINGS = {
     "A run": schema.RunConfig,
     "model": schema.ModelConfig,
@@ -35,12 +40,22 @@ HEADINGS = {
     "output": schema.OutputConfig,
     "A comparison": arms.CompareConfig,
     "An arm of a comparison": arms.ArmConfig,
+    "An overlay": overlay.OverlayConfig,
 }
 
 
-def named(*folders: str) -> list[Path]:
-    """The shipped files whose folder has one of these names."""
-    return [path for path in CONFIGS if path.parent.name in folders]
+def of_kind(path: Path) -> type[Section] | None:
+    """The section that a shipped file holds; None for accelerate's launch files."""
+    tree = read_yaml(path)
+    if path.parent.name == "accelerate":
+        return None
+    return RunConfig if "model" in tree else CompareConfig if "base" in tree else OverlayConfig
+
+
+RUNS, COMPARISONS, OVERLAYS, LAUNCHES = (
+    [path for path in CONFIGS if of_kind(path) is kind]
+    for kind in (RunConfig, CompareConfig, OverlayConfig, None)
+)
 
 
 def name(path: Path) -> str:
@@ -48,12 +63,16 @@ def name(path: Path) -> str:
 
 
 def test_no_file_escapes():
-    """Catches: a folder of configurations that none of the tests below looks into."""
-    assert len(named("configs", "compare", "accelerate")) == len(CONFIGS)
-    assert all(named(folder) for folder in ("configs", "compare", "accelerate"))
+    """Catches: a shipped file that none of the tests below looks into."""
+    assert len(RUNS) + len(COMPARISONS) + len(OVERLAYS) + len(LAUNCHES) == len(CONFIGS)
+    assert all((RUNS, COMPARISONS, OVERLAYS, LAUNCHES))
+    named = {
+        path.parent / name for path in COMPARISONS for name in load_config(path, [], CompareConfig).small
+    }
+    assert named == set(OVERLAYS)
 
 
-@pytest.mark.parametrize("path", named("configs"), ids=name)
+@pytest.mark.parametrize("path", RUNS, ids=name)
 def test_runs_parse(path):
     """Catches: a shipped run with a renamed key, a refused combination, or test data in training."""
     config = load_config(path)
@@ -67,7 +86,7 @@ def test_runs_parse(path):
     )
 
 
-@pytest.mark.parametrize("path", named("compare"), ids=name)
+@pytest.mark.parametrize("path", COMPARISONS, ids=name)
 def test_comparisons_parse_with_their_base_and_every_arm(path):
     """Catches: a comparison whose base is gone, or an arm that its base refuses."""
     comparison = load_config(path, [], CompareConfig)
@@ -76,12 +95,41 @@ def test_comparisons_parse_with_their_base_and_every_arm(path):
     assert [(run.seed, run.arm) for run in runs] == [(seed, arm.name) for seed, arm in pairs]
     for (seed, arm), run in zip(pairs, runs, strict=True):
         assert run.config.training.seed == seed
-        resolved = dotted(run.config.model_dump(mode="json"))
-        for key, value in {**comparison.set, **arm.set}.items():
-            assert resolved[key] == value
+        check_data(run.config.data)
+        found = run.config.model_dump(mode="json")
+        for key, value in dotted({**comparison.set, **arm.set}).items():
+            assert reduce(getitem, key.split("."), found) == value, key
 
 
-@pytest.mark.parametrize("path", named("accelerate"), ids=name)
+PAPER = [path for path in COMPARISONS if path.parent.name == "paper"]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=name)
+def test_small_comparisons_are_small_and_keep_their_arms(path):
+    """Catches: an overlay with which an arm trains a large model or for hours, which loses what the arms
+    differ in, or which writes over the results of the comparison itself."""
+    comparison, small = (load_comparison(path, [], [], small=small) for small in (False, True))
+    base = read_yaml(path.parent / comparison.base)
+    full, runs = expand(base, comparison), expand(base, small)
+    assert small.output.dir == f"{comparison.output.dir}-small"
+    assert len(runs) == len(full) == len({run.config.model_dump_json() for run in runs})
+    for run in runs:
+        config = run.config
+        check_data(config.data)
+        examples = (config.training.max_steps or 0) * config.training.batch_size
+        assert (examples or config.data.train.limit or 10**6) <= 100
+        assert (config.data.test.limit or config.data.test.count or 10**6) <= 24
+        assert config.model.path.startswith("pypi:")
+    free = ("training", "data.train.limit")
+    for one, other in zip(full, runs, strict=True):
+        axes, others = (
+            {key: v for key, v in differences([first, run.config]).items() if not covers(free, key)}
+            for first, run in ((full[0].config, one), (runs[0].config, other))
+        )
+        assert axes == others
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=name)
 def test_launch_configurations_load(path):
     """Catches: a launch file that accelerate refuses, or one that the commands refuse."""
     launch = load_config_from_file(str(path))
@@ -90,10 +138,11 @@ def test_launch_configurations_load(path):
     assert launch.use_cpu == ("cpu" in path.stem)
 
 
-@pytest.mark.parametrize("path", named("configs", "compare"), ids=name)
+@pytest.mark.parametrize("path", [*RUNS, *COMPARISONS], ids=name)
 def test_a_typo_in_a_shipped_file_is_seen(path, tmp_path):
     """Catches: a parser that lets unknown keys through, so that the tests above mean nothing."""
-    kind = CompareConfig if path.parent.name == "compare" else RunConfig
+    kind = of_kind(path)
+    assert kind is not None
     mistyped = re.sub(r"(?m)^(output:.*)$", r"outptu: {}\n\1", path.read_text(), count=1)
     copy = tmp_path / path.name
     copy.write_text(mistyped)
@@ -123,7 +172,7 @@ def test_the_commonsense_page_names_every_task():
 
 def test_every_section_has_a_table():
     """Catches: a new section without a place on the reference page."""
-    assert set(HEADINGS.values()) == set(SECTIONS) - {Section}
+    assert set(HEADINGS.values()) == SECTIONS - {Section}
 
 
 @pytest.mark.parametrize(("heading", "section"), HEADINGS.items())

@@ -62,7 +62,10 @@ def test_every_task_states_where_it_comes_from():
         (["data.test.count=null"], "data.test: source 'synthetic' needs a count"),
         (["data.train.tasks=[boolq]"], "tasks belong to source 'commonsense', not to 'synthetic'"),
         (["data.test.split=dev"], "split 'dev' of source 'synthetic'; allowed: train, test"),
-        (["data.test.held_out=3"], "held_out belongs to source 'orca_math' or 'file' or 'hub', not to 'syn"),
+        (
+            ["data.test.held_out=3"],
+            "held_out belongs to source 'orca_math' or 'alpaca' or 'file' or 'hub', not to",
+        ),
         (["data.train={source: SVAMP}"], "data.train: source 'SVAMP' needs a path"),
         (["data.train={source: gsm8k, count: 3}"], "count belongs to source 'synthetic', not to 'gsm8k'"),
         (["data.train={source: gsm8k, columns: {question: q}}"], "columns belong to source 'file' or 'hub'"),

@@ -363,6 +363,56 @@ class TestGsm8k:
         assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
+class TestAlpaca:
+    @staticmethod
+    def rows(count):
+        return [
+            {"instruction": f"Do {i}.", "input": "", "output": f"Done {i}.\nAt once."} for i in range(count)
+        ]
+
+    def test_input_and_answer(self, write_json):
+        """Catches: an input that is lost or runs into the instruction; a blank one with a heading; an answer
+        that is not the output."""
+        rows = self.rows(3)
+        rows[1] |= {"input": " 1, 2, 3 "}
+        rows[2] |= {"input": "\n"}
+        config = DatasetConfig(source="alpaca", path=str(write_json(rows, "a.json")), held_out=1)
+        found = [*load_dataset(config, "stop").examples]
+        found += load_dataset(config.model_copy(update={"split": "test"}), "stop").examples
+        questions = {example.question: example for example in found}
+        assert questions.keys() == {"Do 0.", "Do 1.\n\n### Input:\n1, 2, 3", "Do 2."}
+        example = questions["Do 2."]
+        assert (example.completion, example.answer, example.task) == (*["Done 2.\nAt once."] * 2, "alpaca")
+        assert task_for("alpaca").score("done 2.\nLater.", example)["first_line"].correct
+        assert not task_for("alpaca").score("Done 1.", example)["first_line"].correct
+
+    def test_held_out_part(self, write_json):
+        """Catches: test rows that are trained on; another number than 1,000 where none is given."""
+        path = str(write_json(self.rows(1010), "a.json"))
+
+        def load(split, **keys):
+            config = DatasetConfig(source="alpaca", path=path, split=split, **keys)
+            return [example.question for example in load_dataset(config, "stop").examples]
+
+        order = [f"Do {i}." for i in shuffled(1010, 42)]
+        assert load("train") == order[:10]
+        assert load("test") == order[10:]
+        assert load("train", held_out=10, limit=4) == order[:4]
+        assert load("test", held_out=10) == order[-10:]
+
+    def test_hub(self, monkeypatch):
+        """Catches: another data set of the hub, or a column without which a row cannot be used."""
+        calls = []
+
+        def fake(*args, **kwargs):
+            calls.append((args, kwargs))
+            return datasets.Dataset.from_list(self.rows(1003))
+
+        monkeypatch.setattr(datasets, "load_dataset", fake)
+        assert len(load_dataset(DatasetConfig(source="alpaca"), "stop").examples) == 3
+        assert calls == [(("yahma/alpaca-cleaned", None), {"split": "train"})]
+
+
 class TestHub:
     CONFIG = DatasetConfig(source="hub", path="someone/things", name="easy", split="validation")
 

@@ -1,0 +1,85 @@
+"""Overlays: files of settings on top of a comparison, for example a small model and few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from qdora.config import Section
+from qdora.config_file import apply_overrides, check_config, load_config, read_yaml
+from qdora.errors import InputError, suggest
+from qdora.experiments.arms import CompareConfig, covers
+
+
+class OverlayConfig(Section):
+    """Settings on top of a comparison's own; what they do not name stays as it is."""
+
+    set: dict[str, Any] = Field(default_factory=dict)
+    """On top of the comparison's `set`: an arm's own settings still come after."""
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """By a glob over arm names: settings on top of those arms' own."""
+
+
+def load_comparison(
+    path: str | Path, overrides: Sequence[str], overlays: Sequence[str], *, small: bool
+) -> CompareConfig:
+    """A comparison with its overlays, and `--set` on top of both.
+
+    With overlays it is written to a directory of its own: `output.dir`, a hyphen and what they are called.
+
+    Args:
+        path: YAML file of the comparison.
+        overrides: `key=value`, keys of the comparison.
+        overlays: files, relative to the working directory; a later one comes on top.
+        small: first those that the comparison names in `small`, relative to its file.
+    Raises: InputError: a file is missing or wrong; `small`, and the comparison names none; a pattern of
+        arms matches none.
+    """
+    if not overlays and not small:
+        return load_config(path, overrides, CompareConfig)
+    config = check_config(read_yaml(path), CompareConfig, str(path))
+    if small and not config.small:
+        raise InputError(f"--small: {path} names no overlays under the key 'small'; give one with --overlay")
+    chosen = [Path(path).parent / name for name in config.small] if small else []
+    for overlay in (*chosen, *map(Path, overlays)):
+        config = overlaid(config, load_config(overlay, [], OverlayConfig), str(overlay))
+    tree = config.model_dump(mode="json")
+    names = [*(["small"] if small else []), *(Path(overlay).stem for overlay in overlays)]
+    tree["output"]["dir"] = "-".join([config.output.dir, *names])
+    apply_overrides(tree, overrides)
+    return check_config(tree, CompareConfig, str(path))
+
+
+def overlaid(config: CompareConfig, overlay: OverlayConfig, origin: str) -> CompareConfig:
+    """A comparison with the settings of one overlay.
+
+    Args:
+        origin: of the overlay, named in errors.
+    Raises: InputError: a pattern matches no arm; an arm may not set a key.
+    """
+    names = [arm.name for arm in config.arms]
+    for pattern in overlay.arms:
+        if not _matching(names, pattern):
+            raise InputError(f"{origin}: arms: {pattern!r} matches none; {suggest(pattern, names)}")
+    tree = config.model_dump(mode="json")
+    tree["set"] = _on_top(config.set, overlay.set)
+    for arm in tree["arms"]:
+        for pattern, settings in overlay.arms.items():
+            if _matching([arm["name"]], pattern):
+                arm["set"] = _on_top(arm["set"], settings)
+                if arm["may_differ"] is not None:
+                    arm["may_differ"] = [*dict.fromkeys([*arm["may_differ"], *settings])]
+    return check_config(tree, CompareConfig, origin)
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    return [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _on_top(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key, with others on top: a section replaces the keys in it that were set before."""
+    return {key: value for key, value in settings.items() if not covers(others, key)} | dict(others)
