@@ -336,13 +336,15 @@ def plot(found: Sequence[LayerErrors], path: Path) -> None:
         panel.grid(alpha=0.25, which="both")
     for panel in panels[len(modules) :]:
         panel.set_axis_off()
+    for panel in panels[max(0, len(modules) - columns) : len(modules)]:
+        panel.tick_params(labelbottom=True)  # also above a panel that is off
     legend = [Line2D([], [], color=c, label=f) for c, f in zip(_COLORS, formats, strict=False)]
     legend += [
         Line2D([], [], color="black", linestyle=s, label=m)
         for s, m in zip(_styles(models), models, strict=True)
         if len(models) > 1
     ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
+    figure.legend(handles=legend, loc="outside upper center", ncols=len(legend), frameon=False, fontsize=9)
     figure.supxlabel("layer of the decoder", fontsize=10)
     figure.supylabel("relative error of the output (%)", fontsize=10)
     write_file(path, lambda temporary: figure.savefig(temporary, format="png"))

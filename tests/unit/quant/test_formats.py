@@ -107,6 +107,8 @@ def test_each_value_gets_the_nearest_code_of_its_block(name):
         got = weight.dense().view(-1)[start : start + 64].double()
         assert torch.allclose((block - got).abs(), nearest, rtol=1e-5, atol=1e-7 * float(scale))
     assert int(weight.packed.max()) == 2**weight.bits - 1
+    # A doubly quantized scale of zero comes back as another number: the codes must be those of zero.
+    assert not Quantization(name).from_dense(values.view(33, 101)).dense().view(-1)[64:128].any()
 
 
 @pytest.mark.parametrize(
