@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from qdora.adapters.base import AdapterModule, full_tensor
-from qdora.adapters.inject import InjectionReport, count_parameters, inject, linear_layers
+from qdora.adapters.inject import (
+    InjectionReport,
+    count_parameters,
+    decoder_linears,
+    inject,
+    linear_layers,
+)
 from qdora.adapters.layer import AdaptedLinear
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
@@ -111,10 +117,7 @@ def quantize_layers(model: nn.Module, quantization: Quantization) -> None:
 
     Raises: InputError: the format cannot hold a layer's shape.
     """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, layer in linear_layers(model).items():
-        if layer is output:
-            continue
+    for name, layer in decoder_linears(model).items():
         w_OI = layer.base.dense() if isinstance(layer, AdaptedLinear) else layer.weight.detach()
         try:
             quantized = quantization.from_dense(w_OI)

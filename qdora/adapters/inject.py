@@ -113,6 +113,12 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, AdaptedLinear))}
 
 
+def decoder_linears(model: nn.Module) -> dict[str, Linear]:
+    """The linear layers but the output layer, by full name."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return {name: layer for name, layer in linear_layers(model).items() if layer is not output}
+
+
 def expert_tensors(model: nn.Module) -> list[str]:
     """Parameters that hold the matrices of several experts in one tensor, by full name."""
     return [

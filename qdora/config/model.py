@@ -10,7 +10,7 @@ from qdora.config.section import Count, Section
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-QuantizationName = Literal["nf4", "fp4", "int8", "none"]
+QuantizationName = Literal["nf4", "fp4", "int8", "nf3", "nf2", "none"]
 UpdateType = Literal["lora", "gated_lora", "vera", "none"]
 InitName = Literal["kaiming", "gaussian", "gaussian_sqrt", "orthogonal", "pissa", "olora"]
 MagnitudeStart = Literal["quantized", "original"]

@@ -46,7 +46,7 @@ class Section(BaseModel):
 
 
 RENAMED = {
-    "model.base": "model.quantization; allowed: nf4, fp4, int8, or none for what was 'dense'",
+    "model.base": "model.quantization; allowed: nf4, fp4, int8, nf3, nf2, or none for what was 'dense'",
     "adapter.method": (
         "adapter.type (lora, vera, none), adapter.dora (true, false) and model.quantization; "
         "full fine-tuning is training.mode: full"

@@ -110,30 +110,40 @@ def evaluate_adapter(
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
     with context.on_main_rank(lambda: nullcontext() if folder is None else locked_reports(folder, task)):
-        with context.raise_on_all_ranks():
-            check_data(config.data)
-            checkpoint = open_checkpoint(config.model.path, config.model.revision)
-            tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
-            padding = fit_padding(tokenizer, rows)
-            test = load_test(config.data, tokenizer)
-            examples = [example for example in test.examples if task in (None, example.task)]
-            if not examples:
-                names = {example.task for example in test.examples}
-                raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
-            check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
-        if padding is not None:
-            context.say(padding)
-        if test.skipped:
-            context.say(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}")
-        quantization = config.evaluation.quantization
-        quantize = Quantization(quantization) if quantization and adapter else None
-        model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
+        model, tokenizer, examples = load_for_evaluation(config, adapter, context, task=task)
         scores = evaluate_configured(model, tokenizer, examples, config, context)
         if context.is_main and folder is not None:
             for score in scores:
                 write_scores(score, folder)
         context.barrier()
     return scores
+
+
+def load_for_evaluation(
+    config: RunConfig, adapter: Path | None, context: DistributedContext, *, task: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Example]]:
+    """A run's base with an adapter, its tokenizer, and its test set; a collective.
+
+    Args, Raises: as `evaluate_adapter`.
+    """
+    with context.raise_on_all_ranks():
+        check_data(config.data)
+        checkpoint = open_checkpoint(config.model.path, config.model.revision)
+        tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
+        padding = fit_padding(tokenizer, rows)
+        test = load_test(config.data, tokenizer)
+        examples = [example for example in test.examples if task in (None, example.task)]
+        if not examples:
+            names = {example.task for example in test.examples}
+            raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
+        check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
+    if padding is not None:
+        context.say(padding)
+    if test.skipped:
+        context.say(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}")
+    quantization = config.evaluation.quantization
+    quantize = Quantization(quantization) if quantization and adapter else None
+    return load_with_adapter(checkpoint, config.model, context, adapter, quantize), tokenizer, examples
 
 
 def evaluate(

@@ -13,11 +13,14 @@ from qdora.quant.dense import DenseWeight
 from qdora.quant.fp4 import FP4Weight
 from qdora.quant.int8 import Int8Weight
 from qdora.quant.nf4 import NF4Weight
+from qdora.quant.normal_float import NF2Weight, NF3Weight
 
 QUANTIZATIONS: Mapping[QuantizationName, type[FrozenWeight]] = {
     "nf4": NF4Weight,
     "fp4": FP4Weight,
     "int8": Int8Weight,
+    "nf3": NF3Weight,
+    "nf2": NF2Weight,
     "none": DenseWeight,
 }
 

@@ -163,6 +163,10 @@ class BlockwiseWeight(FrozenWeight):
     ) -> torch.Tensor:
         """Values of `shape` in a dtype of the kernels, from packed codes that begin with a block."""
 
+    def code_values(self, device: torch.device) -> torch.Tensor:
+        """(16,) or (256,) float32 on a device: the value, in -1 to 1, of each code."""
+        return code_values(self.quantization, device)
+
     def scales(self) -> torch.Tensor:
         """(out * in / block,) float32 block scales."""
         if self.nested_absmax is None or self.offset is None:
@@ -177,7 +181,7 @@ class BlockwiseWeight(FrozenWeight):
         packed = self.packed.detach()
         return StoredWeight(
             packed,
-            code_values(self.quantization, packed.device),
+            self.code_values(packed.device),
             self.absmax.detach(),
             self.nested_absmax,
             self.nested_code,
@@ -290,11 +294,17 @@ class BlockwiseWeight(FrozenWeight):
         )
 
 
-def code_values(quantization: str, device: torch.device) -> torch.Tensor:
-    """(16,) or (256,) float32: the value, in -1 to 1, of each of bitsandbytes' codes of a format."""
+def code_values(
+    quantization: str, device: torch.device, make: Callable[[], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """(16,) or (256,) float32: the value, in -1 to 1, of each of a format's codes.
+
+    Args:
+        make: makes the table, on the CPU, of a format that bitsandbytes lacks.
+    """
     found = _on_device.get((quantization, device))
     if found is None:
-        found = _tables()[quantization].to(device)
+        found = (make() if make is not None else _tables()[quantization]).to(device)
         if type(found) is torch.Tensor:  # not the fake tensor of an estimate
             _on_device[quantization, device] = found
     return found

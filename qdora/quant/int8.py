@@ -28,6 +28,6 @@ class Int8Weight(BlockwiseWeight):
     ) -> torch.Tensor:
         """As `BlockwiseWeight.dequantize_block_values`."""
         values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise(
-            codes, scales, code_book(codes.device), self.block_size, dtype
+            codes, scales, self.code_values(codes.device), self.block_size, dtype
         )
         return values.view(shape)

@@ -93,6 +93,7 @@ CASES = {
     ),
     "fp4": Case("awkward", FLOAT32, {"max_steps": 20}, generates=True, quantization="fp4"),
     "int8": Case(adapter=FLOAT32, training={"max_steps": 20}, generates=True, quantization="int8"),
+    "nf3": Case("awkward", FLOAT32, quantization="nf3"),
     "int8 awkward single": Case("awkward", FLOAT32, double=False, quantization="int8"),
     "qdora joined": Case(adapter=FLOAT32, training={"max_steps": 20}, packing=Packing(joined=True)),
     "qdora joined accumulated": Case(

@@ -110,6 +110,7 @@ AXES = {
     "nf4 magnitude": ("qmagnitude", {}),
     "fp4": ("qdora", {"model.quantization": "fp4"}),
     "int8": ("qdora", {"model.quantization": "int8"}),
+    "nf2": ("qdora", {"model.quantization": "nf2"}),
     "int8 lora": ("qlora", {"model.quantization": "int8", "model.double_quantization": False}),
     "gaussian": ("qdora", {"adapter.init": "gaussian"}),
     "orthogonal": ("dora", {"adapter.init": "orthogonal"}),

@@ -116,7 +116,7 @@ def test_a_value_out_of_range_is_refused(tmp_path, override, message):
         (["adapter.init=orthogonal", "adapter.r=3"], "'orthogonal' halves the rank: adapter.r must be even"),
         (["evaluation.quantization=nf4"], "evaluation.quantization goes with training.mode 'full' only"),
         (["adapter.method=lora"], r"'adapter.method' is now adapter.type \(lora, vera, none\), adapter.dora"),
-        (["model.base=dense"], "'model.base' is now model.quantization; allowed: nf4, fp4, int8, or none"),
+        (["model.base=dense"], "'model.base' is now model.quantization; allowed: nf4, fp4, int8, nf3, nf2"),
         (
             [
                 "data.train={source: file, path: x.json, held_out: 9}",

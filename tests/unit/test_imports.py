@@ -66,6 +66,8 @@ def refused(tmp_path: Path) -> dict[str, tuple[str, ...]]:
         "--gpu-memory 'much'": ("estimate", "--config", config, "--gpu-memory", "much"),
         "--rounds 0; allowed: 1 or more": ("benchmark", "layer", "--rounds", "0"),
         "there is no stage 'kernel'; did you mean 'kernels'?": ("benchmark", "gpu", "--stages", "kernel"),
+        "--formats: 'nf5'; did you mean 'nf4'?": ("analyze", "quantization", *run, "--formats", "nf3,nf5"),
+        "--sparsity: '1'; allowed: numbers": ("analyze", "prune", *run, "--sparsity", "0.5,1"),
         "none.yaml: no such configuration file": ("demo", "--config", "none.yaml"),
     }
 
@@ -92,7 +94,7 @@ def test_help_imports_nothing_heavy():
 def test_a_command_imports_what_it_uses_when_it_uses_it():
     """Catches: inductor, bitsandbytes, matplotlib or the code of models imported with a command's module."""
     # The others generate with transformers, or measure bitsandbytes' own layers.
-    own = ("train", "export", "estimate", "demo")
+    own = ("train", "export", "estimate", "analyze", "demo")
     modules, _ = loaded("\n".join(f"import qdora.commands.{name}" for name in own))
     late = {"torch._inductor.compile_fx", "bitsandbytes", "transformers.modeling_utils"}
     late |= {"matplotlib", "scipy", "pandas", "datasets", "tensorboard"}
@@ -127,10 +129,11 @@ def test_the_first_weight_of_a_process_may_be_a_fake_one():
         "from qdora.quant import Quantization\n"
         "values = torch.ones(2, 64)\n"
         + modes
-        + "    for name in ('nf4', 'fp4', 'int8'): Quantization(name).from_dense(values)\n"
-        "print([Quantization(n).from_dense(values).dense().sum().item() for n in ('nf4', 'fp4', 'int8')])\n"
+        + "    for name in ('nf4', 'fp4', 'int8', 'nf3'): Quantization(name).from_dense(values)\n"
+        "names = ('nf4', 'fp4', 'int8', 'nf3')\n"
+        "print([Quantization(name).from_dense(values).dense().sum().item() for name in names])\n"
     )
-    assert "[128.0, 128.0, 128.0]" in said
+    assert "[128.0, 128.0, 128.0, 128.0]" in said
 
 
 def test_the_package_names_what_it_exports():

@@ -100,7 +100,8 @@ def test_tiles_are_told_from_other_tensors(name):
     w_OI = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     again = Quantization(name).from_dense(w_OI).dense()
     assert type(again) is torch.Tensor
-    assert (again - w_OI).abs().max() < 0.5
+    # The codes of the study formats are further apart: 0.47 and 1 of a block's scale.
+    assert (again - w_OI).abs().max() < {"nf3": 1.0, "nf2": 2.0}.get(name, 0.5)
 
 
 def test_backward_is_known():

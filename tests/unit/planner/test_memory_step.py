@@ -43,8 +43,8 @@ def own(rows: int, ranks: int) -> int:
     return -(-rows // ranks)
 
 
-BITS = {"nf4": 4, "fp4": 4, "int8": 8, "none": 16}
-"""Of a weight in each format."""
+BITS = {"nf4": 4, "fp4": 4, "int8": 8, "nf3": 8, "nf2": 8, "none": 16}
+"""Of a weight in each format, as it is stored."""
 
 
 def weights(ranks: int, bits: int = 4) -> int:

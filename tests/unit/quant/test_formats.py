@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import get_args
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
+from scipy.stats import norm
 from torch import nn
 
 from qdora.adapters.inject import adapted_layers, count_parameters, inject
@@ -17,6 +19,7 @@ from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
 from qdora.quant import QUANTIZATIONS, Quantization
 from qdora.quant import base as tiling
+from qdora.quant.normal_float import normal_float
 from qdora.quant.stored import adopt_linear
 
 PACKAGE = Path(__file__).parents[3] / "qdora"
@@ -67,7 +70,51 @@ def test_int8_has_the_bits_of_bitsandbytes(shape):
     assert torch.equal(ours.dense(), bnb.dequantize_blockwise(codes, state))
 
 
-@pytest.mark.parametrize(("name", "bound"), [("nf4", 0.11), ("fp4", 0.14), ("int8", 0.015), ("none", 0.0)])
+def test_nf4_comes_out_of_the_construction_of_the_others():
+    """Catches: quantiles of another spacing or outermost value than QLoRA's, halves of the wrong size."""
+    table = torch.tensor(normal_float(4), dtype=torch.float64)
+    assert (table - bnb.get_4bit_type("nf4", device="cpu").double()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("bits", "outermost"), [(2, 41 / 48), (3, 209 / 224), (4, 929 / 960)])
+def test_the_code_books_are_quantiles_of_a_normal_distribution(bits, outermost):
+    """Catches: a code book without an exact zero, with its longer half on the negative side, out of order, or
+    with the outermost quantile of another number of bits."""
+    table = normal_float(bits)
+    zero = 2 ** (bits - 1) - 1
+    assert len(table) == 2**bits
+    assert table[zero] == 0.0
+    assert (table[0], table[-1]) == (-1.0, 1.0)
+    probabilities = norm.cdf(np.array(table) * norm.ppf(outermost))
+    below, above = probabilities[: zero + 1], probabilities[zero:]
+    assert np.allclose(np.diff(below), (outermost - 0.5) / zero, rtol=1e-9)
+    assert np.allclose(np.diff(above), (outermost - 0.5) / (zero + 1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["nf3", "nf2"])
+def test_each_value_gets_the_nearest_code_of_its_block(name):
+    """Catches: a value rounded to its second nearest code, or by the scale of another block; a short last
+    block or a block of zeros that becomes NaN."""
+    values = torch.randn(33 * 101, generator=torch.Generator().manual_seed(0))
+    values[64:128] = 0
+    values[128:192] *= 1e-30
+    weight = Quantization(name, double_quantization=False).from_dense(values.view(33, 101))
+    table = torch.tensor(normal_float(weight.bits), dtype=torch.float64)
+    for start in range(0, values.numel(), 64):
+        block = values[start : start + 64].double()
+        scale = block.abs().max()
+        nearest = (block[:, None] - scale * table).abs().min(dim=1).values
+        got = weight.dense().view(-1)[start : start + 64].double()
+        assert torch.allclose((block - got).abs(), nearest, rtol=1e-5, atol=1e-7 * float(scale))
+    assert int(weight.packed.max()) == 2**weight.bits - 1
+    # A doubly quantized scale of zero comes back as another number: the codes must be those of zero.
+    assert not Quantization(name).from_dense(values.view(33, 101)).dense().view(-1)[64:128].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [("nf4", 0.11), ("fp4", 0.14), ("int8", 0.015), ("nf3", 0.22), ("nf2", 0.6), ("none", 0.0)],
+)
 def test_the_error_is_that_of_the_format(name, bound):
     """Catches: codes read with the table of another format."""
     w_OI = weight_of((64, 256))

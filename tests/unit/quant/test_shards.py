@@ -49,6 +49,7 @@ def quantize_by_shards(name: str, w_OI: torch.Tensor, count: int, *, block_size:
 )
 @example(name="nf4", rows=5, half_columns=48, count=2, block_size=64, double=True)  # all of them straddle
 @example(name="nf4", rows=3, half_columns=32, count=4, block_size=64, double=True)  # a rank without rows
+@example(name="nf3", rows=3, half_columns=17, count=2, block_size=64, double=True)  # a short last block
 @example(name="int8", rows=1, half_columns=1, count=3, block_size=64, double=False)  # less than a block
 @settings(max_examples=200, deadline=None)
 def test_shards_are_the_full_weight(name, rows, half_columns, count, block_size, double):
@@ -77,7 +78,7 @@ def test_a_rank_reads_its_rows_and_at_most_the_rest_of_a_block(count, name):
     assert on_meta(name, (7, 100)).rows_to_read(FULL) == slice(0, 7)
 
 
-@pytest.mark.parametrize(("name", "per_byte"), [("nf4", 2), ("fp4", 2), ("int8", 1)])
+@pytest.mark.parametrize(("name", "per_byte"), [("nf4", 2), ("fp4", 2), ("int8", 1), ("nf3", 1)])
 def test_what_is_kept_is_the_shard_alone(name, per_byte):
     """Catches: a shard that is a view, and keeps the codes of its neighbours in memory."""
     w_OI = torch.randn(64, 96)

@@ -1,0 +1,1 @@
+"""Analyses of base weights and of what runs made of them; nothing here trains."""
