@@ -6,6 +6,7 @@ A process that is killed while it writes leaves `.NAME.tmp-RANDOM` behind; the n
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import glob
 import hashlib
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON as `write_file` does."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with the same keys as a table with a heading, as `write_file` does; None is an empty cell.
+
+    Raises: ValueError: no rows, so that no heading is known.
+    """
+    if not rows:
+        raise ValueError(f"{path}: a table of no rows")
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+
+    write_file(path, write)
 
 
 def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:

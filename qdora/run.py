@@ -40,6 +40,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
         self.base_evaluation = self.path / "evaluation-base"
+        self.analysis = self.path / "analysis"
 
     def holds_run(self) -> bool:
         """Whether a run has been started here."""
@@ -81,7 +82,7 @@ class RunDirectory:
 
     def _written(self) -> tuple[Path, ...]:
         """Everything of a run. A kill while it is removed in this order leaves what `--resume` takes."""
-        results = (self.adapter, self.evaluation, self.base_evaluation, self.loss_plot)
+        results = (self.adapter, self.evaluation, self.base_evaluation, self.analysis, self.loss_plot)
         return (*results, self.checkpoints, self.metrics_file, self.manifest_file, self.config_file)
 
     def start(self, config: RunConfig, manifest: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qdora.errors import InputError, InterruptedRunError, suggest
 from qdora.resources import choose_threads
@@ -24,12 +24,13 @@ COMMANDS = {
     "evaluate": "score a run, a model or an adapter by exact match",
     "export": "merge an adapter and write fp16 or bf16 weights",
     "compare": "train arms under identical conditions and report",
+    "analyze": "what training changed in the weights, and ranks for each layer",
     "estimate": "what a run takes on each GPU, found without one",
     "benchmark": "what a layer or a training step costs next to PEFT's, and what a GPU does",
     "demo": "train, score and export the shipped quickstart",
 }
 
-_COMPUTING = ("train", "evaluate", "export", "compare", "benchmark", "demo")
+_COMPUTING = ("train", "evaluate", "export", "compare", "analyze", "benchmark", "demo")
 
 _LONGEST_SENTENCE = 2000
 
@@ -76,8 +77,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"qdora {name}", description=COMMANDS[name])
     command.add_arguments(parser)
     if name in _COMPUTING:
-        help_ = "CPU threads (default: OMP_NUM_THREADS, else as many as there are idle cores)"
-        parser.add_argument("--threads", type=int, metavar="N", help=help_)
+        add_threads(parser)
     parsed = parser.parse_args(arguments)
     try:
         work: Callable[[], int | None] = command.prepare(parsed)
@@ -100,6 +100,12 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             raise
         leave(_ended(name, f"error: {lost}", 1))
     return code or 0
+
+
+def add_threads(parser: argparse.ArgumentParser, default: Any = None) -> None:
+    """The option of every command that computes, and of a subcommand, suppressed there by default."""
+    help_ = "CPU threads (default: OMP_NUM_THREADS, else as many as there are idle cores)"
+    parser.add_argument("--threads", type=int, metavar="N", help=help_, default=default)
 
 
 def _set_up(parsed: argparse.Namespace) -> None:

@@ -66,6 +66,7 @@ def refused(tmp_path: Path) -> dict[str, tuple[str, ...]]:
         "--gpu-memory 'much'": ("estimate", "--config", config, "--gpu-memory", "much"),
         "--rounds 0; allowed: 1 or more": ("benchmark", "layer", "--rounds", "0"),
         "there is no stage 'kernel'; did you mean 'kernels'?": ("benchmark", "gpu", "--stages", "kernel"),
+        "--max-rank 0; allowed: 1 or more": ("analyze", "ranks", "--max-rank", "0"),
         "none.yaml: no such configuration file": ("demo", "--config", "none.yaml"),
     }
 
@@ -92,7 +93,7 @@ def test_help_imports_nothing_heavy():
 def test_a_command_imports_what_it_uses_when_it_uses_it():
     """Catches: inductor, bitsandbytes, matplotlib or the code of models imported with a command's module."""
     # The others generate with transformers, or measure bitsandbytes' own layers.
-    own = ("train", "export", "estimate", "demo")
+    own = ("train", "export", "estimate", "analyze", "demo")
     modules, _ = loaded("\n".join(f"import qdora.commands.{name}" for name in own))
     late = {"torch._inductor.compile_fx", "bitsandbytes", "transformers.modeling_utils"}
     late |= {"matplotlib", "scipy", "pandas", "datasets", "tensorboard"}
