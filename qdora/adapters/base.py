@@ -236,6 +236,13 @@ class LowRankUpdate(AdapterModule):
         """
         return None
 
+    def subtracted_factors(self) -> Factors | None:
+        """What the update was when `residual` took it out of the weight: with it that weight is step 0's.
+
+        Returns: None where the weight stays what it is.
+        """
+        return None
+
     @classmethod
     def derives_base(cls, settings: Mapping[str, Any], quantization: str | None = None) -> bool:
         """Whether a file of PEFT's means another base weight, that is made of the one at hand.

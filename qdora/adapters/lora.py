@@ -101,6 +101,10 @@ class LoraUpdate(LowRankUpdate):
         a_RI, b_OR = (factor.to(weight.device, torch.float32) for factor in self.subtracted)
         return weight.dense(torch.float32).sub_((self.scale * b_OR) @ a_RI)  # rounded as PEFT rounds it
 
+    def subtracted_factors(self) -> Factors | None:
+        """As `LowRankUpdate.subtracted_factors`: the initial A and B, and the scale."""
+        return None if self.subtracted is None else Factors(*self.subtracted, None, None, self.scale)
+
     def factors(self) -> Factors:
         """A, B and the scale."""
         return Factors(self.a_RI, self.b_OR, None, None, self.scale)

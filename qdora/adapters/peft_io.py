@@ -67,6 +67,11 @@ class SavedAdapter:
         return self.settings.get("adapter_type") == FULL
 
     @property
+    def full_tensors(self) -> dict[str, torch.Tensor]:
+        """A fully trained model's tensors by transformers' names."""
+        return {key.removeprefix(_PREFIX): tensor for key, tensor in self.others.items()}
+
+    @property
     def changes_base(self) -> bool:
         """Whether the base weights have to be changed when it is loaded."""
         extra = {key for kind in _KINDS for key in kind.extra_keys}
@@ -116,8 +121,7 @@ def save_adapter(model: nn.Module, directory: str | Path | None) -> None:
         "inference_mode": True,
     }
     metadata = {"format": "pt"}
-    fingerprint = base_fingerprint(model)
-    if fingerprint:
+    if fingerprint := base_fingerprint(model):
         metadata[_FINGERPRINT] = fingerprint
     directory = Path(directory)
     write_json(directory / CONFIG_FILE, settings)
@@ -197,8 +201,7 @@ def assign_saved(model: nn.Module, saved: SavedAdapter) -> None:
         InputError: as `load_full`.
     """
     if saved.is_full:
-        tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in saved.others.items()}
-        load_full(model, tensors, str(saved.directory))
+        load_full(model, saved.full_tensors, str(saved.directory))
         return
     layers = adapted_layers(model)
     updates = {name: layer.update for name, layer in layers.items() if layer.update is not None}

@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import get_args
 
 from qdora.cli import add_threads
-from qdora.config import QuantizationName
+from qdora.config import AdapterConfig, QuantizationName, RunConfig
+from qdora.config_file import load_config
 from qdora.errors import InputError, suggest
 from qdora.output import check_writable
-from qdora.run import RunDirectory, Target, resolve_target
+from qdora.run import RunDirectory, Target, add_target_arguments, newest_run, resolve_target
+from qdora.tasks import check_data
 
+MOST_RANK = 64
+EXAMPLES = 32
+PROBES = 2
 FORMATS = tuple(name for name in get_args(QuantizationName) if name != "none")
 SPARSITIES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7"
 
@@ -50,6 +55,149 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Check the options of the subcommand; what is left to do."""
     return SUBCOMMANDS[arguments.analysis].prepare(arguments)
+
+
+def _decomposition_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run",
+        action="append",
+        metavar="DIR",
+        help="run directory, and again for further runs; the newest one under runs/ where not given",
+    )
+
+
+def _prepare_decomposition(arguments: argparse.Namespace) -> Callable[[], None]:
+    directories = [RunDirectory(run) for run in arguments.run or [newest_run().path]]
+    resolved = [directory.path.resolve() for directory in directories]
+    twice = [str(d.path) for i, d in enumerate(directories) if resolved[i] in resolved[:i]]
+    if twice:
+        raise InputError(f"--run {twice[0]} is given twice")
+    runs = [(directory, directory.config()) for directory in directories]
+    output = _output(arguments, directories[0])
+
+    def work() -> None:
+        from qdora.commands.analyze import decomposition
+
+        decomposition(runs, output)
+
+    return work
+
+
+def _spectra_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+
+
+def _prepare_spectra(arguments: argparse.Namespace) -> Callable[[], None]:
+    target = _target(arguments, base_only=False)
+    output = _output(arguments, target.directory)
+
+    def work() -> None:
+        from qdora.commands.analyze import spectra
+
+        spectra(target, output)
+
+    return work
+
+
+def _ranks_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_target(parser)
+    parser.add_argument(
+        "--budget",
+        type=int,
+        metavar="N",
+        help="most parameters of A and B of all layers (default: those of adapter.r everywhere)",
+    )
+    parser.add_argument(
+        "--by",
+        choices=("spectra", "hessian"),
+        default="spectra",
+        help="singular values of a run's update, or of the base weights without a run (default); or the "
+        "Gauss-Newton matrix of the loss on training examples",
+    )
+    parser.add_argument(
+        "--max-rank", type=int, default=MOST_RANK, metavar="R", help=f"of a layer (default: {MOST_RANK})"
+    )
+    parser.add_argument(
+        "--examples", type=int, metavar="N", help=f"hessian: training examples (default: {EXAMPLES})"
+    )
+    parser.add_argument(
+        "--probes", type=int, metavar="N", help=f"hessian: draws of labels (default: {PROBES})"
+    )
+
+
+def _prepare_ranks(arguments: argparse.Namespace) -> Callable[[], None]:
+    _check_numbers(arguments)
+    hessian = arguments.by == "hessian"
+    target = _target(arguments, base_only=hessian)
+    if hessian:
+        named = arguments.run or arguments.config or not arguments.model
+        if not named and not any(override.startswith("data.train") for override in arguments.set):
+            raise InputError(
+                "--by hessian takes a sample of training data: name a run with --run, a configuration with "
+                "--config, or data with --set data.train=..."
+            )
+        check_data(target.config.data)
+    adapter = _ranked_adapter(target.config)
+    output = _output(arguments, target.directory)
+
+    def work() -> None:
+        from qdora.commands.analyze import ranks
+
+        ranks(arguments, target, adapter, output)
+
+    return work
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Give options of the Hessian their defaults; refuse what no number may be.
+
+    Raises: InputError: below 1, or an option of the other way.
+    """
+    for name, default in (("examples", EXAMPLES), ("probes", PROBES)):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif arguments.by != "hessian":
+            raise InputError(f"--{name} goes with --by hessian")
+    for name in ("budget", "max_rank", "examples", "probes"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} {value}; allowed: 1 or more")
+
+
+def _ranked_adapter(config: RunConfig) -> AdapterConfig:
+    """The LoRA that ranks are chosen for: the configured one, the default one after full fine-tuning.
+
+    Raises: InputError: an update that has one rank for all layers, or only even ranks.
+    """
+    if config.training.mode == "full":
+        return AdapterConfig()
+    if config.adapter.type != "lora":
+        raise InputError(
+            f"adapter.type {config.adapter.type!r} has one rank for all layers; ranks are chosen for: lora"
+        )
+    if config.adapter.init == "orthogonal":
+        raise InputError(
+            "adapter.init 'orthogonal' takes even ranks only, those chosen may be odd; set another"
+        )
+    return config.adapter
+
+
+def _add_target(parser: argparse.ArgumentParser) -> None:
+    add_target_arguments(parser)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of a run that need not have been trained")
+
+
+def _target(arguments: argparse.Namespace, *, base_only: bool) -> Target:
+    """The run, the model or the configuration that is named.
+
+    Raises: InputError: as `resolve_target`, or a configuration beside another name.
+    """
+    if not arguments.config:
+        return resolve_target(arguments, data=None, base_only=base_only)
+    if arguments.run or arguments.model:
+        raise InputError("--config goes with neither --run nor --model: name one of them")
+    adapter = Path(arguments.adapter) if arguments.adapter and not base_only else None
+    return Target(load_config(arguments.config, arguments.set), adapter, None)
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +354,19 @@ def _output(arguments: argparse.Namespace, directory: RunDirectory | None) -> Pa
 
 
 SUBCOMMANDS: Mapping[str, Subcommand] = {
+    "decomposition": Subcommand(
+        "how much magnitude and direction of each weight changed in training (DoRA, Figures 2, 3, 7, 8)",
+        _decomposition_arguments,
+        _prepare_decomposition,
+    ),
+    "spectra": Subcommand(
+        "singular values and effective ranks of base weights and of what training changed",
+        _spectra_arguments,
+        _prepare_spectra,
+    ),
+    "ranks": Subcommand(
+        "a rank for each layer under a budget of parameters", _ranks_arguments, _prepare_ranks
+    ),
     "quantization": Subcommand(
         "error of each format, layer by layer, of a base and of merged runs",
         _quantization_arguments,

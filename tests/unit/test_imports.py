@@ -68,6 +68,7 @@ def refused(tmp_path: Path) -> dict[str, tuple[str, ...]]:
         "there is no stage 'kernel'; did you mean 'kernels'?": ("benchmark", "gpu", "--stages", "kernel"),
         "--formats: 'nf5'; did you mean 'nf4'?": ("analyze", "quantization", *run, "--formats", "nf3,nf5"),
         "--sparsity: '1'; allowed: numbers": ("analyze", "prune", *run, "--sparsity", "0.5,1"),
+        "--max-rank 0; allowed: 1 or more": ("analyze", "ranks", "--max-rank", "0"),
         "none.yaml: no such configuration file": ("demo", "--config", "none.yaml"),
     }
 
