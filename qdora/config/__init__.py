@@ -3,7 +3,15 @@
 Every field states its unit and bounds; `qdora/config_file.py` reads them from strict YAML.
 """
 
-from qdora.config.data import AnswerKind, ColumnsConfig, DataConfig, DatasetConfig, PackingName, PromptName
+from qdora.config.data import (
+    AnswerKind,
+    AnswersName,
+    ColumnsConfig,
+    DataConfig,
+    DatasetConfig,
+    PackingName,
+    PromptName,
+)
 from qdora.config.model import (
     LLAMA_LINEARS,
     AdapterConfig,
@@ -15,6 +23,7 @@ from qdora.config.model import (
 )
 from qdora.config.run import (
     EvaluationConfig,
+    EvaluationMethod,
     EvaluationWeights,
     OutputConfig,
     RunConfig,
@@ -26,12 +35,14 @@ __all__ = [
     "LLAMA_LINEARS",
     "AdapterConfig",
     "AnswerKind",
+    "AnswersName",
     "ColumnsConfig",
     "Count",
     "DataConfig",
     "DatasetConfig",
     "DtypeName",
     "EvaluationConfig",
+    "EvaluationMethod",
     "EvaluationWeights",
     "InitName",
     "ModelConfig",
