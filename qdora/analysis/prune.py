@@ -84,14 +84,14 @@ def score_pruned(
         sparsities: each at least 0 and below 1.
     Raises: InputError: as `evaluate_adapter`.
     """
-    model, tokenizer, examples = load_for_evaluation(config, adapter, context)
+    model, tokenizer, examples, shots = load_for_evaluation(config, adapter, context)
     matrices = merge_into_linears(model)
     release_freed_memory()
     weights = sum(w_OI.numel() for w_OI in matrices)
     for i, sparsity in enumerate(sorted(sparsities), 1):
         context.say(f"{name}: sparsity {sparsity:g} ({i} of {len(sparsities)})")
         pruned = sum(prune_smallest_(w_OI, sparsity) for w_OI in matrices)
-        scores = evaluate_configured(model, tokenizer, examples, config, context)
+        scores = evaluate_configured(model, tokenizer, examples, config, context, shots=shots)
         yield PrunedScore(name, sparsity, pruned, weights, scores)
 
 

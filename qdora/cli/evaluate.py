@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from qdora.errors import InputError
 from qdora.run import add_target_arguments, resolve_target
+from qdora.tasks import check_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     if without_run and not arguments.data and not any(s.startswith("data.test") for s in arguments.set):
         raise InputError("without --run, name a data file with --data")
     target = resolve_target(arguments, data=arguments.data, base_only=arguments.base_only)
+    check_run(target.config)
 
     def work() -> None:
         from qdora.commands.evaluate import evaluate

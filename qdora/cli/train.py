@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from qdora.config_file import load_config
 from qdora.run import QUICKSTART, find_quickstart
-from qdora.tasks import check_data
+from qdora.tasks import check_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Check the configuration; what is left to do."""
     config = load_config(arguments.config or find_quickstart(), arguments.set)
-    check_data(config.data)
+    check_run(config)
 
     def work() -> None:
         from qdora.commands.train import train

@@ -124,11 +124,15 @@ def _score_bases(
 
 def _inputs(run: ArmRun, adapter: Path | None) -> dict[str, Any]:
     """What decides the scores of a run's base, or of its adapter."""
-    unused = {"data": {"train"}, "evaluation": {"every"} if adapter else {"every", "quantization"}}
+    evaluation = {"every"} if adapter else {"every", "quantization"}
+    shots = run.config.evaluation.shots > 0
+    unused = {"data": set() if shots else {"train"}, "evaluation": evaluation}
     kept = {"model", "data", "evaluation"}
     return {
         "config": run.config.model_dump(mode="json", include=kept, exclude=unused),
         "test": run.manifest["data"]["fingerprints"]["test"],
+        # The shots are drawn from it.
+        "train": run.manifest["data"]["fingerprints"]["train"] if shots else None,
         "adapter": adapter and file_digest(adapter / "adapter_model.safetensors"),
         "rules": RULES,
     }

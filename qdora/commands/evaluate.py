@@ -51,4 +51,5 @@ def _table(scores: list[Scores]) -> str:
         )
         for score in scores
     ]
-    return tabulate(rows, headers=("task", "exact match", "std. error", "correct", "scorer"))
+    metric = ", ".join(sorted({score.metric.replace("_", " ") for score in scores}))
+    return tabulate(rows, headers=("task", metric, "std. error", "correct", "scorer"))

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from qdora.adapters.peft_io import CONFIG_FILE, check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dotted
 from qdora.data.batches import BatchPlan, Packing
+from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
@@ -33,8 +34,9 @@ from qdora.models.load import build_adapted, compute_dtype, load_model, required
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.run import RunDirectory, make_manifest, package_versions
-from qdora.tasks import check_data
+from qdora.tasks import check_run
 from qdora.tasks.prepare import PreparedData, prepare
+from qdora.tasks.shots import draw_shots
 from qdora.training.attention import check_packing
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
 from qdora.training.layers import check_layer_settings
@@ -81,7 +83,7 @@ def train(
     Raises: InputError: anything that the configuration or its files get wrong.
         InterruptedRunError: stopped on request, after a checkpoint.
     """
-    check_data(config.data)
+    check_run(config)
     context = context or DistributedContext.from_launch(config.training.trackers, config.output.dir)
     directory = RunDirectory(config.output.dir)
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
@@ -104,6 +106,7 @@ def _train_locked(
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
+        shots = draw_shots(config, tokenizer, data.test) if config.evaluation.every else {}
     _say_data(data, config, context)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
     context.refuse_disagreement(_input_digests(model, data))
@@ -134,7 +137,7 @@ def _train_locked(
             missing = keep_until(directory.metrics_file, start)
             if missing:
                 context.say(f"{directory.metrics_file}: it lacks {missing} of the {start} steps done")
-    _train(trainer, directory, config, settings, start, tokenizer, data)
+    _train(trainer, directory, config, settings, start, tokenizer, data, shots)
     steps: list[StepMetrics] = []
     with context.raise_on_all_ranks():
         if context.is_main:
@@ -154,6 +157,7 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
 
     Raises: InputError: the model, its tokenizer or the data are missing or cannot be used.
     """
+    check_run(config)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     tokenizer = required_tokenizer(checkpoint)
     context_length = getattr(checkpoint.config, "max_position_embeddings", None)
@@ -199,6 +203,7 @@ def _train(
     start: int,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
+    shots: Mapping[str, Sequence[Example]],
 ) -> None:
     context = trainer.context
     if config.training.trackers:
@@ -232,7 +237,7 @@ def _train(
             from qdora.evaluation.evaluate import evaluate_configured  # with transformers' generation
 
             scores = evaluate_configured(
-                trainer.model, tokenizer, data.test, config, context, show_progress=False
+                trainer.model, tokenizer, data.test, config, context, shots=shots, show_progress=False
             )
             if context.is_main:
                 for score in scores:

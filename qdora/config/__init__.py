@@ -3,7 +3,15 @@
 Every field states its unit and bounds; `qdora/config_file.py` reads them from strict YAML.
 """
 
-from qdora.config.data import AnswerKind, ColumnsConfig, DataConfig, DatasetConfig, PackingName, PromptName
+from qdora.config.data import (
+    AnswerKind,
+    AnswersName,
+    ColumnsConfig,
+    DataConfig,
+    DatasetConfig,
+    PackingName,
+    PromptName,
+)
 from qdora.config.model import (
     LLAMA_LINEARS,
     AdapterConfig,
@@ -16,6 +24,7 @@ from qdora.config.model import (
 )
 from qdora.config.run import (
     EvaluationConfig,
+    EvaluationMethod,
     EvaluationWeights,
     OutputConfig,
     RunConfig,
@@ -27,12 +36,14 @@ __all__ = [
     "LLAMA_LINEARS",
     "AdapterConfig",
     "AnswerKind",
+    "AnswersName",
     "ColumnsConfig",
     "Count",
     "DataConfig",
     "DatasetConfig",
     "DtypeName",
     "EvaluationConfig",
+    "EvaluationMethod",
     "EvaluationWeights",
     "InitName",
     "MagnitudeStart",

@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from qdora.config.section import MOST, Count, Section
 
 PackingName = Literal["none", "batch", "stream"]
-PromptName = Literal["question_answer", "alpaca", "chat"]
+PromptName = Literal["question_answer", "alpaca", "cloze", "chat"]
 AnswerKind = Literal["numeric", "choice", "text"]
+AnswersName = Literal["label", "text"]
 
 
 class ColumnsConfig(Section):
@@ -40,6 +41,8 @@ class DatasetConfig(Section):
     """`file` and `hub`: the columns."""
     answer_kind: AnswerKind = "numeric"
     """`file` and `hub`: how answers are compared."""
+    answers: AnswersName = "label"
+    """Commonsense tasks: `label` as published; `text`: the bare question, answered by an option's text."""
     count: Count | None = None
     """`synthetic`: how many problems to generate."""
     held_out: Annotated[int, Field(ge=0, le=MOST)] = 0

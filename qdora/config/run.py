@@ -11,6 +11,7 @@ from qdora.config.model import AdapterConfig, ModelConfig, QuantizationName
 from qdora.config.section import MOST, Count, Section
 
 EvaluationWeights = Literal["auto", "merged", "adapted"]
+EvaluationMethod = Literal["generate", "rank", "both"]
 
 
 class TrainingConfig(Section):
@@ -79,8 +80,14 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Generation and scoring."""
+    """Generation, ranking and scoring."""
 
+    method: EvaluationMethod = "generate"
+    """`rank`: the options of a choice task by their likelihood, nothing is generated; `both`."""
+    shots: Annotated[int, Field(ge=0, le=MOST)] = 0
+    """Training examples that stand, with their answers, before every question."""
+    shots_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of their choice and order."""
     limit: Count | None = None
     """Score only the first so many test examples."""
     batch_size: Count = 32

@@ -27,6 +27,8 @@ class Example:
     """Names the scoring rule and the report: `synthetic`, `gsm8k`, `boolq`, a file's name."""
     origin: str
     """`file:line` or `dataset[index]`; named in errors."""
+    options: tuple[str, ...] = ()
+    """The answers to choose from, where the question does not list them itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """sha256 over what the examples say and their order; where they came from does not count."""
     digest = hashlib.sha256()
     for example in examples:
-        contents = [example.question, example.completion, example.answer, example.task]
+        contents = [example.question, example.completion, example.answer, example.task, *example.options]
         # JSON keeps the fields apart: ("ab", "c") and ("a", "bc") must differ.
         digest.update(json.dumps(contents).encode() + b"\n")
     return digest.hexdigest()

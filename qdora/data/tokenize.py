@@ -1,15 +1,17 @@
-"""Prompt templates, and examples as token ids, for training and evaluation."""
+"""Prompts, and examples as token ids, for training and evaluation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from jinja2 import TemplateError
 
+from qdora.data.padding import eos_id
 from qdora.data.rows import BadRows, Example, Skipped, raise_for_skipped
+from qdora.data.templates import PROMPTS, PromptTemplate, Shot
 from qdora.errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -18,62 +20,115 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class PromptTemplate:
-    """A declared template."""
-
-    text: str | None
-    """The prompt, with {question}; None: the tokenizer's own chat template."""
-    provenance: str
-
-
-PROMPTS: Mapping[str, PromptTemplate] = {
-    "question_answer": PromptTemplate(
-        "###Question:\n{question}\n###Answer:\n",
-        "The published Orca-Math runs, fsdp_qlora train.py and experiments/orca_math/evaluate.ipynb.",
-    ),
-    "alpaca": PromptTemplate(
-        "Below is an instruction that describes a task. Write a response that appropriately completes "
-        "the request.\n\n### Instruction:\n{question}\n\n### Response:\n",
-        "Stanford Alpaca's wording, which LLM-Adapters uses.  LLM-Adapters' code indents every line by 16 "
-        "spaces and trains, but does not evaluate, with a stray code comment in the first line; neither is "
-        "repeated here.",
-    ),
-    "chat": PromptTemplate(
-        None, "The tokenizer's chat template: one user turn and the header of the assistant's."
-    ),
-}
-
-
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     template_name: str,
     questions: Sequence[str],
     *,
     parse_special_tokens: bool = False,
+    shots: Sequence[Shot] = (),
 ) -> list[list[int]]:
     """For each question the ids after which the model writes its answer.
 
     Args:
         parse_special_tokens: whether the text of a special token in a question is that token.
+        shots: answered questions that stand before each; for `chat` as turns.
     Raises: InputError: unknown template, `chat` with a tokenizer that has no usable one, or the text of a
         special token that the tokenizer cannot read as ordinary text.
     """
-    template = PROMPTS.get(template_name)
-    if template is None:
-        raise InputError(f"prompt template {template_name!r}; {suggest(template_name, PROMPTS)}")
+    template = _template(template_name)
     if not questions:
         return []
     if template.text is None:
-        return _chat_ids(tokenizer, questions, parse_special_tokens)
-    marked = _marked(tokenizer, questions, parse_special_tokens)
-    own = special_tokens(tokenizer).search(template.text)
+        return _chat_ids(tokenizer, questions, parse_special_tokens, shots)
+    texts = [template.render(question, shots).rstrip(" ") for question in questions]
+    shown = "\n".join(map("\n".join, shots))
+    marked = _marked(tokenizer, [f"{question}\n{shown}" for question in questions], parse_special_tokens)
+    return _encode_unclosed(tokenizer, template_name, texts, marked)
+
+
+def continued_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    template_name: str,
+    questions: Sequence[str],
+    continuations: Sequence[Sequence[str]],
+    *,
+    parse_special_tokens: bool = False,
+    shots: Sequence[Shot] = (),
+) -> list[tuple[list[int], list[list[int]]]]:
+    """For each question the ids of its prompt, and those of each text that may follow it.
+
+    As lm-evaluation-harness has it: white space at the end of the prompt goes to the continuations, and a
+    continuation's ids are those of prompt and continuation together behind as many as the prompt has alone.
+    A chat template's prompt stays as it is, and continuations are encoded apart.
+
+    Args:
+        continuations: for each question; special tokens in them are read as in questions.
+    Raises: InputError: as `prompt_ids`; a continuation has no tokens.
+    Source: EleutherAI/lm-evaluation-harness, lm_eval/api/model.py `TemplateLM._encode_pair`.
+    """
+    template = _template(template_name)
+    if template.text is None:
+        special = parse_special_tokens
+        prompts = prompt_ids(tokenizer, template_name, questions, parse_special_tokens=special, shots=shots)
+        found = [
+            (prompt, _encode_completions(tokenizer, texts, special))
+            for prompt, texts in zip(prompts, continuations, strict=True)
+        ]
+    else:
+        found = _joined_ids(tokenizer, template_name, questions, continuations, parse_special_tokens, shots)
+    for (_, behind), possible in zip(found, continuations, strict=True):
+        for text, ids in zip(possible, behind, strict=True):
+            if not ids:
+                raise InputError(f"{text!r} has no tokens behind its prompt, so it has no likelihood")
+    return found
+
+
+def _joined_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    template_name: str,
+    questions: Sequence[str],
+    continuations: Sequence[Sequence[str]],
+    parse_special_tokens: bool,
+    shots: Sequence[Shot],
+) -> list[tuple[list[int], list[list[int]]]]:
+    template = _template(template_name)
+    shown = "\n".join(map("\n".join, shots))
+    texts: list[str] = []
+    marked: list[bool] = []
+    firsts: list[int] = []
+    for question, possible in zip(questions, continuations, strict=True):
+        prompt = template.render(question, shots)
+        of_question = [prompt.rstrip(), *(prompt + text for text in possible)]
+        # Text of a special token in one of them: all are read alike, or their beginnings would differ.
+        (mark,) = _marked(tokenizer, ["\n".join([question, shown, *possible])], parse_special_tokens)
+        firsts.append(len(texts))
+        texts += of_question
+        marked += [mark] * len(of_question)
+    encoded = _encode_unclosed(tokenizer, template_name, texts, marked)
+    found = []
+    for first, possible in zip(firsts, continuations, strict=True):
+        prompt_length = len(encoded[first])
+        wholes = encoded[first + 1 : first + 1 + len(possible)]
+        found.append((encoded[first], [ids[prompt_length:] for ids in wholes]))
+    return found
+
+
+def _template(name: str) -> PromptTemplate:
+    template = PROMPTS.get(name)
+    if template is None:
+        raise InputError(f"prompt template {name!r}; {suggest(name, PROMPTS)}")
+    return template
+
+
+def _encode_unclosed(
+    tokenizer: PreTrainedTokenizerBase, template_name: str, texts: Sequence[str], marked: Sequence[bool]
+) -> list[list[int]]:
+    """The ids of texts that begin with a template's; some tokenizers would close each with EOS."""
+    own = special_tokens(tokenizer).search(PROMPTS[template_name].text or "")
     if own and any(marked):
         raise InputError(f"prompt {template_name!r}: {_cannot_be_text(own.group())}, as the template has it")
-    # replace, not format: a question may hold braces, and format would read a template's own.
-    texts = [template.text.replace("{question}", question) for question in questions]
     encoded = _encode(tokenizer, texts, marked, add_special_tokens=True)
-    # Some tokenizers are set to close every text with EOS; after that there is nothing to answer.
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
 
 
@@ -140,15 +195,24 @@ def _cannot_be_text(token: str) -> str:
 
 
 def _chat_ids(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], parse_special_tokens: bool
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    parse_special_tokens: bool,
+    shots: Sequence[Shot],
 ) -> list[list[int]]:
     if not tokenizer.chat_template:
         others = ", ".join(name for name, template in PROMPTS.items() if template.text is not None)
         raise InputError(f"prompt 'chat': this tokenizer has no chat template; use one of: {others}")
 
+    turns = [
+        {"role": role, "content": text}
+        for shot in shots
+        for role, text in zip(("user", "assistant"), shot, strict=True)
+    ]
+
     def encode(questions: list[str], as_text: bool) -> list[list[int]]:
         encoded = tokenizer.apply_chat_template(
-            [[{"role": "user", "content": question}] for question in questions],
+            [[*turns, {"role": "user", "content": question}] for question in questions],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -158,7 +222,9 @@ def _chat_ids(
         return cast("list[list[int]]", encoded)
 
     # Beside special tokens a template may write other added ones, such as Gemma's <start_of_turn>.
-    marked = _marked(tokenizer, questions, parse_special_tokens, added=True)
+    shown = "\n".join(turn["content"] for turn in turns)
+    texts = [f"{question}\n{shown}" for question in questions]
+    marked = _marked(tokenizer, texts, parse_special_tokens, added=True)
     try:
         return _by_mark(questions, marked, encode)
     except TemplateError as error:
@@ -192,7 +258,8 @@ def tokenize_examples(
     """Tokenize for training.
 
     Prompt and completion are tokenized separately, so that training sees the prompt ids that generation
-    will see, whatever the tokenizer would merge across their boundary.
+    will see, whatever the tokenizer would merge across their boundary.  A template that ends in a space
+    `joins` them: the completion's ids are those that follow the prompt's in the joined text.
 
     Args:
         prompt: name of the template.
@@ -206,9 +273,10 @@ def tokenize_examples(
     eos = eos_id(tokenizer)
     kept: list[TokenizedExample] = []
     skipped: list[Skipped] = []
-    for chunk, prompts in _chunks(examples, tokenizer, prompt, parse_special_tokens):
-        completions = _completion_ids(tokenizer, chunk, parse_special_tokens)
-        for example, before, after in zip(chunk, prompts, completions, strict=True):
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        pairs = _training_ids(tokenizer, prompt, chunk, parse_special_tokens)
+        for example, (before, after) in zip(chunk, pairs, strict=True):
             ids = [*before, *after, eos]
             if before and after and len(ids) <= max_length:
                 kept.append(TokenizedExample(ids, len(before), example.origin))
@@ -242,7 +310,10 @@ def fitting_prompts(
     """
     kept: list[Example] = []
     skipped: list[Skipped] = []
-    for chunk, prompts in _chunks(examples, tokenizer, prompt, parse_special_tokens):
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        questions = [example.question for example in chunk]
+        prompts = prompt_ids(tokenizer, prompt, questions, parse_special_tokens=parse_special_tokens)
         for example, ids in zip(chunk, prompts, strict=True):
             if len(ids) < max_length:
                 kept.append(example)
@@ -253,85 +324,24 @@ def fitting_prompts(
     return kept, skipped
 
 
-def _chunks(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt: str, parse_special_tokens: bool
-) -> Iterator[tuple[Sequence[Example], list[list[int]]]]:
-    """Chunks of the examples, with the ids of their prompts."""
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start : start + _CHUNK]
-        questions = [example.question for example in chunk]
-        yield chunk, prompt_ids(tokenizer, prompt, questions, parse_special_tokens=parse_special_tokens)
+def _training_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, examples: Sequence[Example], parse_special_tokens: bool
+) -> list[tuple[list[int], list[int]]]:
+    """The ids of each example's prompt and of its completion."""
+    questions = [example.question for example in examples]
+    completions = [example.completion for example in examples]
+    special = parse_special_tokens
+    if _template(prompt).joins:
+        pairs = continued_ids(
+            tokenizer, prompt, questions, [[c] for c in completions], parse_special_tokens=special
+        )
+        return [(before, after[0]) for before, after in pairs]
+    prompts = prompt_ids(tokenizer, prompt, questions, parse_special_tokens=special)
+    return list(zip(prompts, _encode_completions(tokenizer, completions, special), strict=True))
 
 
-def _completion_ids(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], parse_special_tokens: bool
+def _encode_completions(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], parse_special_tokens: bool
 ) -> list[list[int]]:
-    texts = [example.completion for example in examples]
     marked = _marked(tokenizer, texts, parse_special_tokens)
     return _encode(tokenizer, texts, marked, add_special_tokens=False)
-
-
-# Tokens that model families reserve for padding, or for nothing; the first one found is used.
-_RESERVED = (
-    "<|finetune_right_pad_id|>",
-    "<pad>",
-    "[PAD]",
-    "<|pad|>",
-    "<|padding|>",
-    "<|pad_token|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_0|>",
-    "<reserved_0>",
-    "<unused0>",
-)
-_RESERVED_PATTERN = re.compile(r"[<\[]\|?[\w-]*(pad|reserved|unused)[\w-]*\|?[>\]]", re.IGNORECASE)
-
-
-def choose_pad_token(tokenizer: PreTrainedTokenizerBase, rows: int | None = None) -> int:
-    """Set `tokenizer.pad_token` and return its id; the vocabulary never grows.
-
-    Where padding is EOS, masking labels by the pad id would leave EOS untrained, and the model would
-    never learn to end.  In order: the tokenizer's own pad token, its unknown token, a token
-    reserved for padding or for nothing, each only if it is not EOS; else EOS.
-
-    Args:
-        rows: of the model's embedding, where it is known; a token beyond them is not chosen.
-    Raises: InputError: the tokenizer has no EOS token, or it is beyond the rows.
-    """
-    eos = eos_id(tokenizer)
-    if rows is not None and eos >= rows:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path!r} ends texts with {tokenizer.eos_token!r}, whose id "
-            f"{eos} is beyond the {rows} rows of the model's embedding; set eos_token to one that it has"
-        )
-
-    def usable(token_id: int | None) -> bool:
-        return token_id is not None and token_id != eos and (rows is None or token_id < rows)
-
-    if usable(tokenizer.pad_token_id):
-        return int(tokenizer.pad_token_id)
-    if usable(tokenizer.unk_token_id):
-        tokenizer.pad_token = tokenizer.unk_token
-    else:
-        tokenizer.pad_token = _reserved_token(tokenizer, usable) or tokenizer.eos_token
-    return int(tokenizer.pad_token_id)
-
-
-def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a completion.
-
-    Raises: InputError: the tokenizer has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no EOS token, so a "
-            "model could not learn to end its answer; set eos_token in its tokenizer_config.json"
-        )
-    return int(tokenizer.eos_token_id)
-
-
-def _reserved_token(tokenizer: PreTrainedTokenizerBase, usable: Callable[[int | None], bool]) -> str | None:
-    vocabulary = tokenizer.get_vocab()
-    added = sorted(tokenizer.get_added_vocab())
-    candidates = [*_RESERVED, *(token for token in added if _RESERVED_PATTERN.fullmatch(token))]
-    return next((token for token in candidates if usable(vocabulary.get(token))), None)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qdora.config import DataConfig
+from qdora.data.padding import choose_pad_token
 from qdora.data.rows import Example
-from qdora.data.tokenize import choose_pad_token, prompt_ids
+from qdora.data.tokenize import prompt_ids
 from qdora.errors import DataError
 
 if TYPE_CHECKING:

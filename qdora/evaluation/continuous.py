@@ -198,6 +198,7 @@ class _Sequence:
     index: int
     start: int
     ids: list[int] = field(default_factory=list)
+    ended: bool = False
 
 
 class Batch:
@@ -206,6 +207,7 @@ class Batch:
     Args:
         model: in evaluation mode; `why_not` is None.
         watch: sees the logits of every step.
+        ended: whether generated ids end an answer that no EOS ends.
         synced: the model is sharded over ranks: see `_pass`.
     """
 
@@ -220,7 +222,9 @@ class Batch:
         slots: int,
         watch: Callable[[torch.Tensor], None],
         synced: bool,
+        ended: Callable[[list[int]], bool] = lambda ids: False,
     ) -> None:
+        self.ended = ended
         self.model, self.prompts, self.pad_id, self.synced, self.watch = model, prompts, pad_id, synced, watch
         self.eos_ids, self.max_new_tokens = frozenset(eos_ids), max_new_tokens
         self.slots = max(1, min(slots, len(prompts)))
@@ -304,7 +308,8 @@ class Batch:
         for sequence, ids in zip(self.batch[first:], torch.stack(list(steps), 1).tolist(), strict=True):
             for token in ids:
                 sequence.ids.append(token)
-                if token in self.eos_ids:
+                sequence.ended = token in self.eos_ids or self.ended(sequence.ids)
+                if sequence.ended:
                     break
 
     def _leave(self) -> dict[int, list[int]]:
@@ -312,10 +317,10 @@ class Batch:
         ended: dict[int, list[int]] = {}
         rows = list(range(len(self.batch)))
         for row in reversed(range(len(self.batch))):
-            ids = self.batch[row].ids
-            if len(ids) < self.max_new_tokens and ids[-1] not in self.eos_ids:
+            sequence = self.batch[row]
+            if len(sequence.ids) < self.max_new_tokens and not sequence.ended:
                 continue
-            ended[self.batch[row].index] = ids
+            ended[sequence.index] = sequence.ids
             last = self.batch.pop()
             source = rows.pop()
             if row < len(self.batch):

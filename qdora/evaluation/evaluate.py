@@ -1,20 +1,21 @@
-"""Evaluation of a model on examples: prompts, generation, scoring, task by task."""
+"""Evaluation of a model on examples: prompts, generation or ranking, scoring, task by task."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, NamedTuple, Never, TypeVar, Unpack
 
 from tqdm import tqdm
 
-from qdora.config import AnswerKind, EvaluationWeights, RunConfig
+from qdora.config import AnswerKind, EvaluationMethod, EvaluationWeights, RunConfig
+from qdora.data.padding import choose_pad_token
 from qdora.data.rows import Example
-from qdora.data.tokenize import choose_pad_token, prompt_ids
-from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
+from qdora.data.templates import PROMPTS
+from qdora.data.vocabulary import check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import for_generation
 from qdora.errors import InputError, suggest
@@ -22,46 +23,31 @@ from qdora.evaluation.continuous import SPARE_COLUMNS, why_not
 from qdora.evaluation.generation import (
     Generation,
     NonFiniteLogitsError,
-    check_prompts,
     eos_token_ids,
     generate,
 )
+from qdora.evaluation.groups import Decoding, Group, check_group, group_by_task
+from qdora.evaluation.likelihood import rank, ranked_options, score_options
 from qdora.evaluation.scores import Prediction, Scores, locked_reports, summarize, write_scores
 from qdora.evaluation.weights import evaluation_weights
 from qdora.models.load import load_with_adapter, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
-from qdora.tasks import check_data, task_for
-from qdora.tasks.base import Task
+from qdora.tasks import check_run
 from qdora.tasks.prepare import load_test
+from qdora.tasks.scoring import Verdict
+from qdora.tasks.shots import draw_shots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 
-class _Required(TypedDict):
-    prompt: str
-    """Name of the prompt template."""
-    max_new_tokens: int
-    """Longest answer in tokens."""
-    batch_size: int
-    """Prompts generated at once, per rank."""
-
-
-class Decoding(_Required, total=False):
-    """How answers are generated, greedily."""
-
-    parse_special_tokens: bool
-    """Whether the text of a special token in a question is that token; text where not given."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The examples of one task, and the token ids of their prompts."""
-
-    task: Task
-    examples: Sequence[Example]
-    prompts: Sequence[Sequence[int]]
+_HOW: Mapping[EvaluationMethod, str] = {
+    "generate": "greedy",
+    "rank": "likelihood",
+    "both": "greedy and likelihood",
+}
 
 
 def evaluate_configured(
@@ -71,10 +57,13 @@ def evaluate_configured(
     config: RunConfig,
     context: DistributedContext,
     *,
+    shots: Mapping[str, Sequence[Example]],
     show_progress: bool = True,
 ) -> list[Scores]:
     """`evaluate` with the prompt, the answer kind and the `evaluation` section of a run.
 
+    Args:
+        shots: of `draw_shots`.
     Raises: InputError: as `evaluate`.
     """
     settings = config.evaluation
@@ -87,6 +76,8 @@ def evaluate_configured(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         kind=config.data.test.answer_kind,
+        method=settings.method,
+        shots=shots,
         weights=settings.weights,
         context=context,
         show_progress=show_progress,
@@ -110,8 +101,10 @@ def evaluate_adapter(
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
     with context.on_main_rank(lambda: nullcontext() if folder is None else locked_reports(folder, task)):
-        model, tokenizer, examples = load_for_evaluation(config, adapter, context, task=task)
-        scores = evaluate_configured(model, tokenizer, examples, config, context)
+        loaded = load_for_evaluation(config, adapter, context, task=task)
+        scores = evaluate_configured(
+            loaded.model, loaded.tokenizer, loaded.examples, config, context, shots=loaded.shots
+        )
         if context.is_main and folder is not None:
             for score in scores:
                 write_scores(score, folder)
@@ -119,15 +112,24 @@ def evaluate_adapter(
     return scores
 
 
+class Loaded(NamedTuple):
+    """What an evaluation of a run needs: the model, and the questions with the examples before them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    shots: dict[str, list[Example]]
+
+
 def load_for_evaluation(
     config: RunConfig, adapter: Path | None, context: DistributedContext, *, task: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Example]]:
-    """A run's base with an adapter, its tokenizer, and its test set; a collective.
+) -> Loaded:
+    """A run's base with an adapter, its tokenizer, its test set, and the shots of its tasks; a collective.
 
     Args, Raises: as `evaluate_adapter`.
     """
     with context.raise_on_all_ranks():
-        check_data(config.data)
+        check_run(config)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
         tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
         padding = fit_padding(tokenizer, rows)
@@ -137,13 +139,15 @@ def load_for_evaluation(
             names = {example.task for example in test.examples}
             raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
         check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
+        shots = draw_shots(config, tokenizer, test.examples)
     if padding is not None:
         context.say(padding)
     if test.skipped:
         context.say(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}")
     quantization = config.evaluation.quantization
     quantize = Quantization(quantization) if quantization and adapter else None
-    return load_with_adapter(checkpoint, config.model, context, adapter, quantize), tokenizer, examples
+    model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
+    return Loaded(model, tokenizer, examples, shots)
 
 
 def evaluate(
@@ -152,18 +156,23 @@ def evaluate(
     examples: Sequence[Example],
     *,
     kind: AnswerKind = "numeric",
+    method: EvaluationMethod = "generate",
+    shots: Mapping[str, Sequence[Example]] | None = None,
     weights: EvaluationWeights = "auto",
     context: DistributedContext | None = None,
     show_progress: bool = True,
     **decoding: Unpack[Decoding],
 ) -> list[Scores]:
-    """Generate an answer to every example and score it by exact match.
+    """Generate an answer to every example and score it by exact match, or rank its options.
 
     A collective: every rank calls it with all examples, generates the answers to some of them, and
     returns the same scores.
 
     Args:
         kind: how answers of the user's own data are compared; registered tasks have theirs.
+        method: `rank`: choose among a choice's options by their likelihood, the headline scorer then;
+            `both`: do that beside generation, whose scorer stays the headline.
+        shots: by task, examples that stand with their completions before each question.
         weights: `merged`: compute with one dense matrix a layer; `adapted`: with weight and adapter as they
             are; `auto`: merged where the memory is there.
         context: rank and world size; a single process where not given.
@@ -172,8 +181,8 @@ def evaluate(
     Returns: one `Scores` per task, in the order of their first example.
     Raises:
         InputError: no examples, unknown template, a prompt longer than the model's context allows, or a
-            choice task whose answer words are unknown; a token that the model's embedding has no row
-            for; logits that are not finite.
+            choice task whose answer words are unknown; ranking of what is no choice, or has unknown options;
+            a token that the model's embedding has no row for; logits that are not finite.
         TypeError: an option of decoding is missing or unknown.
     """
     if wrong := Decoding.__required_keys__ ^ (decoding.keys() - Decoding.__optional_keys__):
@@ -181,16 +190,15 @@ def evaluate(
     if not examples:
         raise InputError("evaluation: there are no examples to score")
     context = context or DistributedContext()
-    groups = _by_task(tokenizer, decoding, examples, kind)
-    rows = embedding_rows(model.config)
-    choose_pad_token(tokenizer, rows)
+    groups = group_by_task(tokenizer, decoding, examples, kind, method, shots or {})
+    choose_pad_token(tokenizer, embedding_rows(model.config))
     for group in groups:
-        origins = [example.origin for example in group.examples]
-        check_ids(tokenizer, rows, zip(origins, group.prompts, strict=True))
-        check_prompts(model, group.prompts, decoding["max_new_tokens"], origins)
+        check_group(model, tokenizer, group, method, decoding)
     longest = max(len(ids) for group in groups for ids in group.prompts)
-    tokens = decoding["batch_size"] * (longest + decoding["max_new_tokens"] + SPARE_COLUMNS)
-    if reason := why_not(model):
+    ranked = max((question.tokens for group in groups for question in group.questions), default=0)
+    generated = 0 if method == "rank" else longest + decoding["max_new_tokens"] + SPARE_COLUMNS
+    tokens = decoding["batch_size"] * max(generated, ranked)
+    if method != "rank" and (reason := why_not(model)):
         context.say(f"no prompt takes the place of a finished answer before its batch ends: {reason}")
     show_progress = show_progress and context.is_main
     with (
@@ -199,108 +207,152 @@ def evaluate(
     ):
         synced = sharded and context.world_size > 1
         scores = [
-            _evaluate_task(model, tokenizer, group, context, decoding, synced, show_progress)
+            _evaluate_task(model, tokenizer, group, context, decoding, method, synced, show_progress)
             for group in groups
         ]
     return [replace(score, decoding=score.decoding | {"weights": used}) for score in scores]
 
 
-def _by_task(
-    tokenizer: PreTrainedTokenizerBase, decoding: Decoding, examples: Sequence[Example], kind: AnswerKind
-) -> list[_Group]:
-    by_name: dict[str, list[Example]] = {}
-    for example in examples:
-        by_name.setdefault(example.task, []).append(example)
-    return [
-        _Group(
-            _with_answer_words(task_for(name, kind), of_task),
-            of_task,
-            prompt_ids(
-                tokenizer,
-                decoding["prompt"],
-                [example.question for example in of_task],
-                parse_special_tokens=decoding.get("parse_special_tokens", False),
-            ),
-        )
-        for name, of_task in by_name.items()
-    ]
-
-
-def _with_answer_words(task: Task, examples: Sequence[Example]) -> Task:
-    """A choice task of the user's own data has the answer words that its gold answers show."""
-    if task.kind != "choice" or task.words:
-        return task
-    words = {example.answer for example in examples if example.answer}
-    if len(words) < 2:
-        raise InputError(
-            f"task {task.name!r}: a choice task needs at least two different gold answers, "
-            f"its {len(examples)} examples have {sorted(words)}; give more examples or another answer_kind"
-        )
-    # Longest first: "answer1" must not be found in "answer10".
-    return replace(task, words=tuple(sorted(words, key=lambda word: (-len(word), word))))
-
-
 def _evaluate_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    group: _Group,
+    group: Group,
+    context: DistributedContext,
+    decoding: Decoding,
+    method: EvaluationMethod,
+    synced: bool,
+    show_progress: bool,
+) -> Scores:
+    """Generate and rank on every rank its part of the answers, gather them on all ranks, score."""
+    started = time.perf_counter()
+    generated: dict[int, tuple[Generation, dict[str, Verdict]]] = {}
+    sums: dict[int, list[float]] = {}
+    if method != "rank":
+        generated = _generate(model, tokenizer, group, context, decoding, synced, show_progress)
+    if method != "generate":
+        sums = _rank(model, tokenizer, group, context, decoding, show_progress)
+    seconds = max(context.gather([time.perf_counter() - started]))
+    predictions = [
+        _prediction(tokenizer, group, index, generated.get(index), sums.get(index))
+        for index in range(len(group.examples))
+    ]
+    how: dict[str, object] = {"method": _HOW[method], **decoding, "processes": context.world_size}
+    if method == "rank":
+        del how["max_new_tokens"]
+    else:
+        how["batching"] = "fixed" if why_not(model) else "continuous"
+        how["eos_token_ids"] = eos_token_ids(model, tokenizer)
+    if group.shots:
+        how["shots"] = [shot.origin for shot in group.shots]
+    return summarize(group.task, predictions, how, seconds)
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    group: Group,
     context: DistributedContext,
     decoding: Decoding,
     synced: bool,
     show_progress: bool,
-) -> Scores:
-    """Generate on every rank its part of the answers, gather them on all ranks, score."""
-    task, examples, prompts = group.task, group.examples, group.prompts
-    chosen = _rank_indices([len(ids) for ids in prompts], context.rank, context.world_size)
-    started = time.perf_counter()
-    with tqdm(total=len(chosen), desc=task.name, unit="question", disable=not show_progress) as bar:
-        correct = done = 0
+) -> dict[int, tuple[Generation, dict[str, Verdict]]]:
+    """Answers and their verdicts by index, on all ranks."""
+    task = group.task
+
+    def work(chosen: list[int], bar: tqdm[Never]) -> list[tuple[Generation, dict[str, Verdict]]]:
+        verdicts: dict[int, dict[str, Verdict]] = {}
 
         def progress(batch: Mapping[int, Generation]) -> None:
-            nonlocal correct, done
             for position, generation in batch.items():
-                verdicts = task.score(generation.text, examples[chosen[position]])
-                correct += verdicts[task.scorers[0]].correct
-            done += len(batch)
-            bar.set_postfix_str(f"exact match {correct / done:.1%}", refresh=False)
-            bar.update(len(batch))
+                verdicts[position] = task.score(generation.text, group.examples[chosen[position]])
+            _show(bar, "exact match", [of[task.scorers[0]] for of in verdicts.values()], len(batch))
 
-        generations, failure = [], None
+        generations = generate(
+            model,
+            tokenizer,
+            [group.prompts[index] for index in chosen],
+            pad_id=int(tokenizer.pad_token_id),
+            max_new_tokens=decoding["max_new_tokens"],
+            batch_size=decoding["batch_size"],
+            progress=progress,
+            synced=synced,
+            stop=PROMPTS[decoding["prompt"]].next_question if group.shots else None,
+        )
+        return [(generation, verdicts[position]) for position, generation in enumerate(generations)]
+
+    return _on_all_ranks(context, group, [len(ids) for ids in group.prompts], work, show_progress)
+
+
+def _rank(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    group: Group,
+    context: DistributedContext,
+    decoding: Decoding,
+    show_progress: bool,
+) -> dict[int, list[float]]:
+    """Log-probabilities of the options by index of their question, on all ranks."""
+
+    def work(chosen: list[int], bar: tqdm[Never]) -> list[list[float]]:
+        verdicts: list[Verdict] = []
+
+        def progress(batch: Mapping[int, list[float]]) -> None:
+            for position, sums in batch.items():
+                index = chosen[position]
+                ranked = rank(group.questions[index], sums, group.examples[index].answer)
+                verdicts.append(ranked["likelihood"])
+            _show(bar, "accuracy", verdicts, len(batch))
+
+        return score_options(
+            model,
+            group.questions,
+            chosen,
+            pad_id=int(tokenizer.pad_token_id),
+            batch_size=decoding["batch_size"],
+            progress=progress,
+        )
+
+    lengths = [question.tokens for question in group.questions]
+    return _on_all_ranks(context, group, lengths, work, show_progress)
+
+
+def _show(bar: tqdm[Never], metric: str, verdicts: Sequence[Verdict], new: int) -> None:
+    correct = sum(verdict.correct for verdict in verdicts)
+    bar.set_postfix_str(f"{metric} {correct / len(verdicts):.1%}", refresh=False)
+    bar.update(new)
+
+
+def _on_all_ranks(
+    context: DistributedContext,
+    group: Group,
+    lengths: Sequence[int],
+    work: Callable[[list[int], tqdm[Never]], list[T]],
+    show_progress: bool,
+) -> dict[int, T]:
+    """Divide the examples over the ranks, and gather the results by index; a collective.
+
+    Args:
+        lengths: of each example, for an even division.
+        work: the results of the examples of this rank, by their indices.
+    """
+    chosen = _rank_indices(lengths, context.rank, context.world_size)
+    results: list[T] = []
+    failure = None
+    with tqdm(total=len(chosen), desc=group.task.name, unit="question", disable=not show_progress) as bar:
         try:
-            generations = generate(
-                model,
-                tokenizer,
-                [prompts[index] for index in chosen],
-                pad_id=int(tokenizer.pad_token_id),
-                max_new_tokens=decoding["max_new_tokens"],
-                batch_size=decoding["batch_size"],
-                progress=progress,
-                synced=synced,
-            )
+            results = work(chosen, bar)
         except NonFiniteLogitsError as error:
             failure = error
         with context.raise_on_all_ranks():
             if failure is not None:
                 raise failure
-    # An example that several ranks generate has the same greedy answer on all of them.
-    by_index = dict(context.gather(list(zip(chosen, generations, strict=True))))
-    seconds = max(context.gather([time.perf_counter() - started]))
-    if len(by_index) != len(examples):
+    # An example that several ranks have computed has the same result on all of them.
+    by_index = dict(context.gather(list(zip(chosen, results, strict=True))))
+    if len(by_index) != len(group.examples):
         raise RuntimeError(
-            f"{len(by_index)} of {len(examples)} examples were generated on {context.world_size} ranks"
+            f"{len(by_index)} of {len(group.examples)} examples were scored on {context.world_size} ranks"
         )
-    predictions = [
-        _prediction(tokenizer, task, example, ids, by_index[index])
-        for index, (example, ids) in enumerate(zip(examples, prompts, strict=True))
-    ]
-    how = {
-        "method": "greedy",
-        "batching": "fixed" if why_not(model) else "continuous",
-        **decoding,
-        "processes": context.world_size,
-        "eos_token_ids": eos_token_ids(model, tokenizer),
-    }
-    return summarize(task, predictions, how, seconds)
+    return by_index
 
 
 def _rank_indices(lengths: Sequence[int], rank: int, world_size: int) -> list[int]:
@@ -316,19 +368,22 @@ def _rank_indices(lengths: Sequence[int], rank: int, world_size: int) -> list[in
 
 def _prediction(
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    example: Example,
-    ids: Sequence[int],
-    generation: Generation,
+    group: Group,
+    index: int,
+    generated: tuple[Generation, dict[str, Verdict]] | None,
+    sums: Sequence[float] | None,
 ) -> Prediction:
-    verdicts = task.score(generation.text, example)
-    headline = verdicts[task.scorers[0]]
+    example = group.examples[index]
+    generation, verdicts = generated or (Generation("", 0, True), {})
+    if sums is not None:
+        verdicts = verdicts | rank(group.questions[index], sums, example.answer)
     return Prediction(
         origin=example.origin,
-        prompt=str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)),
+        prompt=str(tokenizer.decode(list(group.prompts[index]), clean_up_tokenization_spaces=False)),
         output=generation.text,
-        **vars(headline),
+        **vars(next(iter(verdicts.values()))),
         tokens=generation.tokens,
         stopped=generation.stopped,
         scorers=verdicts,
+        options=() if sums is None else ranked_options(group.questions[index], sums),
     )

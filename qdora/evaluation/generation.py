@@ -29,7 +29,7 @@ class NonFiniteLogitsError(InputError):
     """The model computed NaN or infinity, of which any text and a score could be made."""
 
 
-class _LogitsWatch(LogitsProcessor):
+class LogitsWatch(LogitsProcessor):
     """Notes NaN and infinite logits, without waiting for the device at each token."""
 
     def __init__(self, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class Generation:
     Attributes:
         text: decoded, without special tokens.
         tokens: generated tokens, EOS included.
-        stopped: whether it ended with EOS rather than at the limit.
+        stopped: whether it ended with EOS, or at the next question, rather than at the limit.
     """
 
     text: str
@@ -93,6 +93,7 @@ def generate(
     batch_size: int,
     progress: Callable[[Mapping[int, Generation]], None] | None = None,
     synced: bool = False,
+    stop: str | None = None,
 ) -> list[Generation]:
     """Continue every prompt greedily, until EOS or the limit.
 
@@ -108,6 +109,8 @@ def generate(
         progress: called after each batch with its generations by index into `prompts`.
         synced: the model is sharded over ranks, and each goes on calling it until all are done.  All
             must then have equally many prompts.
+        stop: text that is no part of an answer, nor what follows it.  Continuous batches end a sequence
+            there; fixed ones generate on, and it is cut off.
     Returns: one generation per prompt, in the order of `prompts`.
     Raises: InputError: as `check_prompts`.
         NonFiniteLogitsError: at the end where `synced`, else after the batch.
@@ -115,9 +118,9 @@ def generate(
     check_prompts(model, prompts, max_new_tokens)
     eos_ids = eos_token_ids(model, tokenizer)
     done: dict[int, Generation] = {}
-    watch = _LogitsWatch(model.device)
+    watch = LogitsWatch(model.device)
     batches: Iterator[Mapping[int, list[int]]]
-    with _evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         if continuous.why_not(model):
             batches = _in_batches(model, prompts, pad_id, eos_ids, max_new_tokens, batch_size, synced, watch)
         else:
@@ -130,11 +133,12 @@ def generate(
                 slots=batch_size,
                 watch=watch.see,
                 synced=synced,
+                ended=_ends_with(stop, tokenizer),
             ).run()
         for ended in batches:
             if not synced:
                 watch.check(model)
-            read = {index: read_answer(ids, eos_ids, tokenizer) for index, ids in ended.items()}
+            read = {index: read_answer(ids, eos_ids, tokenizer, stop) for index, ids in ended.items()}
             done.update(read)
             if progress is not None:
                 progress(read)
@@ -150,7 +154,7 @@ def _in_batches(
     max_new_tokens: int,
     batch_size: int,
     synced: bool,
-    watch: _LogitsWatch,
+    watch: LogitsWatch,
 ) -> Iterator[Mapping[int, list[int]]]:
     """By transformers' `generate`, for architectures that `continuous` does not know."""
     config = GenerationConfig(
@@ -202,7 +206,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 @contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode in the block; then the modes of before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -246,9 +250,21 @@ def _generate_batch(
     return rows
 
 
-def read_answer(ids: list[int], eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
-    """Generated ids, up to the first that ends an answer."""
+def _ends_with(stop: str | None, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], bool]:
+    """Whether generated ids have come to the text `stop`; False where there is none."""
+    if stop is None:
+        return lambda ids: False
+    # A token is at least one byte of the text; what stands before may be joined to it.
+    last = len(stop.encode()) + 4
+    return lambda ids: stop in tokenizer.decode(ids[-last:], clean_up_tokenization_spaces=False)
+
+
+def read_answer(
+    ids: list[int], eos_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop: str | None = None
+) -> Generation:
+    """Generated ids, up to the first that ends an answer, or to the text `stop`."""
     end = next((position for position, token in enumerate(ids) if token in eos_ids), None)
     kept = ids if end is None else ids[:end]
-    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Generation(str(text), len(kept) + (end is not None), end is not None)
+    text = str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    answer = text if stop is None else text.partition(stop)[0]
+    return Generation(answer, len(kept) + (end is not None), end is not None or len(answer) < len(text))

@@ -105,17 +105,33 @@ class ScorerResult:
 
 
 @dataclass(frozen=True)
+class RankedOption:
+    """An option of a choice.
+
+    Attributes:
+        answer: by which it is compared with the gold answer.
+        text: what follows the prompt, and whose characters count.
+        log_probability: of the text's tokens behind the prompt, summed, in nats.
+    """
+
+    answer: str
+    text: str
+    log_probability: float
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One question with the model's output and its verdicts.
 
     Attributes:
         origin: `Example.origin`, by which predictions of two models are paired.
         prompt: the text given to the model.
-        output: the text generated, without special tokens.
+        output: the text generated, without special tokens; empty where options were only ranked.
         extracted, gold, correct: the headline scorer's verdict.
         tokens: generated tokens.
         stopped: whether the output ended with EOS; False where it was cut off at the limit.
-        scorers: the verdict of every scorer, by its name.
+        scorers: the verdict of every scorer, by its name, the headline scorer first.
+        options: with their log-probabilities, where they were ranked.
     """
 
     origin: str
@@ -127,6 +143,7 @@ class Prediction:
     tokens: int
     stopped: bool
     scorers: dict[str, Verdict]
+    options: tuple[RankedOption, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,14 +152,14 @@ class Scores:
 
     Attributes:
         task: name of the task.
-        metric: always `exact_match`.
+        metric: `exact_match` of generated answers; `accuracy` where options were only ranked.
         score, correct, stderr, interval: by the headline scorer, see `ScorerResult`.
         total: number of questions.
         scorer: name of the headline scorer.
         per_scorer: the result of every scorer, by its name.
-        decoding: how answers were generated.
+        decoding: how answers were generated, or options ranked.
         generated_tokens: over all questions and processes.
-        seconds: wall-clock time of the generation.
+        seconds: wall-clock time of both.
         cut_off: outputs that reached the token limit without EOS.
         predictions: one per question, in the order of the examples.
         rules: version of the rules by which answers were read, `scoring.RULES`; files before 2 do not say it.
@@ -171,7 +188,7 @@ class Scores:
 
     def __str__(self) -> str:
         return (
-            f"{self.task}: exact match {100 * self.score:.1f}% ± {100 * self.stderr:.1f} "
+            f"{self.task}: {self.metric.replace('_', ' ')} {100 * self.score:.1f}% ± {100 * self.stderr:.1f} "
             f"({self.correct}/{self.total})"
         )
 
@@ -179,21 +196,24 @@ class Scores:
 def summarize(
     task: Task, predictions: Sequence[Prediction], decoding: Mapping[str, object], seconds: float
 ) -> Scores:
-    """Compute the scores of one task from its predictions.
+    """Compute the scores of one task from its predictions, by the scorers that these have.
 
     Raises: ValueError: there are none.
     """
-    per_scorer = {name: _result([p.scorers[name] for p in predictions]) for name in task.scorers}
-    result = per_scorer[task.scorers[0]]
+    if not predictions:
+        raise ValueError(f"no predictions of task {task.name!r}")
+    scorers = list(predictions[0].scorers)
+    per_scorer = {name: _result([p.scorers[name] for p in predictions]) for name in scorers}
+    result = per_scorer[scorers[0]]
     return Scores(
         task=task.name,
-        metric="exact_match",
+        metric="exact_match" if scorers[0] in task.scorers else "accuracy",
         score=result.score,
         correct=result.correct,
         total=len(predictions),
         stderr=result.stderr,
         interval=result.interval,
-        scorer=task.scorers[0],
+        scorer=scorers[0],
         per_scorer=per_scorer,
         decoding=dict(decoding),
         generated_tokens=sum(p.tokens for p in predictions),

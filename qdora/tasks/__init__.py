@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qdora.config import AnswerKind, DataConfig, DatasetConfig
+from qdora.config import AnswerKind, DataConfig, DatasetConfig, EvaluationMethod, RunConfig
 from qdora.data.rows import BadRows, Dataset
 from qdora.errors import InputError, suggest
 from qdora.tasks.alpaca import ALPACA
@@ -59,13 +59,41 @@ def find_task(config: DatasetConfig) -> Task:
 def check_data(config: DataConfig) -> None:
     """Check both sources and their keys before anything is loaded.
 
-    Raises: InputError: as `find_task`; names the section.
+    Raises: InputError: as `find_task`; names the section. The two sets take answers of different forms.
     """
+    takes_answers = []
     for section, dataset in (("data.train", config.train), ("data.test", config.test)):
         try:
-            find_task(dataset)
+            takes_answers.append("answers" in find_task(dataset).optional)
         except InputError as error:
             raise InputError(f"{section}: {error}") from None
+    train, test = config.train.answers, config.test.answers
+    if all(takes_answers) and train != test:
+        # In another form a test question would not be found in the training set either.
+        raise InputError(f"data.train.answers {train!r} and data.test.answers {test!r}: they must agree")
+
+
+def check_run(config: RunConfig) -> None:
+    """Check the sources of a run, and that its test set can be scored by the method that it names.
+
+    Raises: InputError: as `check_data` and `check_method`.
+    """
+    check_data(config.data)
+    test = config.data.test
+    task = find_task(test)
+    check_method(config.evaluation.method, task.name, task.answer_kind(test))
+
+
+def check_method(method: EvaluationMethod, task: str, kind: AnswerKind) -> None:
+    """Only a choice has options that can be ranked.
+
+    Raises: InputError: another kind of answer is to be; the task is named.
+    """
+    if method != "generate" and kind != "choice":
+        raise InputError(
+            f"evaluation.method {method!r} ranks the options of a choice, and answers of {task!r} are "
+            f"{kind}; allowed there: generate"
+        )
 
 
 def load_dataset(config: DatasetConfig, bad_rows: BadRows) -> Dataset:

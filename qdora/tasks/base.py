@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,13 @@ from qdora.data.rows import (
 )
 from qdora.errors import InputError
 from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_published, verdicts_of
+
+
+class Option(NamedTuple):
+    """An answer to choose from, and the text whose likelihood is taken for it."""
+
+    answer: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,10 @@ class Task:
                 f"split {config.split!r} of source {self.name!r}; allowed: {', '.join(self.splits)}"
             )
 
+    def answer_kind(self, config: DatasetConfig) -> AnswerKind:
+        """How the answers of its examples are compared."""
+        return self.kind
+
     def rows(self, config: DatasetConfig) -> Sequence[Row]:
         """All rows of the split's files, in their order.
 
@@ -114,6 +125,13 @@ class Task:
         raise_for_skipped(skipped, bad_rows)
         return Dataset([converted[i] for i in order if i in converted][: config.limit], skipped)
 
+    def options(self, example: Example) -> Sequence[Option]:
+        """What a choice task's question can be answered with: its own options, else the task's words.
+
+        Raises: InputError: they cannot be found, or the gold answer is not among them.
+        """
+        return [Option(word, word) for word in example.options or self.words]
+
     def score(self, output: str, example: Example) -> dict[str, Verdict]:
         """The verdict of each scorer on an output, the headline scorer first.
 
@@ -123,11 +141,17 @@ class Task:
         """
         worked = self.gold == "solution"
         answer = example.completion if worked else example.answer
-        verdicts = verdicts_of(output, answer, self.kind, self.words)
+        words = longest_first(example.options) if example.options else self.words
+        verdicts = verdicts_of(output, answer, self.kind, words)
         if "published" in verdicts and not worked:
             gold = published_gold(example.answer, example.completion)
             verdicts["published"] = score_published(output, gold)
         return verdicts
+
+
+def longest_first(words: Iterable[str]) -> tuple[str, ...]:
+    """The different words in the order in which they are looked for: not `answer1` in `answer10`."""
+    return tuple(sorted(set(words), key=lambda word: (-len(word), word)))
 
 
 class LlmAdaptersTask(Task):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from qdora.config import DatasetConfig
+from qdora.config import AnswerKind, DatasetConfig
 from qdora.data.readers import read_hub, read_rows
 from qdora.data.rows import BadRowError, Example, Row, text_of
 from qdora.tasks.base import Task, held_out_split, question_of
@@ -27,6 +27,10 @@ class OwnData(Task):
     def task_name(self, config: DatasetConfig) -> str:
         """Under which scores are reported: the name that the file was given, or its stem."""
         return config.name or Path(str(config.path)).stem
+
+    def answer_kind(self, config: DatasetConfig) -> AnswerKind:
+        """The configured one."""
+        return config.answer_kind
 
     def rows(self, config: DatasetConfig) -> Sequence[Row]:
         """The rows of a file, or of all files of one kind in a folder."""

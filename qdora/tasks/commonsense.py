@@ -1,24 +1,109 @@
 """The eight commonsense tasks in LLM-Adapters' format, one by one or mixed.
 
+The published format lists the options in the instruction and asks for a label:
+
+    Please choose the correct answer to the question: QUESTION
+
+    Answer1: TEXT Answer2: TEXT
+
+    Answer format: answer1/answer2
+
+With `answers: text` the question stands alone, and an option's text answers it.
+
 Source: LLM-Adapters, arXiv:2304.01933, `dataset/` and commonsense_evaluate.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, zip_longest
 from pathlib import Path
 
 from qdora.config import DatasetConfig
 from qdora.data.readers import require
-from qdora.data.rows import Example, Row
+from qdora.data.rows import BadRowError, Example, Row
 from qdora.errors import InputError, suggest
-from qdora.tasks.base import LlmAdaptersTask, Task, read_llm_adapters
+from qdora.tasks.base import LlmAdaptersTask, Option, Task, read_llm_adapters
+
+_REQUEST = re.compile(r"Please (?:choose|answer) [^:\n]*:\s*")
+_FORMAT = "Answer format:"
+_COMPLETION = "the correct answer is {}"
 
 
-def _task(name: str, words: Sequence[str], paper: str, licence: str) -> LlmAdaptersTask:
-    return LlmAdaptersTask(
+class CommonsenseTask(LlmAdaptersTask):
+    """A choice task in LLM-Adapters' format."""
+
+    optional = ("answers",)
+
+    def example(self, config: DatasetConfig, row: Row) -> Example:
+        """As published, or the bare question with the text of its correct option.
+
+        Raises: BadRowError: as of the base class; `answers: text`, and the instruction is not in the
+            published format, or the answer is none of its options.
+        """
+        example = super().example(config, row)
+        if config.answers == "label":
+            return example
+        stem, options = self._parts(example.question)
+        if example.answer not in options:
+            raise BadRowError(f"the answer is {example.answer!r}; {suggest(example.answer, options)}")
+        text = options[example.answer]
+        return replace(example, question=stem, completion=text, answer=text, options=tuple(options.values()))
+
+    def options(self, example: Example) -> Sequence[Option]:
+        """The labels of the question's answer format, each with the published completion; or the texts.
+
+        Raises: InputError: the question does not end in an answer format, or lacks the gold answer there.
+        """
+        if example.options:
+            return super().options(example)
+        try:
+            labels = self._labels(example.question)
+        except BadRowError as error:
+            raise InputError(f"{example.origin}: {error}") from None
+        if example.answer not in labels:
+            raise InputError(f"{example.origin}: the answer is {example.answer!r}; allowed: {labels}")
+        return [Option(label, _COMPLETION.format(label)) for label in labels]
+
+    def _labels(self, instruction: str) -> list[str]:
+        """What the instruction's last line allows as an answer.
+
+        Raises: BadRowError: there is no such line, or it has a label that is none of the task's.
+        """
+        _, found, labels = instruction.rpartition(_FORMAT)
+        listed = labels.strip().split("/")
+        if not found or not set(listed) <= set(self.words):
+            ending = f"'{_FORMAT} {'/'.join(self.words[:2])}'"
+            raise BadRowError(
+                f"an instruction of {self.name!r} ends in {ending} or alike, this in {instruction[-60:]!r}"
+            )
+        return listed
+
+    def _parts(self, instruction: str) -> tuple[str, Mapping[str, str]]:
+        """The question alone, and the text of each option by its label.
+
+        Raises: BadRowError: the instruction is not in the published format.
+        """
+        labels = self._labels(instruction)
+        body = instruction.rpartition(_FORMAT)[0]
+        # The options of boolq are their own texts, and are not listed.
+        listed = [label for label in labels if label[-1].isdigit()]
+        marks = "".join(rf"\s+{label.capitalize()}:(.*?)" for label in listed)
+        found = re.fullmatch(rf"{_REQUEST.pattern}(.*?){marks}\s*", body, re.DOTALL)
+        stem, *texts = (part.strip() for part in found.groups()) if found else ("",)
+        if not stem or not all(texts):
+            marked = " ".join(f"{label.capitalize()}: TEXT" for label in listed)
+            raise BadRowError(
+                f"the instruction is not of the form 'Please choose ...: QUESTION {marked}', "
+                f"of which answers: text takes the parts: {body[:60]!r}"
+            )
+        return stem, dict(zip(labels, texts or labels, strict=True))
+
+
+def _task(name: str, words: Sequence[str], paper: str, licence: str) -> CommonsenseTask:
+    return CommonsenseTask(
         name, f"LLM-Adapters (arXiv:2304.01933); {paper}", licence, kind="choice", words=tuple(words)
     )
 
@@ -43,7 +128,7 @@ class Mixture(Task):
     """Several commonsense tasks in one training set, scored one by one."""
 
     required = ("path",)
-    optional = ("tasks",)
+    optional = ("tasks", "answers")
     names_examples = False
 
     def check(self, config: DatasetConfig) -> None:

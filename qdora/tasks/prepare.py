@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qdora.config import DataConfig
+from qdora.data.padding import choose_pad_token
 from qdora.data.rows import Dataset, Example, Skipped, fingerprint
 from qdora.data.tokenize import (
     TokenizedExample,
-    choose_pad_token,
     fitting_prompts,
     special_tokens,
     tokenize_examples,

@@ -1,6 +1,6 @@
 r"""Comparison of answers: pure functions on text.
 
-Numeric tasks have two scorers, both always reported:
+Numeric tasks have three scorers, all always reported:
 
 `published` is the comparison of the Orca-Math runs of AnswerDotAI/fsdp_qlora
 (experiments/orca_math/eval_utils.py and evaluate.ipynb): the last match of "currency
@@ -13,6 +13,9 @@ answer, a solution that reaches another value does not overrule it.
 `normalized` compares values.  Gold answers, worked solutions and outputs are read by the one grammar of
 `answers`, `numbers` and `expressions`.  A gold answer that is a letter A-E is matched by the chosen
 letter, see `letters`.
+
+`math_verify` is math-verify's own reading of both, and its own comparison, as others use it.  What follows a
+new question is left out before, and letters are those of `normalized`.
 
 Choice tasks follow LLM-Adapters (commonsense_evaluate.py): the first occurrence, case
 sensitive and also within words, of any of the task's answer words.
@@ -28,9 +31,10 @@ from qdora.config import AnswerKind
 from qdora.errors import InputError, suggest
 from qdora.tasks.answers import before_next_question, marked_number, stated_number
 from qdora.tasks.letters import chosen_letter, lone_letter, marked_letter
+from qdora.tasks.math_verifier import compare
 from qdora.tasks.numbers import plain, same_value
 
-RULES = 2
+RULES = 3
 """Version of the rules by which answers are read: figures of two versions are not comparable."""
 
 
@@ -123,6 +127,18 @@ def score_normalized(output: str, answer: str) -> Verdict:
     return Verdict(found.text if found else None, gold.text if gold else None, same)
 
 
+def score_math_verify(output: str, answer: str) -> Verdict:
+    """math-verify's comparison; by chosen letter where the gold answer is a letter A-E.
+
+    Args:
+        answer: the gold answer, or a worked solution that states it.
+    Raises: RuntimeError: math-verify's process cannot be started.
+    """
+    if _gold_letter(answer) or not answer.strip():
+        return score_normalized(output, answer)
+    return Verdict(*compare(before_next_question(output), before_next_question(answer)))
+
+
 def score_choice(output: str, answer: str, words: Sequence[str]) -> Verdict:
     """First of the answer words in the output, equal to the gold answer.
 
@@ -142,7 +158,11 @@ def score_text(output: str, answer: str) -> Verdict:
 
 
 SCORERS: Mapping[AnswerKind, Mapping[str, Callable[..., Verdict]]] = {
-    "numeric": {"normalized": score_normalized, "published": score_published},
+    "numeric": {
+        "normalized": score_normalized,
+        "published": score_published,
+        "math_verify": score_math_verify,
+    },
     "choice": {"first_answer_word": score_choice},
     "text": {"first_line": score_text},
 }

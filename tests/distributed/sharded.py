@@ -271,8 +271,24 @@ def save_from_one_process(
 
 
 def generate(model: Any, context: DistributedContext) -> list[str]:
-    """Answers to questions that do not divide over the processes, every process's list."""
+    """Answers to questions that do not divide over the processes, and their options ranked with shots that
+    all prompts share; every process's list."""
     questions = [Example("?" * (1 + 3 * i % 11), "x", str(i), "sums", f"q:{i}") for i in range(7)]
+    options = ("yes", "n", "it may be so")
+    choices = [dataclasses.replace(each, answer="n", task="ARC-Easy", options=options) for each in questions]
+    (ranked,) = evaluation.evaluate(
+        model,
+        tiny_tokenizer(),
+        choices,
+        prompt="cloze",
+        max_new_tokens=1,
+        batch_size=6,
+        method="rank",
+        shots={"ARC-Easy": choices[3:4]},
+        context=context,
+        show_progress=False,
+    )
+    best = [str(p.extracted) for p in ranked.predictions]
     with mock.patch.object(evaluation, "generate", wraps=evaluation.generate) as generate_batches:
         (scores,) = evaluation.evaluate(
             model,
@@ -284,7 +300,8 @@ def generate(model: Any, context: DistributedContext) -> list[str]:
             context=context,
             show_progress=False,
         )
-    return [str(generate_batches.call_args.kwargs["synced"]), *(p.output for p in scores.predictions)]
+    outputs = [p.output for p in scores.predictions]
+    return [str(generate_batches.call_args.kwargs["synced"]), *outputs, *best]
 
 
 class NoRoom:

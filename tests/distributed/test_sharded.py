@@ -180,8 +180,8 @@ def test_answers_are_those_of_one_process(one, several, case):
     count, out = several
     (alone, *expected), _ = json.loads((one / case / "rank-0.json").read_text())["answers"].values()
     assert alone == "False"
-    assert len(expected) == 7
-    assert len(set(expected)) > 1 or case != "qdora awkward"
+    assert len(expected) == 14
+    assert len(set(expected[:7])) > 1 or case != "qdora awkward"
     for rank in range(count):
         answers = json.loads((out / case / f"rank-{rank}.json").read_text())["answers"]
         assert answers["gathered"] == ["False", *expected]

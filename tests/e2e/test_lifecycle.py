@@ -58,11 +58,41 @@ def test_evaluate_with_and_without_the_adapter(run_folder, capsys):
     assert run_command("evaluate", ["--run", str(run_folder), "--base-only", "--limit", "3"]) == 0
     report = json.loads((run_folder / "evaluation" / "sums.json").read_text())
     assert report["total"] == 8
-    assert report["per_scorer"].keys() == {"normalized", "published"}
+    assert report["per_scorer"].keys() == {"normalized", "published", "math_verify"}
     lines = (run_folder / "evaluation" / "sums.predictions.jsonl").read_text().splitlines()
     assert len(lines) == 8
     assert {"prompt", "output", "extracted", "gold"} <= json.loads(lines[0]).keys()
     assert json.loads((run_folder / "evaluation-base" / "sums.json").read_text())["total"] == 3
+
+
+def test_evaluate_with_shots(run_folder, tmp_path, capsys):
+    """Catches: shots that a command does not draw, with the adapter or without."""
+    words = ["--run", str(run_folder), "--output", str(tmp_path), "--set", "evaluation.shots=2"]
+    for more in ([], ["--base-only"]):
+        assert run_command("evaluate", [*words, "--limit", "3", *more]) == 0
+        shots = json.loads((tmp_path / "sums.json").read_text())["decoding"]["shots"]
+        assert len(shots) == 2
+        assert all(origin.startswith(str(run_folder.parent / "train.jsonl")) for origin in shots)
+        line = json.loads((tmp_path / "sums.predictions.jsonl").read_text().splitlines()[0])
+        assert line["prompt"].count("###Question:") == 3
+    assert run_command("evaluate", [*words, "--set", "evaluation.shots=97"]) == 2
+    assert "evaluation.shots 97: the training set" in capsys.readouterr().err
+
+
+def test_options_are_ranked_without_a_run(tiny_model_folder, tmp_path, capsys):
+    """Catches: ranking that needs a run; a table that calls its accuracy an exact match."""
+    rows = [{"question": f"Is {i} odd?", "answer": "yes" if i % 2 else "no"} for i in range(4)]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", str(tiny_model_folder), "--data", str(path), "--output", str(tmp_path)]
+    words += ["--set", "evaluation.method=rank", "--set", "data.prompt=cloze"]
+    assert run_command("evaluate", words) == 2
+    assert "answers of 'file' are numeric" in capsys.readouterr().err
+    words += ["--set", "data.test.answer_kind=choice", "--set", "data.test.columns.answer=answer"]
+    assert run_command("evaluate", words) == 0
+    assert "accuracy" in capsys.readouterr().out
+    report = json.loads((tmp_path / "odd.json").read_text())
+    assert (report["metric"], report["scorer"], report["total"]) == ("accuracy", "likelihood", 4)
 
 
 def test_evaluate_without_a_run(run_folder, tiny_model_folder, tmp_path, capsys):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from qdora.data.rows import Example
-from qdora.data.tokenize import PROMPTS
+from qdora.data.templates import PROMPTS
 
 SENTENCES = [
     "Anna has 12 apples and gives 5 to Ben. How many apples does Anna have left?",

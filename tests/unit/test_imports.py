@@ -59,6 +59,7 @@ def refused(tmp_path: Path) -> dict[str, tuple[str, ...]]:
         "unrecognized arguments: --bogus": ("train", "--bogus"),
         "adapter.dora is false": ("train", "--config", contradiction),
         "unknown source 'gsm9k'; did you mean 'gsm8k'?": ("train", "--config", config, *unknown),
+        "ranks the options of a choice": ("train", "--config", config, "--set", "evaluation.method=rank"),
         "--threads 0; allowed: 1 or more": ("train", "--config", config, "--threads", "0"),
         "nowhere: not a run directory": ("evaluate", *run),
         "invalid choice: 'fp8'": ("export", *run, *out, "--dtype", "fp8"),

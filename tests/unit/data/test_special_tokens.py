@@ -17,7 +17,8 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qdora.data.tokenize import PROMPTS, prompt_ids, tokenize_examples
+from qdora.data.templates import PROMPTS
+from qdora.data.tokenize import prompt_ids, tokenize_examples
 from qdora.errors import InputError
 from qdora.models.sources import ensure_packaged
 from tests.tiny import tiny_tokenizer
@@ -85,6 +86,7 @@ def as_ever(tokenizer, prompt, questions):
     """Prompts as transformers encodes them by default."""
     text = PROMPTS[prompt].text
     if text is not None:
+        text = text.rstrip(" ")  # a space at the end belongs to the answer
         return [tokenizer(text.replace("{question}", question))["input_ids"] for question in questions]
     return [
         tokenizer.apply_chat_template(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qdora.data.tokenize import choose_pad_token, fitting_prompts, prompt_ids, tokenize_examples
+from qdora.data.padding import choose_pad_token
+from qdora.data.tokenize import continued_ids, fitting_prompts, prompt_ids, tokenize_examples
 from qdora.errors import DataError, InputError
 
 
@@ -18,6 +19,18 @@ def test_ids(tokenizer, example):
         assert [ids[:split]] == prompt_ids(tokenizer, "question_answer", [source.question])
         assert tokenizer.decode(ids[split:]) == source.completion + "</s>"
         assert tokens.origin == source.origin
+
+
+def test_a_template_that_joins_is_trained_as_it_is_ranked(tokenizer, example):
+    """Catches: `Answer:the` trained, or a space of its own before the answer, which no evaluation sees."""
+    source = example("What is left?", "apples left.")
+    (tokens,), _ = tokenize_examples([source], tokenizer, "cloze", 100, "stop")
+    joined = tokenizer("Question: What is left?\nAnswer: apples left.")["input_ids"]
+    assert tokens.input_ids == [*joined, tokenizer.eos_token_id]
+    ((prompt, (continuation,)),) = continued_ids(tokenizer, "cloze", [source.question], [[source.completion]])
+    assert tokens.input_ids[: tokens.prompt_length] == prompt
+    assert tokens.input_ids[tokens.prompt_length : -1] == continuation
+    assert [prompt] == prompt_ids(tokenizer, "cloze", [source.question])
 
 
 def test_completion_of_a_closing_tokenizer_has_one_eos(make_tokenizer, example):
@@ -53,7 +66,9 @@ def test_too_long(tokenizer, example):
 
 def test_no_tokens(tokenizer, example, monkeypatch):
     """Catches: an example of which only EOS is trained."""
-    monkeypatch.setattr("qdora.data.tokenize._completion_ids", lambda _, chunk, *rest: [[] for _ in chunk])
+    monkeypatch.setattr(
+        "qdora.data.tokenize._encode_completions", lambda _, texts, *rest: [[] for _ in texts]
+    )
     with pytest.raises(DataError, match="file:1: no tokens"):
         tokenize_examples([example()], tokenizer, "question_answer", 100, "stop")
 

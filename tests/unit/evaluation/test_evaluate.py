@@ -107,6 +107,7 @@ def test_scores_add_up(
     assert {name: result.correct for name, result in scores.per_scorer.items()} == {
         "normalized": 2,
         "published": 1,
+        "math_verify": 2,
     }
     assert scores.per_scorer["normalized"].no_answer == 2
     assert scores.cut_off == 1

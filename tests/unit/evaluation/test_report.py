@@ -41,7 +41,7 @@ def test_a_report_of_earlier_rules_is_read_and_known(scores: Scores, tmp_path: P
     """Catches: figures of other rules of reading answers taken for today's, or their files refused."""
     path = write_scores(scores, tmp_path)
     tree = json.loads(path.read_text())
-    assert tree.pop("rules") == scores.rules == 2
+    assert tree.pop("rules") == scores.rules == 3
     path.write_text(json.dumps(tree))
     assert read_scores(path) == replace(scores, rules=1)
 
@@ -51,7 +51,7 @@ def test_contract_of_the_files(scores: Scores, tmp_path: Path) -> None:
     tree = json.loads(write_scores(scores, tmp_path).read_text())
     assert {"task", "metric", "score", "correct", "total", "stderr", "scorer", "decoding"} <= set(tree)
     assert (tree["score"], tree["correct"], tree["total"]) == (2 / 3, 2, 3)
-    assert set(tree["per_scorer"]) == {"normalized", "published"}
+    assert set(tree["per_scorer"]) == {"normalized", "published", "math_verify"}
     assert tree["tokens_per_second"] == 5
     lines = [json.loads(line) for line in (tmp_path / "math.predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 3

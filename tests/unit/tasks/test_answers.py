@@ -282,9 +282,9 @@ def test_the_gold_number_of_a_text_is_its_answer(text: str) -> None:
 
 def test_score_answer_by_kind() -> None:
     """Catches: the headline scorer behind another one, answer words ignored, verdicts on case."""
-    assert list(score_answer("It is 8", "8")) == ["normalized", "published"]
+    assert list(score_answer("It is 8", "8")) == ["normalized", "published", "math_verify"]
     both = score_answer("It is $8", "8")
-    assert [verdict.correct for verdict in both.values()] == [True, False]
+    assert [verdict.correct for verdict in both.values()] == [True, False, True]
     assert score_answer("it is true", "true", kind="choice", words=["true", "false"]) == {
         "first_answer_word": Verdict("true", "true", True)
     }

@@ -38,7 +38,7 @@ def test_a_new_task_is_an_object_and_a_row(tokenizer, monkeypatch):
     data = prepare(config, tokenizer, None)
     assert (len(data.train), [example.answer for example in data.test]) == (20, ["0", "2", "4"])
     verdicts = task_for("doubling").score("The answer is 4.0", data.test[2])
-    assert list(verdicts) == list(task.scorers) == ["normalized", "published"]
+    assert list(verdicts) == list(task.scorers) == ["normalized", "published", "math_verify"]
     assert verdicts["normalized"].correct
     with pytest.raises(InputError, match=r"held_out belongs to .*, not to 'doubling'"):
         load_dataset(DatasetConfig(source="doubling", held_out=3), "stop")

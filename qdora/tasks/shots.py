@@ -1,0 +1,69 @@
+"""The examples that stand before every question of an evaluation: few-shot prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from qdora.config import RunConfig
+from qdora.data.rows import Example
+from qdora.data.tokenize import tokenize_examples
+from qdora.errors import InputError
+from qdora.tasks import load_dataset
+from qdora.tasks.prepare import remove_leaked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def draw_shots(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, test: Sequence[Example]
+) -> dict[str, list[Example]]:
+    """Draw `evaluation.shots` examples for each task of the test set, the same ones for all its questions.
+
+    They come from what the run trains on: the training set without test questions and without examples
+    longer than `data.max_length`; from the examples of the question's own task where there are any.
+
+    Args:
+        test: all examples of the test set.
+    Returns: by task, in the order in which they stand in the prompt; empty where no shots are asked for.
+    Raises:
+        InputError: the training set cannot be loaded, or has fewer examples.
+        DataError: a bad row, and `data.bad_rows` is `stop`.
+    """
+    count = config.evaluation.shots
+    if count == 0:
+        return {}
+    data = config.data
+    clean, _ = remove_leaked(load_dataset(data.train, data.bad_rows).examples, test)
+    tasks = dict.fromkeys(example.task for example in test)
+    return {
+        task: _draw([e for e in clean if e.task == task] or clean, count, config, tokenizer) for task in tasks
+    }
+
+
+def _draw(
+    pool: Sequence[Example], count: int, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    data = config.data
+    order = Random(config.evaluation.shots_seed).sample(pool, len(pool))
+    drawn: list[Example] = []
+    while order and len(drawn) < count:
+        candidates, order = order[:count], order[count:]
+        fitting, _ = tokenize_examples(
+            candidates,
+            tokenizer,
+            data.prompt,
+            data.max_length,
+            "skip",
+            parse_special_tokens=data.parse_special_tokens,
+        )
+        origins = {example.origin for example in fitting}
+        drawn += [example for example in candidates if example.origin in origins]
+    if len(drawn) < count:
+        raise InputError(
+            f"evaluation.shots {count}: the training set, source {data.train.source!r}, has "
+            f"{len(drawn)} examples that fit into data.max_length {data.max_length}"
+        )
+    return drawn[:count]
