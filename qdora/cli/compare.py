@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the comparison")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
     parser.add_argument("--resume", action="store_true", help="continue a comparison in its output.dir")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that needs no weight, show the plan and the time it takes; writes nothing",
+    )
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -25,6 +30,6 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     def work() -> None:
         from qdora.commands.compare import compare
 
-        compare(config, runs, resume=arguments.resume)
+        compare(config, runs, resume=arguments.resume, dry_run=arguments.dry_run)
 
     return work

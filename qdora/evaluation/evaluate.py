@@ -33,7 +33,7 @@ from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.tasks import check_data, task_for
 from qdora.tasks.base import Task
-from qdora.tasks.prepare import load_test
+from qdora.tasks.prepare import Split, load_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,13 +71,17 @@ def evaluate_configured(
     config: RunConfig,
     context: DistributedContext,
     *,
+    split: Split = "test",
     show_progress: bool = True,
 ) -> list[Scores]:
     """`evaluate` with the prompt, the answer kind and the `evaluation` section of a run.
 
+    Args:
+        split: that the examples are of; validation examples have the answer kind of the training set.
     Raises: InputError: as `evaluate`.
     """
     settings = config.evaluation
+    source = config.data.test if split == "test" else config.data.train
     return evaluate(
         model,
         tokenizer,
@@ -86,7 +90,7 @@ def evaluate_configured(
         parse_special_tokens=config.data.parse_special_tokens,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
-        kind=config.data.test.answer_kind,
+        kind=source.answer_kind,
         weights=settings.weights,
         context=context,
         show_progress=show_progress,
@@ -100,13 +104,15 @@ def evaluate_adapter(
     *,
     folder: Path | None = None,
     task: str | None = None,
+    split: Split = "test",
 ) -> list[Scores]:
-    """Load a run's base and test set, load the adapter onto it, score, write the reports; a collective.
+    """Load a run's base and examples, load the adapter onto it, score, write the reports; a collective.
 
     Args:
         adapter: folder in PEFT's format; None scores the base alone.
         folder: where reports go; None writes none.
-        task: only this task of the test set.
+        task: only this task of the split.
+        split: that is scored.
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
     with context.on_main_rank(lambda: nullcontext() if folder is None else locked_reports(folder, task)):
@@ -115,20 +121,20 @@ def evaluate_adapter(
             checkpoint = open_checkpoint(config.model.path, config.model.revision)
             tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
             padding = fit_padding(tokenizer, rows)
-            test = load_test(config.data, tokenizer)
-            examples = [example for example in test.examples if task in (None, example.task)]
+            loaded = load_split(config.data, tokenizer, split)
+            examples = [example for example in loaded.examples if task in (None, example.task)]
             if not examples:
-                names = {example.task for example in test.examples}
-                raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
+                names = {example.task for example in loaded.examples}
+                raise InputError(f"--task {task!r}: the {split} set has none; {suggest(str(task), names)}")
             check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
         if padding is not None:
             context.say(padding)
-        if test.skipped:
-            context.say(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}")
+        if loaded.skipped:
+            context.say(f"{len(loaded.skipped)} {split} rows left out, the first: {loaded.skipped[0]}")
         quantization = config.evaluation.quantization
         quantize = Quantization(quantization) if quantization and adapter else None
         model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
-        scores = evaluate_configured(model, tokenizer, examples, config, context)
+        scores = evaluate_configured(model, tokenizer, examples, config, context, split=split)
         if context.is_main and folder is not None:
             for score in scores:
                 write_scores(score, folder)
