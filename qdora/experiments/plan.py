@@ -262,8 +262,8 @@ def _figures(item: Item) -> list[str]:
 
 def _state(item: Item, *, resume: bool) -> str:
     if len(item.runs) > 1:
-        best = f"the best of {len(item.runs)} points"
-        return best if item.trains else f"{best}, trained there"
+        chosen = f"at the chosen of {len(item.runs)} points"
+        return chosen if item.trains else f"{chosen}: only scored"
     if not resume:
         return "new"
     run = item.runs[0]

@@ -109,7 +109,7 @@ def test_the_plan_names_what_is_done_and_what_is_known(tmp_path):
     assert ["adapter.r", "", "sweep: 2, 4", "sweep: 2, 4"] in cells
     assert ["adapter.dora", "", "true", "false"] in cells
     assert ["a seed 0, adapter.r=2", "20", "40", "4,321", "new", "unknown"] in cells
-    assert ["a seed 1", "20", "40", "4,321", "the best of 2 points", "unknown"] in cells
+    assert ["a seed 1", "20", "40", "4,321", "at the chosen of 2 points", "unknown"] in cells
     assert not (tmp_path / "c").exists()
 
     done = next(run for run in runs if run.point == {"adapter.r": 2})
