@@ -40,6 +40,8 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
         self.base_evaluation = self.path / "evaluation-base"
+        self.validation = self.path / "evaluation-validation"
+        self.base_validation = self.path / "evaluation-base-validation"
         self.analysis = self.path / "analysis"
 
     def holds_run(self) -> bool:
@@ -82,7 +84,8 @@ class RunDirectory:
 
     def _written(self) -> tuple[Path, ...]:
         """Everything of a run. A kill while it is removed in this order leaves what `--resume` takes."""
-        results = (self.adapter, self.evaluation, self.base_evaluation, self.analysis, self.loss_plot)
+        scores = (self.evaluation, self.base_evaluation, self.validation, self.base_validation)
+        results = (self.adapter, *scores, self.analysis, self.loss_plot)
         return (*results, self.checkpoints, self.metrics_file, self.manifest_file, self.config_file)
 
     def start(self, config: RunConfig, manifest: dict[str, Any]) -> None:

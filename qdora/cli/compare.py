@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     small = "the overlays that the comparison names under `small`: a small model, few steps"
     parser.add_argument("--small", action="store_true", help=small)
     parser.add_argument("--resume", action="store_true", help="continue a comparison in its output.dir")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that needs no weight, show the plan and the time it takes; writes nothing",
+    )
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -31,6 +36,6 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     def work() -> None:
         from qdora.commands.compare import compare
 
-        compare(config, runs, resume=arguments.resume)
+        compare(config, runs, resume=arguments.resume, dry_run=arguments.dry_run)
 
     return work

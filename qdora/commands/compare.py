@@ -4,159 +4,291 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qdora.adapters.fingerprint import base_fingerprint
 from qdora.commands.train import planned_manifest, read_inputs, train
+from qdora.config import RunConfig
 from qdora.config_file import config_digest, dump_config
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores, read_reports
-from qdora.experiments.arms import ArmRun, CompareConfig, check_conditions, resumed
+from qdora.experiments.arms import UNTRAINED, ArmRun, CompareConfig, check_conditions, resumed
+from qdora.experiments.grid import GridPoint, choose, point_name
+from qdora.experiments.plan import Item, Progress, dry_run_page, plan_items
 from qdora.experiments.report import markdown, write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
-from qdora.run import RunDirectory
-from qdora.tasks.prepare import PreparedData
+from qdora.models.load import build_adapted, compute_dtype
+from qdora.models.sources import open_checkpoint
+from qdora.run import RunDirectory, make_manifest
+from qdora.tasks.prepare import PreparedData, Split
 from qdora.tasks.scoring import RULES
 from qdora.training.metrics import read_metrics
 
 CONFIG_COPY = "compare.yaml"
 SCORED = "scored.json"
-BASE = "base"
 
 
-def compare(config: CompareConfig, runs: Sequence[ArmRun], *, resume: bool) -> None:
+def compare(config: CompareConfig, runs: Sequence[ArmRun], *, resume: bool, dry_run: bool = False) -> None:
     """Train and score every run, and write the report.
 
     Args:
-        runs: of the configuration.
+        runs: of `expand`.
         resume: continue a comparison in its output.dir.
+        dry_run: check everything that needs no weight, print the plan, and write nothing.
     """
     context = DistributedContext.from_launch()
     context.refuse_disagreement({str(run): config_digest(run.config) for run in runs})
+    comparison = _Comparison(config, runs, context, resume=resume)
+    if dry_run:
+        page = comparison.dry_run()
+        if context.is_main:
+            print(page)
+        return
     with context.on_main_rank(RunDirectory(config.output.dir).locked):
-        _compare(config, runs, context, resume=resume)
+        comparison.run()
         context.barrier()
 
 
-def _compare(
-    config: CompareConfig, runs: Sequence[ArmRun], context: DistributedContext, *, resume: bool
-) -> None:
-    folder = Path(config.output.dir)
-    with context.raise_on_all_ranks():
-        used = (folder / CONFIG_COPY).exists() or any(run.directory.holds_run() for run in runs)
-        if used and not (resume or config.output.overwrite):
-            raise InputError(
-                f"output.dir {folder} already holds a comparison; continue it with --resume, replace it with "
-                f"--set output.overwrite=true, or choose another output.dir"
-            )
-    runs = _planned(runs, context)
-    with context.raise_on_all_ranks():
-        if context.is_main:
-            check_conditions(map(resumed, runs) if resume else runs)
-            _open(folder, config, runs, resume=resume)
-    bases = _score_bases(folder, runs, context)
-    done = []
-    for run in runs:
-        directory = run.directory
-        context.say(f"\n== {run}: {directory.path}")
-        if not context.gather([run.is_trained])[0]:
-            train(run.config, resume="auto" if resume else None, context=context)
-        scores = _score(run, directory.finished_adapter(), folder, directory.evaluation, context)
-        steps = read_metrics(directory.metrics_file)
-        done.append(replace(run, manifest=directory.manifest(), steps=steps, scores=scores))
-    if context.is_main:
-        print(markdown(write_report(folder, done, bases)))
-        print(f"report: {folder / 'report.json'}, {folder / 'report.md'}, {folder / 'comparison.png'}")
+class _Comparison:
+    """A comparison in its folder; its methods are collectives.
 
-
-def _planned(runs: Sequence[ArmRun], context: DistributedContext) -> list[ArmRun]:
-    """Check every run as far as that needs no weight; the runs with the manifests that they would write.
-
-    Data are read and tokenized once for each tokenizer and data section.
+    Attributes:
+        planned: the runs whose point of the grid is known, with the manifests that they would write, by name.
     """
-    prepared: dict[tuple[str, str | None, str], PreparedData] = {}
-    planned = []
-    for run in runs:
-        key = (run.config.model.path, run.config.model.revision, config_digest(run.config.data))
-        try:
-            if key not in prepared:
-                with context.raise_on_all_ranks():
-                    prepared[key] = read_inputs(run.config)[2]
-            manifest = planned_manifest(run.config, prepared[key], context)
-        except InputError as error:
-            raise InputError(f"{run}: {error}") from error
-        planned.append(replace(run, manifest=manifest))
-    return planned
+
+    def __init__(
+        self, config: CompareConfig, runs: Sequence[ArmRun], context: DistributedContext, *, resume: bool
+    ) -> None:
+        self.config, self.runs, self.context, self.resume = config, runs, context, resume
+        self.folder = Path(config.output.dir)
+        self.items = plan_items(runs)
+        self.progress = Progress(self.items, context.say)
+        self.planned: dict[str, ArmRun] = {}
+        self._prepared: dict[tuple[str, str | None, str], PreparedData] = {}
+
+    def dry_run(self) -> str:
+        """The plan, after all checks that `run` makes before it writes."""
+        self._check_before_choice()
+        of_point = {(run.arm, point_name(run.point)): run.manifest for run in self.planned.values()}
+        # Another seed changes neither the steps nor the parameters of a point.
+        runs = [
+            self.planned.get(str(run)) or replace(run, manifest=of_point[run.arm, point_name(run.point)])
+            for run in self.runs
+        ]
+        return dry_run_page(self.config, runs, resume=self.resume)
+
+    def run(self) -> None:
+        """Train and score what is missing, and write the report."""
+        self._check_before_choice()
+        with self.context.raise_on_all_ranks():
+            if self.context.is_main:
+                self._open()
+        untrained = {item.arm: self._score_untrained(item) for item in self.items if not item.runs[0].train}
+        grid = self._run_grids()
+        chosen = {point.arm: point.settings for point in grid if point.chosen}
+        runs = [run for run in self.runs if run.point == chosen.get(run.arm, {})]
+        self._plan(runs)
+        self._check_conditions()
+        runs = [self.planned[str(run)] for run in runs]
+        bases = self._score_bases(runs)
+        finals = {(item.arm, item.seed): item for item in self.items if not item.on_validation}
+        done = []
+        for run in runs:
+            scores = untrained.get(run.arm) or self._train_and_score(finals[run.arm, run.seed], run)
+            if run.train:
+                run = replace(
+                    run, manifest=run.directory.manifest(), steps=read_metrics(run.directory.metrics_file)
+                )
+            done.append(replace(run, scores=scores))
+        if self.context.is_main:
+            folder = self.folder
+            print(markdown(write_report(folder, done, bases, grid)))
+            print(f"report: {folder / 'report.json'}, {folder / 'report.md'}, {folder / 'comparison.png'}")
+
+    def _check_before_choice(self) -> None:
+        """Check all that needs no weight and no choice of a grid's point.
+
+        Raises: InputError: a run cannot be trained or compared, or the folder holds another comparison.
+        """
+        with self.context.raise_on_all_ranks():
+            used = (self.folder / CONFIG_COPY).exists() or any(run.directory.holds_run() for run in self.runs)
+            if used and not (self.resume or self.config.output.overwrite):
+                raise InputError(
+                    f"output.dir {self.folder} already holds a comparison; continue it with --resume, "
+                    f"replace it with --set output.overwrite=true, or choose another output.dir"
+                )
+        first = self.runs[0].seed
+        self._plan([run for run in self.runs if run.seed == first or not run.point])
+        self._check_conditions()
+
+    def _plan(self, runs: Sequence[ArmRun]) -> None:
+        """Check runs as far as that needs no weight, and find the manifests that they would write.
+
+        Data are read and tokenized once for each tokenizer and data section.
+        """
+        for run in (run for run in runs if str(run) not in self.planned):
+            model, data = run.config.model, run.config.data
+            key = (model.path, model.revision, config_digest(data))
+            try:
+                if key not in self._prepared:
+                    with self.context.raise_on_all_ranks():
+                        self._prepared[key] = read_inputs(run.config)[2]
+                plan = planned_manifest if run.train else _base_manifest
+                manifest = plan(run.config, self._prepared[key], self.context)
+            except InputError as error:
+                raise InputError(f"{run}: {error}") from error
+            self.planned[str(run)] = replace(run, manifest=manifest)
+
+    def _check_conditions(self) -> None:
+        with self.context.raise_on_all_ranks():
+            if self.context.is_main:
+                runs = self.planned.values()
+                check_conditions(map(resumed, runs) if self.resume else runs)
+
+    def _open(self) -> None:
+        """Save the configuration; without --resume, remove what an earlier comparison left."""
+        with wrap_os_errors(self.folder):
+            if not self.resume:
+                # All at once: a later --resume must not take a run of the earlier comparison for one of this.
+                (self.folder / SCORED).unlink(missing_ok=True)
+                shutil.rmtree(self.folder / UNTRAINED, ignore_errors=True)
+                for run in (run for run in self.runs if run.train):
+                    with run.directory.locked():
+                        run.directory.clear()
+            write_text(self.folder / CONFIG_COPY, dump_config(self.config))
+
+    def _score_untrained(self, item: Item) -> list[Scores]:
+        """Score an arm that is a base model with settings."""
+        started = time.perf_counter()
+        run = self.planned[str(item.runs[0])]
+        self.context.say(f"\n== {item}: not trained")
+        scores, fresh = self._score(run, None, run.directory.path)
+        self._finish(item, run, scores, time.perf_counter() - started, again=not fresh)
+        return scores
+
+    def _run_grids(self) -> list[GridPoint]:
+        """Train every point of every arm's grid with the first seed, score it, and choose."""
+        points = []
+        for item in (item for item in self.items if item.on_validation):
+            run = self.planned[str(item.runs[0])]
+            scores = self._train_and_score(item, run)
+            correct, total = sum(s.correct for s in scores), sum(s.total for s in scores)
+            points.append(GridPoint(run.arm, run.point, correct, total, False, str(run.directory.path)))
+        return choose(points)
+
+    def _train_and_score(self, item: Item, run: ArmRun) -> list[Scores]:
+        """Train a run where it has not finished, and score it on the split of its item."""
+        started, directory = time.perf_counter(), run.directory
+        self.context.say(f"\n== {run}: {directory.path}")
+        trained = self.context.gather([run.is_trained])[0]
+        if not trained:
+            train(run.config, resume="auto" if self.resume else None, context=self.context)
+        split: Split = "validation" if item.on_validation else "test"
+        reports = directory.validation if item.on_validation else directory.evaluation
+        scores, fresh = self._score(run, directory.finished_adapter(), reports, split)
+        seconds = time.perf_counter() - started
+        self._finish(item, run, scores, seconds, again=trained and not fresh)
+        return scores
+
+    def _finish(
+        self, item: Item, run: ArmRun, scores: Sequence[Scores], seconds: float, *, again: bool
+    ) -> None:
+        """Report progress; what an earlier process did counts by the times that it wrote down."""
+        measured = sum(score.seconds for score in scores)
+        if item.trains:
+            measured += sum(m.seconds for m in read_metrics(run.directory.metrics_file))
+        self.progress.finish(item, scores, max(seconds, measured), again=again)
+
+    def _score_bases(self, runs: Sequence[ArmRun]) -> dict[str, list[Scores]]:
+        """Score each distinct base of the trained arms without their adapters.
+
+        Returns: scores, by a name with the arms of one among several.
+        """
+        arms: dict[str, list[str]] = {}
+        scores = {}
+        # An arm without training has been scored already, and may be what another arm was trained on.
+        for run in sorted(runs, key=lambda run: run.train):
+            of_base = arms.setdefault(json.dumps(_inputs(run, None)), [])
+            if not of_base:
+                scores[run.arm] = self._score(run, None, self.folder / UNTRAINED / run.arm)[0]
+            if run.arm not in of_base:
+                of_base.append(run.arm)
+        named = {}
+        trained = {run.arm for run in runs if run.train}
+        bases = [of for of in arms.values() if trained.intersection(of)]
+        for of in bases:
+            name = f"base of {', '.join(arm for arm in of if arm in trained)}" if len(bases) > 1 else "base"
+            named[name] = scores[of[0]]
+        return named
+
+    def _score(
+        self, run: ArmRun, adapter: Path | None, reports: Path, split: Split = "test"
+    ) -> tuple[list[Scores], bool]:
+        """Score a run's adapter, or its base, unless the reports are complete and of the same inputs.
+
+        Args:
+            adapter: None scores the base.
+            reports: folder of the reports; `scored.json` of the comparison records what they are of.
+        Returns: the scores, and whether they were computed now.
+        """
+        inputs, name = _inputs(run, adapter, split), str(reports.relative_to(self.folder))
+        file = self.folder / SCORED
+        record = read_json(file) if file.exists() else {}
+        usable = record.get(name) == {"inputs": inputs, "files": _digests(reports)}
+        fresh = not self.context.gather([usable])[0]
+        if fresh:
+            config = _scored_config(run.config, split)
+            evaluate_adapter(config, adapter, self.context, folder=reports, split=split)
+            with self.context.raise_on_all_ranks():
+                if self.context.is_main:
+                    entry = {"inputs": inputs, "files": _digests(reports)}
+                    write_json(file, record | {name: entry})
+        return read_reports(reports), fresh
 
 
-def _open(folder: Path, config: CompareConfig, runs: Sequence[ArmRun], *, resume: bool) -> None:
-    """Save the configuration; without --resume, remove what an earlier comparison left."""
-    with wrap_os_errors(folder):
-        if not resume:
-            # All at once: a later --resume must not take a run of the earlier comparison for one of this one.
-            (folder / SCORED).unlink(missing_ok=True)
-            shutil.rmtree(folder / BASE, ignore_errors=True)
-            for run in runs:
-                with run.directory.locked():
-                    run.directory.clear()
-        write_text(folder / CONFIG_COPY, dump_config(config))
+def _base_manifest(config: RunConfig, data: PreparedData, context: DistributedContext) -> dict[str, Any]:
+    """`planned_manifest` of a base model that is scored without training; a collective.
+
+    Raises: InputError: the model cannot be loaded in its format.
+    """
+    with context.raise_on_all_ranks():
+        checkpoint = open_checkpoint(config.model.path, config.model.revision)
+    meta, _ = build_adapted(checkpoint, config.model, context, lambda model: None)
+    fields = {
+        "base": {"fingerprint": base_fingerprint(meta.model)},
+        "data": data.counts(),
+        "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
+    }
+    return make_manifest(config, world_size=context.world_size, fields=fields)
 
 
-def _score_bases(
-    folder: Path, runs: Sequence[ArmRun], context: DistributedContext
-) -> dict[str, list[Scores]]:
-    """Score each distinct base without its adapters; a name for each, with the arms of one among several."""
-    arms: dict[str, list[str]] = {}
-    scores = {}
-    for run in runs:
-        of_base = arms.setdefault(json.dumps(_inputs(run, None)), [])
-        if not of_base:
-            scores[run.arm] = _score(run, None, folder, folder / BASE / run.arm, context)
-        if run.arm not in of_base:
-            of_base.append(run.arm)
-    several = len(arms) > 1
-    return {f"base of {', '.join(of)}" if several else BASE: scores[of[0]] for of in arms.values()}
+def _scored_config(config: RunConfig, split: Split) -> RunConfig:
+    """The configuration by which a split is scored: a limit is one of test questions."""
+    if split == "test":
+        return config
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"limit": None})})
 
 
-def _inputs(run: ArmRun, adapter: Path | None) -> dict[str, Any]:
+def _inputs(run: ArmRun, adapter: Path | None, split: Split = "test") -> dict[str, Any]:
     """What decides the scores of a run's base, or of its adapter."""
     evaluation = {"every"} if adapter else {"every", "quantization"}
     shots = run.config.evaluation.shots > 0
-    unused = {"data": set() if shots else {"train"}, "evaluation": evaluation}
+    unused = {"data": {"validation"} if shots else {"train", "validation"}, "evaluation": evaluation}
     kept = {"model", "data", "evaluation"}
     return {
-        "config": run.config.model_dump(mode="json", include=kept, exclude=unused),
-        "test": run.manifest["data"]["fingerprints"]["test"],
+        "config": _scored_config(run.config, split).model_dump(mode="json", include=kept, exclude=unused),
+        split: run.manifest["data"]["fingerprints"][split],
         # The shots are drawn from it.
-        "train": run.manifest["data"]["fingerprints"]["train"] if shots else None,
+        "shots": run.manifest["data"]["fingerprints"]["train"] if shots else None,
         "adapter": adapter and file_digest(adapter / "adapter_model.safetensors"),
         "rules": RULES,
     }
-
-
-def _score(
-    run: ArmRun, adapter: Path | None, folder: Path, reports: Path, context: DistributedContext
-) -> list[Scores]:
-    """Score a run's adapter, or its base, unless the reports are complete and of the same inputs.
-
-    Args:
-        adapter: None scores the base.
-        folder: of the comparison, which records what was scored.
-        reports: folder of the reports.
-    """
-    inputs, name = _inputs(run, adapter), str(reports.relative_to(folder))
-    record = read_json(folder / SCORED) if (folder / SCORED).exists() else {}
-    if not context.gather([record.get(name) == {"inputs": inputs, "files": _digests(reports)}])[0]:
-        evaluate_adapter(run.config, adapter, context, folder=reports)
-        with context.raise_on_all_ranks():
-            if context.is_main:
-                entry = {"inputs": inputs, "files": _digests(reports)}
-                write_json(folder / SCORED, record | {name: entry})
-    return read_reports(reports)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -25,7 +25,9 @@ def evaluate(arguments: argparse.Namespace, target: Target) -> None:
     context.refuse_disagreement({"the configuration": config_digest(target.config)})
     folder = _report_folder(arguments, target)
     with context.on_main_rank(target.locked):
-        scores = evaluate_adapter(target.config, target.adapter, context, folder=folder, task=arguments.task)
+        scores = evaluate_adapter(
+            target.config, target.adapter, context, folder=folder, task=arguments.task, split=arguments.split
+        )
     if context.is_main:
         print(_table(scores))
         if folder is not None:
@@ -37,7 +39,10 @@ def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None
         return Path(arguments.output)
     if target.directory is None or arguments.data:
         return None  # a run's own reports are about its own test set
-    return target.directory.base_evaluation if arguments.base_only else target.directory.evaluation
+    directory, base_only = target.directory, arguments.base_only
+    if arguments.split == "validation":
+        return directory.base_validation if base_only else directory.validation
+    return directory.base_evaluation if base_only else directory.evaluation
 
 
 def _table(scores: list[Scores]) -> str:

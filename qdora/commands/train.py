@@ -166,7 +166,7 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     if padding is not None and os.environ.get("RANK", "0") == "0":
         print(padding, file=sys.stderr)
     check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in data.train))
-    check_questions(tokenizer, rows, config.data, data.test[: config.evaluation.limit])
+    check_questions(tokenizer, rows, config.data, [*data.validation, *data.test[: config.evaluation.limit]])
     return checkpoint, tokenizer, dataclasses.replace(data, pad_id=tokenizer.pad_token_id)
 
 
@@ -305,13 +305,7 @@ def _manifest(
     plan = BatchPlan(lengths, training.batch_size, training.seed, rows)
     fields = {
         "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
-        "data": {
-            "fingerprints": data.fingerprints,
-            "train": len(data.train),
-            "test": len(data.test),
-            "leaked_questions_removed": data.leaked,
-            "rows_skipped": len(data.skipped),
-        },
+        "data": data.counts(),
         "trainable_parameters": report.trainable,
         "initial_a": initial_update_fingerprint(model),
         "batch_order": order.hexdigest(),
@@ -364,6 +358,11 @@ def _say_data(data: PreparedData, config: RunConfig, context: DistributedContext
         f"{len(data.train)} training examples, {len(data.test)} test examples; "
         f"{data.leaked} training examples removed because their question is a test question"
     )
+    if data.validation:
+        context.say(
+            f"{len(data.validation)} validation examples left out of training; "
+            f"{data.leaked_validation} training examples removed because their question is one of theirs"
+        )
     for row in data.skipped[:5]:
         context.say(f"skipped {row}")
     if len(data.skipped) > 5:

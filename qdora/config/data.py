@@ -58,6 +58,8 @@ class DataConfig(Section):
 
     train: DatasetConfig
     test: DatasetConfig
+    validation: Count | None = None
+    """Left out of training: the last so many training examples, before `train.limit`, no test questions."""
     prompt: PromptName = "question_answer"
     """Template, the same in training and in evaluation."""
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 512

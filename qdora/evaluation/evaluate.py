@@ -34,7 +34,7 @@ from qdora.models.load import load_with_adapter, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.tasks import check_run
-from qdora.tasks.prepare import load_test
+from qdora.tasks.prepare import Split, load_split
 from qdora.tasks.scoring import Verdict
 from qdora.tasks.shots import draw_shots
 
@@ -58,15 +58,18 @@ def evaluate_configured(
     context: DistributedContext,
     *,
     shots: Mapping[str, Sequence[Example]],
+    split: Split = "test",
     show_progress: bool = True,
 ) -> list[Scores]:
     """`evaluate` with the prompt, the answer kind and the `evaluation` section of a run.
 
     Args:
         shots: of `draw_shots`.
+        split: that the examples are of; validation examples have the answer kind of the training set.
     Raises: InputError: as `evaluate`.
     """
     settings = config.evaluation
+    source = config.data.test if split == "test" else config.data.train
     return evaluate(
         model,
         tokenizer,
@@ -75,7 +78,7 @@ def evaluate_configured(
         parse_special_tokens=config.data.parse_special_tokens,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
-        kind=config.data.test.answer_kind,
+        kind=source.answer_kind,
         method=settings.method,
         shots=shots,
         weights=settings.weights,
@@ -91,19 +94,21 @@ def evaluate_adapter(
     *,
     folder: Path | None = None,
     task: str | None = None,
+    split: Split = "test",
 ) -> list[Scores]:
-    """Load a run's base and test set, load the adapter onto it, score, write the reports; a collective.
+    """Load a run's base and examples, load the adapter onto it, score, write the reports; a collective.
 
     Args:
         adapter: folder in PEFT's format; None scores the base alone.
         folder: where reports go; None writes none.
-        task: only this task of the test set.
+        task: only this task of the split.
+        split: that is scored.
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
     with context.on_main_rank(lambda: nullcontext() if folder is None else locked_reports(folder, task)):
-        loaded = load_for_evaluation(config, adapter, context, task=task)
+        loaded = load_for_evaluation(config, adapter, context, task=task, split=split)
         scores = evaluate_configured(
-            loaded.model, loaded.tokenizer, loaded.examples, config, context, shots=loaded.shots
+            loaded.model, loaded.tokenizer, loaded.examples, config, context, shots=loaded.shots, split=split
         )
         if context.is_main and folder is not None:
             for score in scores:
@@ -122,9 +127,14 @@ class Loaded(NamedTuple):
 
 
 def load_for_evaluation(
-    config: RunConfig, adapter: Path | None, context: DistributedContext, *, task: str | None = None
+    config: RunConfig,
+    adapter: Path | None,
+    context: DistributedContext,
+    *,
+    task: str | None = None,
+    split: Split = "test",
 ) -> Loaded:
-    """A run's base with an adapter, its tokenizer, its test set, and the shots of its tasks; a collective.
+    """A run's base with an adapter, its tokenizer, its examples, and the shots of their tasks; a collective.
 
     Args, Raises: as `evaluate_adapter`.
     """
@@ -133,17 +143,17 @@ def load_for_evaluation(
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
         tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
         padding = fit_padding(tokenizer, rows)
-        test = load_test(config.data, tokenizer)
-        examples = [example for example in test.examples if task in (None, example.task)]
+        found = load_split(config.data, tokenizer, split)
+        examples = [example for example in found.examples if task in (None, example.task)]
         if not examples:
-            names = {example.task for example in test.examples}
-            raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
+            names = {example.task for example in found.examples}
+            raise InputError(f"--task {task!r}: the {split} set has none; {suggest(str(task), names)}")
         check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
-        shots = draw_shots(config, tokenizer, test.examples)
+        shots = draw_shots(config, tokenizer, found.examples)
     if padding is not None:
         context.say(padding)
-    if test.skipped:
-        context.say(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}")
+    if found.skipped:
+        context.say(f"{len(found.skipped)} {split} rows left out, the first: {found.skipped[0]}")
     quantization = config.evaluation.quantization
     quantize = Quantization(quantization) if quantization and adapter else None
     model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, permutations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from qdora.config import OutputConfig, RunConfig, Section
 from qdora.config_file import check_config, dotted, set_key
 from qdora.errors import InputError
 from qdora.evaluation.scores import Scores
+from qdora.experiments.grid import grid_points, point_name, show_settings
 from qdora.run import RunDirectory
 from qdora.training.metrics import StepMetrics, read_metrics
 
@@ -29,6 +31,8 @@ CONDITIONS: Mapping[str, Sequence[str]] = {
     "data.fingerprints.train": (*_MODEL, "data"),
     # Every difference of scores is taken over the same questions, so no key excuses other ones.
     "data.fingerprints.test": (),
+    # The best of a grid is chosen on the same questions, which no arm was trained on.
+    "data.fingerprints.validation": (),
     "batch_order": _BATCHES,
     "steps": (*_BATCHES, "training.max_steps", "training.epochs"),
     "seeds.training": (),
@@ -43,22 +47,48 @@ _NOT_OF_ARMS = {
     "output": "output of the comparison",
     "training.seed": "seeds of the comparison",
     "evaluation.limit": "set of the comparison, since all arms answer the same questions",
+    "data.validation": "set of the comparison, since all arms leave out the same examples",
 }
 """Keys that an arm may not set, and where they belong."""
 
+_NOT_SWEPT = {
+    "output": "output of the comparison",
+    "training.seed": "seeds of the comparison",
+    "evaluation": "set of an arm, since it changes nothing that is trained",
+    "data.test": "set of the comparison, since all arms answer the same questions",
+    "data.validation": "set of the comparison, since all points are scored on the same examples",
+    "data.train.seed": "set of the comparison, since it decides which examples are left out for validation",
+}
+"""Keys that a grid may not have, and where they belong."""
+
+OF_TRAINING = ("adapter", "training", "evaluation.every", "evaluation.quantization")
+"""Keys that change nothing about a base model that is only scored."""
+
 _OF_COMPARISON = ("output", "training.seed")
+UNTRAINED = "base"
+"""Folder of the scores of models that nothing was trained on."""
+SWEPT = "grid"
+"""Folder of the runs of arms that have a grid."""
 # A finished arm is scored again where its evaluation has changed; the others do not change what is trained.
 _FREE_TO_CHANGE = ("evaluation", "training.save_every", "training.keep_checkpoints")
+
+
+Sweep = dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]]
+"""Values by dotted key; their cartesian product is a grid."""
 
 
 class ArmConfig(Section):
     """One arm of a comparison: the settings in which it differs from the shared configuration."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    train: bool = True
+    """False: the base model is scored once with the arm's settings, and nothing is trained."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the shared configuration by dotted key, as `--set` takes them."""
     may_differ: tuple[str, ...] | None = None
     """Keys or sections in which this arm may differ from the others; the keys of `set` where not given."""
+    sweep: Sweep | None = None
+    """A grid of its own in place of the comparison's, with as many points."""
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -76,6 +106,20 @@ class ArmConfig(Section):
                 raise ValueError(f"arm {self.name!r} sets {key}; its may_differ covers only: {allowed}")
         return self
 
+    @model_validator(mode="after")
+    def _untrained_sets_what_counts(self) -> ArmConfig:
+        if self.train:
+            return self
+        if self.sweep is not None:
+            raise ValueError(f"arm {self.name!r} is not trained (train: false), so it has no sweep")
+        for key in dotted(self.set):
+            if covers(OF_TRAINING, key):
+                raise ValueError(
+                    f"arm {self.name!r} sets {key}, which changes nothing where nothing is trained (train: "
+                    f"false); allowed there: keys of model, data and evaluation"
+                )
+        return self
+
 
 class CompareConfig(Section):
     """Arms trained under identical conditions."""
@@ -87,6 +131,8 @@ class CompareConfig(Section):
     arms: tuple[ArmConfig, ...]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Each arm is trained once with each seed."""
+    sweep: Sweep = Field(default_factory=dict)
+    """Grid of every trained arm; the point that is best on `data.validation` is trained with all seeds."""
     output: OutputConfig
     small: tuple[str, ...] = ()
     """Overlays of `compare --small`, relative to this file; a later one comes on top."""
@@ -101,18 +147,63 @@ class CompareConfig(Section):
                 raise ValueError(f"{what} repeat: {', '.join(repeated)}")
         return self
 
+    @model_validator(mode="after")
+    def _grids(self) -> CompareConfig:
+        _check_sweep("the comparison", self.sweep)
+        trained = [arm for arm in self.arms if arm.train]
+        for arm in trained:
+            if arm.sweep is not None:
+                _check_sweep(f"arm {arm.name!r}", arm.sweep)
+            for key, swept in ((key, swept) for key in arm.set for swept in self.sweep_of(arm)):
+                if covers([key], swept) or covers([swept], key):
+                    raise ValueError(
+                        f"arm {arm.name!r} sets {key}, but {swept} is swept; take it out of set, or give the "
+                        f"arm a sweep of its own, with as many points"
+                    )
+        points = {arm.name: len(grid_points(self.sweep_of(arm))) for arm in trained}
+        if len({*points.values()}) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in points.items())
+            raise ValueError(
+                f"sweep: arms have grids of different sizes: {found}; give all the same number of points, so "
+                f"that none is tuned more than another"
+            )
+        return self
+
+    def sweep_of(self, arm: ArmConfig) -> Mapping[str, Sequence[Any]]:
+        """The values by swept key of an arm; empty where it has no grid."""
+        if not arm.train:
+            return {}
+        return self.sweep if arm.sweep is None else arm.sweep
+
+
+def _check_sweep(whose: str, sweep: Mapping[str, Sequence[Any]]) -> None:
+    """Raises: ValueError: a key that may not be swept, swept twice, or with a value given twice."""
+    for key, values in sweep.items():
+        for owned, instead in _NOT_SWEPT.items():
+            if covers([owned], key) or covers([key], owned):
+                raise ValueError(f"{whose} sweeps {key}, which no grid may; use {instead}")
+        shown = [json.dumps(value) for value in values]
+        repeated = sorted({value for value in shown if shown.count(value) > 1})
+        if repeated:
+            raise ValueError(f"{whose} sweeps {key} over repeated values: {', '.join(repeated)}")
+    for one, other in permutations(sweep, 2):
+        if covers([one], other):
+            raise ValueError(f"{whose} sweeps {one} and {other}, which is part of it; sweep one of them")
+
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One arm with one seed.
+    """One arm with one seed, at one point of its grid where it has one.
 
     Attributes:
         arm: name of the arm.
-        seed: of the training.
+        seed: of the training; the first one where nothing is trained.
         config: of the run.
         manifest: that it would write, as far as that is known before training; then that it wrote.
-        steps: its metrics, once it is trained.
-        scores: by task, of its trained adapter.
+        steps: its metrics, once it is trained; empty where nothing is.
+        scores: by task, of its trained adapter, or of the base model where nothing is trained.
+        train: whether anything is trained.
+        point: the swept keys with their values; empty where the arm has no grid.
     """
 
     arm: str
@@ -121,9 +212,12 @@ class ArmRun:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     steps: Sequence[StepMetrics] = ()
     scores: Sequence[Scores] = ()
+    train: bool = True
+    point: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"arm {self.arm!r}, seed {self.seed}"
+        point = f", {show_settings(self.point)}" if self.point else ""
+        return f"arm {self.arm!r}, seed {self.seed}{point}"
 
     @property
     def directory(self) -> RunDirectory:
@@ -142,47 +236,78 @@ class ArmRun:
 
 
 def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:
-    """The runs of a comparison, seed by seed.
+    """The runs that a comparison may train or score, seed by seed.
+
+    An arm without training has one, with the first seed. An arm with a grid has one for each point: with the
+    first seed all are trained, with another seed the chosen one.
 
     Args:
         tree: the shared configuration, before it is checked.
-    Raises: InputError: a run's configuration is wrong, or arms differ in keys in which they may not.
+    Raises: InputError: a run's configuration is wrong, or arms differ in keys in which they may not; a grid
+        without a validation set.
     """
     runs = [
-        ArmRun(arm.name, seed, arm_config(tree, config, arm, seed))
+        ArmRun(arm.name, seed, arm_config(tree, config, arm, seed, point), train=arm.train, point=point)
         for seed in config.seeds
         for arm in config.arms
+        if arm.train or seed == config.seeds[0]
+        for point in grid_points(config.sweep_of(arm))
     ]
-    first, of_first = config.arms[0], runs[0]
-    for arm, run in zip(config.arms[1:], runs[1:], strict=False):  # of the first seed
-        axes = {*first.axes, *arm.axes}
-        for key, (one, other) in differences([of_first.config, run.config]).items():
+    first = runs[0]
+    axes_of = {arm.name: {*arm.axes, *config.sweep_of(arm)} for arm in config.arms}
+    for run in (run for run in runs[1:] if run.seed == first.seed):
+        axes = axes_of[first.arm] | axes_of[run.arm]
+        who = f"arms {first.arm!r} and {run.arm!r} differ"
+        if run.arm == first.arm:
+            who = f"points of the grid of arm {run.arm!r} differ"
+        for key, (one, other) in differences([first.config, run.config]).items():
+            if key in _NOT_OF_ARMS:  # a section that replaces another leaves its keys out
+                raise InputError(f"{who} in {key}: {one!r} and {other!r}; use {_NOT_OF_ARMS[key]}")
             if not covers(axes, key):
                 allowed = ", ".join(sorted(axes)) or "nothing"
                 raise InputError(
-                    f"arms {first.name!r} and {arm.name!r} differ in {key}: {one!r} and {other!r}; they may "
-                    f"differ in {allowed}. Give both the same, or name it in may_differ"
+                    f"{who} in {key}: {one!r} and {other!r}; they may differ in {allowed}. Give both the "
+                    f"same, or name it in may_differ"
                 )
+    swept = next((run for run in runs if run.point), None)
+    if swept is not None and swept.config.data.validation is None:
+        raise InputError(
+            "sweep: the best point of a grid is chosen on examples that are left out of training, and "
+            "data.validation is null; say how many, for example in the comparison's set: "
+            "{data.validation: 64}"
+        )
     return runs
 
 
-def arm_config(tree: Mapping[str, Any], config: CompareConfig, arm: ArmConfig, seed: int) -> RunConfig:
-    """The configuration of one run: the shared one, the arm's settings, the seed, a folder of its own.
+def arm_config(
+    tree: Mapping[str, Any],
+    config: CompareConfig,
+    arm: ArmConfig,
+    seed: int,
+    point: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The configuration of one run: the shared one, the arm's settings, its point, the seed, its own folder.
 
     Raises: InputError: the shared configuration or a setting is wrong; the arm is named.
     """
-    own = deepcopy(dict(tree))
+    own, point = deepcopy(dict(tree)), point or {}
+    folder = f"{arm.name}-seed{seed}"
+    if not arm.train:
+        folder = f"{UNTRAINED}/{arm.name}"
+    elif point:
+        folder = f"{SWEPT}/{arm.name}/{point_name(point)}-seed{seed}"
     given = {
         "training.seed": seed,
-        "output.dir": str(Path(config.output.dir) / f"{arm.name}-seed{seed}"),
+        "output.dir": str(Path(config.output.dir) / folder),
         "output.overwrite": config.output.overwrite,
     }
+    named = f"arm {arm.name!r}" + (f", {show_settings(point)}" if point else "")
     try:
-        for key, value in {**config.set, **arm.set, **given}.items():
+        for key, value in {**config.set, **arm.set, **point, **given}.items():
             set_key(own, key, deepcopy(value))
     except InputError as error:
-        raise InputError(f"arm {arm.name!r}: {error}") from None
-    return check_config(own, RunConfig, f"{config.base} with arm {arm.name!r}")
+        raise InputError(f"{named}: {error}") from None
+    return check_config(own, RunConfig, f"{config.base} with {named}")
 
 
 def covers(keys: Iterable[str], key: str) -> bool:
@@ -204,7 +329,8 @@ def check_conditions(runs: Iterable[ArmRun]) -> None:
     Raises: InputError: they do not; the field of the manifests, both arms and the values are named.
     """
     firsts: dict[int, ArmRun] = {}
-    for run in runs:
+    # The first one has every field: those of a run that trains nothing lack what follows from training.
+    for run in sorted(runs, key=lambda run: not run.train):
         first = firsts.setdefault(run.seed, run)
         keys = differences([first.config, run.config])
         for name, (one, other) in _unequal(first.manifest, run.manifest).items():

@@ -24,7 +24,7 @@ def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: st
     """Loss over steps, one line a run, the raw values faint behind their running mean.
 
     Args:
-        curves: steps of each run, by name.
+        curves: steps of each run, by name; none where nothing was trained.
         path: PNG to write.
         title: above the axes.
     """
@@ -38,6 +38,8 @@ def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: st
 def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]]) -> None:
     """As `plot_loss`, into given axes."""
     for color, (name, steps) in zip(_colors(curves), curves.items(), strict=True):
+        if not steps:  # of an arm that is not trained; its bar keeps its color
+            continue
         x = [m.step for m in steps]
         y = [m.loss for m in steps]
         axes.plot(x, y, color=color, alpha=0.25, linewidth=1)
@@ -46,7 +48,7 @@ def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylabel("loss (nats per completion token)")
     axes.grid(alpha=0.25)
-    if len(curves) > 1:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(frameon=False)
 
 

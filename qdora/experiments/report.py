@@ -17,6 +17,7 @@ from qdora.adapters.base import describe
 from qdora.config_file import dotted
 from qdora.evaluation.scores import Scores, paired_difference
 from qdora.experiments.arms import CONDITIONS, ArmRun, check_conditions, differences
+from qdora.experiments.grid import GridPoint
 from qdora.files import write_json, write_text
 
 _SHOWN = {
@@ -30,12 +31,15 @@ _SHOWN = {
 """Conditions that the page names where all arms agree on them."""
 
 
-def build_report(runs: Sequence[ArmRun], bases: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
+def build_report(
+    runs: Sequence[ArmRun], bases: Mapping[str, Sequence[Scores]], grid: Sequence[GridPoint] = ()
+) -> dict[str, Any]:
     """All figures as plain values; the first arm is the reference of every difference.
 
     Args:
-        runs: every arm with every seed.
+        runs: every arm with every seed; an arm without training once.
         bases: scores of the base models without adapters, by task, and a name for each.
+        grid: all points of the arms' grids.
     Raises: InputError: as `check_conditions`.
     """
     check_conditions(runs)
@@ -43,7 +47,8 @@ def build_report(runs: Sequence[ArmRun], bases: Mapping[str, Sequence[Scores]]) 
     for run in runs:
         arms.setdefault(run.arm, []).append(run)
     reference = runs[0]
-    manifests = [dotted(of_arm[0].manifest) for of_arm in arms.values()]
+    trained = [of_arm[0] for of_arm in arms.values() if of_arm[0].train]
+    manifests = [dotted(run.manifest) for run in trained or [reference]]
     settings = differences([of_arm[0].config for of_arm in arms.values()])
     return {
         "reference": reference.arm,
@@ -55,6 +60,7 @@ def build_report(runs: Sequence[ArmRun], bases: Mapping[str, Sequence[Scores]]) 
         },
         "differences": {key: dict(zip(arms, values, strict=True)) for key, values in settings.items()},
         **{key: reference.manifest[key] for key in ("versions", "git_commit", "machine")},
+        "grid": [asdict(point) for point in grid],
         "bases": {
             name: {s.task: {"score": s.score, "stderr": s.stderr, "total": s.total} for s in scores}
             for name, scores in bases.items()
@@ -70,10 +76,13 @@ def build_report(runs: Sequence[ArmRun], bases: Mapping[str, Sequence[Scores]]) 
 
 
 def write_report(
-    folder: Path, runs: Sequence[ArmRun], bases: Mapping[str, Sequence[Scores]]
+    folder: Path,
+    runs: Sequence[ArmRun],
+    bases: Mapping[str, Sequence[Scores]],
+    grid: Sequence[GridPoint] = (),
 ) -> dict[str, Any]:
     """Write report.json, report.md and comparison.png; the report."""
-    report = build_report(runs, bases)
+    report = build_report(runs, bases, grid)
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", markdown(report))
     several = len(report["seeds"]) > 1
@@ -121,6 +130,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"{arm['peak_memory_bytes'] / 2**30:.2f}",
         ]
         for name, arm in arms.items()
+        if "final_loss" in arm
     ]
     headers = ["arm", "trained parameters", "final loss", "seconds/step", "tokens/s", "peak memory GiB"]
     lines += ["", "## Cost", "", _table(rows, headers), "", "![loss and exact match](comparison.png)", ""]
@@ -136,6 +146,9 @@ def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
 
 
 def _costs(of_arm: Sequence[ArmRun]) -> dict[str, Any]:
+    if not of_arm[0].train:
+        quantization = of_arm[0].config.model.quantization
+        return {"trained": f"{quantization}, not trained", "runs": [of_arm[0].config.output.dir]}
     steps = [m for run in of_arm for m in run.steps]
     tail = [m.loss for run in of_arm for m in run.steps[-max(1, len(run.steps) // 10) :]]
     config = of_arm[0].config
@@ -163,6 +176,11 @@ def _task(of_arm: Sequence[ArmRun], of_reference: Sequence[ArmRun], task: str) -
     }
     if of_arm is not of_reference:
         reference_SQ = [_correct(_scores(run, task)) for run in of_reference]
+        # A base model gives every seed the same answers.
+        if not of_arm[0].train:
+            correct_SQ = correct_SQ * len(reference_SQ)
+        elif not of_reference[0].train:
+            reference_SQ = reference_SQ * len(correct_SQ)
         entry["difference"] = asdict(paired_over_seeds(correct_SQ, reference_SQ))
     return entry
 

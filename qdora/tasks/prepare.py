@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from qdora.config import DataConfig
 from qdora.data.padding import choose_pad_token
@@ -24,34 +24,70 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Split = Literal["test", "validation"]
+"""The examples that a model is scored on."""
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedData:
     """Everything a run takes from its data."""
 
     train: list[TokenizedExample]
     test: list[Example]
+    validation: list[Example]
+    """Empty where `data.validation` is null."""
     pad_id: int
     leaked: int
     """Training examples removed because their question is a test question."""
+    leaked_validation: int
+    """Training examples removed because their question is a validation question."""
     skipped: list[Skipped]
-    """Bad rows left out, of both sets."""
+    """Bad rows left out, of all sets."""
     special_text: list[str]
     """Examples with the text of a special token: origin and token."""
     fingerprints: dict[str, str]
-    """`train` and `test`: sha256 over the examples that are really used."""
+    """`train`, `test`, `validation` where there is one: sha256 over the examples that are really used."""
+
+    def counts(self) -> dict[str, Any]:
+        """Fingerprints, numbers of examples and of those that were left out, as a manifest has them."""
+        counts = {
+            "fingerprints": self.fingerprints,
+            "train": len(self.train),
+            "test": len(self.test),
+            "leaked_questions_removed": self.leaked,
+            "rows_skipped": len(self.skipped),
+        }
+        if self.validation:
+            counts["validation"] = len(self.validation)
+            counts["leaked_validation_questions_removed"] = self.leaked_validation
+        return counts
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSets:
+    """The training set without test questions, and the validation examples set apart from it."""
+
+    train: list[Example]
+    validation: list[Example]
+    loaded: int
+    """Training examples before any was removed."""
+    leaked: int
+    leaked_validation: int
+    skipped: list[Skipped]
 
 
 def prepare(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, context_length: int | None
 ) -> PreparedData:
-    """Load both sets, remove leaked questions from the training set, tokenize it.
+    """Load all sets, remove leaked questions from the training set, tokenize it.
 
     Args:
         tokenizer: gets a pad token if it has none of its own.
         context_length: the model's, in tokens; None where it is not known.
     Raises:
         InputError: as `check_data`; `max_length` exceeds the context; data missing or unreadable; no
-            training or test examples are left; the tokenizer has no EOS token or no chat template.
+            training, validation or test examples are left; the tokenizer has no EOS token or no chat
+            template.
         DataError: a bad row, and `bad_rows` is `stop`; names file and line.
     """
     check_data(config)
@@ -62,10 +98,12 @@ def prepare(
         )
     pad_id = choose_pad_token(tokenizer)
     test = load_test(config, tokenizer)
-    loaded = load_dataset(config.train, config.bad_rows)
-    clean, leaked = remove_leaked(loaded.examples, test.examples)
+    sets = load_training(config, test.examples)
+    validation = Dataset([], [])
+    if sets.validation:
+        validation = _fitting(Dataset(sets.validation, []), config, tokenizer, "validation")
     train, too_long = tokenize_examples(
-        clean,
+        sets.train,
         tokenizer,
         config.prompt,
         config.max_length,
@@ -74,20 +112,57 @@ def prepare(
     )
     if not train:
         raise InputError(
-            f"the training set is empty: {len(loaded.examples)} examples loaded, {leaked} of them are test "
+            f"the training set is empty: {sets.loaded} examples loaded, {sets.leaked} of them are test "
             f"questions, {len(too_long)} longer than data.max_length {config.max_length}"
         )
     left_out = {row.origin for row in too_long}
-    used = [example for example in clean if example.origin not in left_out]
+    used = [example for example in sets.train if example.origin not in left_out]
+    fingerprints = {"train": fingerprint(used), "test": fingerprint(test.examples)}
+    if validation.examples:
+        fingerprints["validation"] = fingerprint(validation.examples)
     return PreparedData(
         train=train,
         test=test.examples,
+        validation=validation.examples,
         pad_id=pad_id,
-        leaked=leaked,
-        skipped=[*loaded.skipped, *too_long, *test.skipped],
-        special_text=_special_text(used, test.examples, tokenizer),
-        fingerprints={"train": fingerprint(used), "test": fingerprint(test.examples)},
+        leaked=sets.leaked,
+        leaked_validation=sets.leaked_validation,
+        skipped=[*sets.skipped, *too_long, *test.skipped, *validation.skipped],
+        special_text=_special_text(used, [*validation.examples, *test.examples], tokenizer),
+        fingerprints=fingerprints,
     )
+
+
+def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
+    """Load the training set, remove the test questions, set the validation examples apart.
+
+    The validation examples are the last ones of all that the source has, whatever `train.limit` is: training
+    sets of several sizes leave out the same ones. An example with the question of one of them is removed
+    from training as one with a test question is.
+
+    Raises:
+        InputError: data missing or unreadable, or `data.validation` leaves nothing to train on.
+        DataError: a bad row, and `bad_rows` is `stop`; names file and line.
+    """
+    size = config.validation
+    if size is None:
+        loaded = load_dataset(config.train, config.bad_rows)
+        clean, leaked = remove_leaked(loaded.examples, test)
+        return TrainingSets(clean, [], len(loaded.examples), leaked, 0, loaded.skipped)
+    loaded = load_dataset(config.train.model_copy(update={"limit": None}), config.bad_rows)
+    everything, _ = remove_leaked(loaded.examples, test)
+    if size >= len(everything):
+        raise InputError(
+            f"data.validation {size} leaves nothing to train on: there are {len(everything)} training "
+            f"examples whose question is no test question"
+        )
+    validation = everything[-size:]
+    limited = loaded.examples[: config.train.limit]
+    clean, leaked = remove_leaked(limited, test)
+    apart = {example.origin for example in validation}
+    rest = [example for example in clean if example.origin not in apart]
+    train, leaked_validation = remove_leaked(rest, validation)
+    return TrainingSets(train, validation, len(limited), leaked, leaked_validation, loaded.skipped)
 
 
 def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -97,7 +172,32 @@ def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
         InputError: data missing or unreadable, or no prompt fits into `max_length`.
         DataError: a bad row, and `bad_rows` is `stop`; names file and line.
     """
-    loaded = load_dataset(config.test, config.bad_rows)
+    return _fitting(load_dataset(config.test, config.bad_rows), config, tokenizer, "test")
+
+
+def load_split(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split) -> Dataset:
+    """The test or the validation set as `prepare` gives it, for evaluation alone.
+
+    Raises:
+        InputError: as `load_test` and `load_training`; `data.validation` is null.
+        DataError: a bad row, and `bad_rows` is `stop`; names file and line.
+    """
+    test = load_test(config, tokenizer)
+    if split == "test":
+        return test
+    if config.validation is None:
+        raise InputError("there is no validation set: data.validation is null; allowed: the split test")
+    validation = load_training(config, test.examples).validation
+    return _fitting(Dataset(validation, []), config, tokenizer, split)
+
+
+def _fitting(
+    loaded: Dataset, config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split
+) -> Dataset:
+    """The examples of a split whose prompt fits.
+
+    Raises: InputError, DataError: as `load_test`.
+    """
     kept, too_long = fitting_prompts(
         loaded.examples,
         tokenizer,
@@ -107,16 +207,17 @@ def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
         parse_special_tokens=config.parse_special_tokens,
     )
     if not kept:
-        raise InputError(f"the test set is empty: no prompt fits into data.max_length {config.max_length}")
+        fit = f"no prompt fits into data.max_length {config.max_length}"
+        raise InputError(f"the {split} set is empty: {fit}")
     return Dataset(kept, [*loaded.skipped, *too_long])
 
 
 def _special_text(
-    train: Sequence[Example], test: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+    train: Sequence[Example], scored: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     tokens = special_tokens(tokenizer)
     texts = [(example.origin, f"{example.question}\n{example.completion}") for example in train]
-    texts += [(example.origin, example.question) for example in test]
+    texts += [(example.origin, example.question) for example in scored]
     return [f"{origin} ({found.group()!r})" for origin, text in texts if (found := tokens.search(text))]
 
 

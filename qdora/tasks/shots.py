@@ -10,23 +10,23 @@ from qdora.config import RunConfig
 from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
 from qdora.errors import InputError
-from qdora.tasks import load_dataset
-from qdora.tasks.prepare import remove_leaked
+from qdora.tasks.prepare import load_test, load_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def draw_shots(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, test: Sequence[Example]
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, scored: Sequence[Example]
 ) -> dict[str, list[Example]]:
-    """Draw `evaluation.shots` examples for each task of the test set, the same ones for all its questions.
+    """Draw `evaluation.shots` examples for each task of what is scored, the same ones for all its questions.
 
-    They come from what the run trains on: the training set without test questions and without examples
-    longer than `data.max_length`; from the examples of the question's own task where there are any.
+    They come from what the run trains on: the training set without test questions, without validation
+    examples and without examples longer than `data.max_length`; from the examples of the question's own task
+    where there are any.
 
     Args:
-        test: all examples of the test set.
+        scored: all examples of the test set or the validation set.
     Returns: by task, in the order in which they stand in the prompt; empty where no shots are asked for.
     Raises:
         InputError: the training set cannot be loaded, or has fewer examples.
@@ -36,8 +36,8 @@ def draw_shots(
     if count == 0:
         return {}
     data = config.data
-    clean, _ = remove_leaked(load_dataset(data.train, data.bad_rows).examples, test)
-    tasks = dict.fromkeys(example.task for example in test)
+    clean = load_training(data, load_test(data, tokenizer).examples).train
+    tasks = dict.fromkeys(example.task for example in scored)
     return {
         task: _draw([e for e in clean if e.task == task] or clean, count, config, tokenizer) for task in tasks
     }

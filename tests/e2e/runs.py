@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def write_config(folder: Path, tree: dict[str, Any], name: str = "config.yaml") 
     path = folder / name
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return str(path)
+
+
+def write_comparison(folder: Path, model: Path, arms: Sequence[dict[str, Any]], **keys: Any) -> list[str]:
+    """A comparison whose files all lie in `folder`; the options that start it."""
+    tree = tiny_tree(folder, model, **{"max_steps": 3, "save_every": 1} | keys.pop("training", {}))
+    write_config(folder, tree, "base.yaml")
+    shared = {"evaluation.limit": 6} | keys.pop("set", {})
+    output = {"dir": str(folder / "comparison")}
+    comparison = {"base": "base.yaml", "arms": list(arms), "set": shared, "output": output, **keys}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(comparison))
+    return ["--config", str(folder / "compare.yaml")]
 
 
 def environment() -> dict[str, str]:

@@ -5,60 +5,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from qdora.cli import run_command
-from qdora.commands import train
 from qdora.commands.train import planned_manifest, read_inputs
 from qdora.config_file import load_config, read_yaml, set_key
 from qdora.distributed.context import DistributedContext
-from qdora.evaluation import evaluate
 from qdora.experiments.arms import CompareConfig, check_conditions, expand
-from qdora.training.loop import Trainer
 
-from .runs import ROOT, finish, metrics, start, tiny_tree, write_config
+from .runs import ROOT, finish, metrics, start, write_comparison
 
 pytestmark = pytest.mark.e2e
-
-
-def write_comparison(folder: Path, model: Path, arms: Sequence[dict[str, Any]], **keys: Any) -> list[str]:
-    """A comparison whose files all lie in `folder`; the options that start it."""
-    tree = tiny_tree(folder, model, max_steps=3, save_every=1)
-    write_config(folder, tree, "base.yaml")
-    shared = {"evaluation.limit": 6} | keys.pop("set", {})
-    output = {"dir": str(folder / "comparison")}
-    comparison = {"base": "base.yaml", "arms": list(arms), "set": shared, "output": output, **keys}
-    (folder / "compare.yaml").write_text(yaml.safe_dump(comparison))
-    return ["--config", str(folder / "compare.yaml")]
-
-
-@pytest.fixture
-def calls(monkeypatch) -> Counter[str]:
-    """How often a run is trained, an answer generated, a weight read."""
-    counted: Counter[str] = Counter()
-
-    def count(owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def counting(*arguments: Any, **options: Any) -> Any:
-            counted[name] += 1
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, counting)
-
-    count(Trainer, "run")
-    count(Trainer, "_step")
-    count(train, "load_model")
-    count(evaluate, "load_with_adapter")
-    count(evaluate, "generate")
-    return counted
 
 
 def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_folder, tmp_path, capsys):

@@ -18,6 +18,7 @@ from qdora.config_file import dotted, load_config, read_yaml
 from qdora.errors import InputError
 from qdora.experiments import arms, overlay
 from qdora.experiments.arms import CompareConfig, covers, differences, expand
+from qdora.experiments.grid import grid_points
 from qdora.experiments.overlay import OverlayConfig, load_comparison
 from qdora.tasks import TASKS, check_data
 
@@ -91,7 +92,13 @@ def test_comparisons_parse_with_their_base_and_every_arm(path):
     """Catches: a comparison whose base is gone, or an arm that its base refuses."""
     comparison = load_config(path, [], CompareConfig)
     runs = expand(read_yaml(path.parent / comparison.base), comparison)
-    pairs = [(seed, arm) for seed in comparison.seeds for arm in comparison.arms]
+    pairs = [
+        (seed, arm)
+        for seed in comparison.seeds
+        for arm in comparison.arms
+        if arm.train or seed == comparison.seeds[0]
+        for _ in grid_points(comparison.sweep_of(arm))
+    ]
     assert [(run.seed, run.arm) for run in runs] == [(seed, arm.name) for seed, arm in pairs]
     for (seed, arm), run in zip(pairs, runs, strict=True):
         assert run.config.training.seed == seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 
@@ -59,7 +60,8 @@ def test_clear_removes_the_runs_files_and_no_others(tmp_path):
     run = started(tmp_path)
     run.metrics_file.write_text("{}\n")
     run.loss_plot.write_bytes(b"png")
-    for folder in (run.adapter, run.checkpoints / "step-1", run.evaluation, run.base_evaluation):
+    scores = (run.evaluation, run.base_evaluation, run.validation, run.base_validation)
+    for folder in (run.adapter, run.checkpoints / "step-1", *scores):
         folder.mkdir(parents=True)
         (folder / "x").write_text("x")
     (tmp_path / "notes.txt").write_text("mine")
@@ -188,7 +190,8 @@ def test_evaluate_scores_the_newest_run_and_a_named_model_instead_of_it(tmp_path
     (run.adapter / "adapter_model.safetensors").write_bytes(b"")
     scored = []
 
-    def evaluate_adapter(config, adapter, context, *, folder, task):
+    def evaluate_adapter(config, adapter, context, *, folder, task, split):
+        assert split == "test"
         scored.append((config.model.path, adapter and str(adapter), folder and str(folder)))
         return []
 
@@ -207,6 +210,44 @@ def test_evaluate_scores_the_newest_run_and_a_named_model_instead_of_it(tmp_path
     assert "name a data file with --data" in capsys.readouterr().err
 
 
+def test_the_validation_split_is_the_one_that_the_run_left_out(tmp_path, monkeypatch, capsys):
+    """Catches: trained examples scored as if they had been left out; a limit of test questions on them; the
+    reports of one set written over those of the other."""
+    tree = make_config(tmp_path / "run").model_dump(mode="json")
+    tree["data"]["validation"] = 2
+    tree["evaluation"]["limit"] = 1
+    run = RunDirectory(tmp_path / "run")
+    run.start(check_config(tree, RunConfig, "test"), {})
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"")
+    scored = []
+
+    def evaluate_adapter(config, adapter, context, *, folder, task, split):
+        scored.append((split, config.evaluation.limit, folder.name))
+        return []
+
+    monkeypatch.setattr(evaluate, "evaluate_adapter", evaluate_adapter)
+    words = ["--run", str(run.path), "--split", "validation"]
+    for more in ([], ["--base-only"], ["--limit", "2"]):
+        assert run_command("evaluate", [*words, *more]) == 0
+    assert scored == [
+        ("validation", None, "evaluation-validation"),
+        ("validation", None, "evaluation-base-validation"),
+        ("validation", 2, "evaluation-validation"),
+    ]
+    refused = {
+        ("--data", "f.jsonl"): "--data names a test set",
+        ("--set", "data.validation=3"): "--set changes data.validation, .* left out of training",
+        ("--set", "data.train.seed=1"): "--set changes data.train, ",
+        ("--set", "data.test.limit=1"): "--set changes data.test, ",
+        ("--set", "data.validation=null"): "data.validation is null, so no examples were left out",
+    }
+    capsys.readouterr()
+    for more, message in refused.items():
+        assert run_command("evaluate", [*words, *more]) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
 def test_what_a_kill_left_of_a_removal_is_cleared(tmp_path):
     """Catches: the checkpoints of an earlier run that stay hidden for ever; a user's hidden files removed."""
     run = started(tmp_path)
@@ -218,7 +259,7 @@ def test_what_a_kill_left_of_a_removal_is_cleared(tmp_path):
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == kept
 
 
-@pytest.mark.parametrize("removed", range(8))
+@pytest.mark.parametrize("removed", range(10))
 def test_a_run_killed_while_it_is_replaced_can_be_resumed(tmp_path, monkeypatch, removed):
     """Catches: checkpoints without the manifest that `--resume` asks for; an old adapter in a new run."""
     run = started(tmp_path)

@@ -12,6 +12,8 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qdora.evaluation.evaluate as evaluation
+from qdora.config import RunConfig
+from qdora.config_file import check_config
 from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
 from qdora.distributed.context import DistributedContext
@@ -274,3 +276,22 @@ def test_a_mistyped_option_is_a_type_error(
     """Catches: a KeyError from inside, or an option that does nothing."""
     with pytest.raises(TypeError, match=r"missing or unknown: promt$"):
         evaluate(model, tokenizer, EXAMPLES, promt="alpaca", **SETTINGS)
+
+
+def test_validation_examples_are_scored_as_the_training_set_says(monkeypatch):
+    """Catches: answers to validation examples compared by the rule of a test set of another kind; a limit of
+    the configuration that one split does not get."""
+    file = {"source": "file", "path": "x.jsonl"}
+    data = {"train": file | {"answer_kind": "text"}, "test": file | {"split": "test"}, "validation": 2}
+    tree = {"model": {"path": "m"}, "data": data, "training": {"max_steps": 1}, "output": {"dir": "r"}}
+    config = check_config(tree | {"evaluation": {"limit": 3}}, RunConfig, "test")
+    seen = []
+
+    def evaluate(model, tokenizer, examples, *, kind, **settings):
+        seen.append((len(examples), kind))
+        return []
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    for split in ("test", "validation"):
+        evaluation.evaluate_configured(None, None, EXAMPLES, config, DistributedContext(), split=split)
+    assert seen == [(3, "numeric"), (3, "text")]

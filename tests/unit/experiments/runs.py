@@ -29,7 +29,14 @@ def manifest_of(changes: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """The manifest of a run, with some dotted fields changed."""
     manifest = {
         "base": {"fingerprint": "b", "parameters": 1234567},
-        "data": {"fingerprints": {"train": "d", "test": "t"}, "train": 40},
+        "data": {
+            "fingerprints": {"train": "d", "test": "t", "validation": "v"},
+            "train": 40,
+            "test": 8,
+            "validation": 4,
+            "leaked_questions_removed": 2,
+            "leaked_validation_questions_removed": 1,
+        },
         "batch_order": f"o{seed}",
         "steps": 20,
         "seeds": {"training": seed, "data": 42},

@@ -9,6 +9,7 @@ import pytest
 from qdora.errors import InputError
 from qdora.evaluation.scores import Prediction, Scores, summarize
 from qdora.experiments.arms import CONDITIONS, ArmRun
+from qdora.experiments.grid import GridPoint
 from qdora.experiments.report import build_report, write_report
 from qdora.tasks import task_for
 from qdora.tasks.scoring import Verdict
@@ -93,3 +94,43 @@ def test_what_differs_is_not_called_the_same(tmp_path):
     assert "base of r8, no adapter" in page
     assert "base of r64-16bit, no adapter" in page
     assert report["bases"]["base of r64-16bit"]["gsm8k"]["score"] == 0.5
+
+
+def untrained(name: str, answers: str, settings: dict | None = None) -> ArmRun:
+    """An arm whose base model was scored, with the fields of a manifest that do not follow from training."""
+    manifest = manifest_of({})
+    for field in ("batch_order", "steps", "initial_a", "trainable_parameters"):
+        del manifest[field]
+    del manifest["base"]["parameters"]
+    return ArmRun(name, 0, run_config(settings or {}), manifest, (), [scores(answers)], train=False)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_an_arm_that_is_not_trained_is_reported_with_its_scores(tmp_path, order):
+    """Catches: a report that fails without steps; one run taken for one of several seeds; trained arms that
+    are no longer held against each other behind an untrained one."""
+    shown = {"evaluation.max_new_tokens": 9}
+    arms = [untrained("zero", "TFFF"), arm("a", "TTFF"), untrained("longer", "TTTF", shown)]
+    runs = [*(arms[i] for i in order), arm("a", "TTTF", seed=1)]
+    grid = [GridPoint("a", {"training.learning_rate": 1e-3}, 3, 4, True, "runs/a")]
+    report = write_report(tmp_path, runs, {"base": [scores("TFFF")]}, grid)
+    assert report["arms"]["longer"]["tasks"]["gsm8k"]["score"] == pytest.approx(0.75)
+    points = [report["arms"][name]["tasks"]["gsm8k"].get("difference") for name in ("zero", "a")]
+    other = next(entry for entry in points if entry is not None)
+    assert other["points"] == pytest.approx(37.5 if order[0] == 0 else -37.5)
+    assert report["arms"]["zero"]["trained"] == "nf4, not trained"
+    assert report["grid"][0]["settings"] == {"training.learning_rate": 1e-3}
+    assert {"batch_order", "steps", "initial_a"} <= report["conditions"].keys()
+    page = (tmp_path / "report.md").read_text()
+    assert "nf4, not trained" in page
+    assert "zero" not in page.split("## Cost")[1]
+    other = arm("b", "TFTF", batch_order="other")
+    with pytest.raises(InputError, match="arms 'a' and 'b' differ in batch_order"):
+        build_report([*runs, other], {})
+
+
+def test_only_untrained_arms_make_a_report_too(tmp_path):
+    """Catches: a plot or a page that needs at least one trained arm."""
+    runs = [untrained("zero", "TFFF"), untrained("longer", "TTTF", {"evaluation.max_new_tokens": 9})]
+    report = write_report(tmp_path, runs, {})
+    assert report["arms"]["longer"]["tasks"]["gsm8k"]["difference"]["points"] == pytest.approx(50)

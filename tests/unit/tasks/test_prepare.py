@@ -8,7 +8,7 @@ import pytest
 
 from qdora.config import DataConfig, DatasetConfig
 from qdora.errors import DataError, InputError
-from qdora.tasks.prepare import load_test, prepare
+from qdora.tasks.prepare import load_split, load_test, prepare
 
 
 def row(i: int) -> dict[str, str]:
@@ -131,3 +131,75 @@ def test_no_prompt_fits(tokenizer, write_jsonl):
     config = DataConfig(train=same, test=same, max_length=8, bad_rows="skip")
     with pytest.raises(InputError, match=r"no prompt fits into data\.max_length 8"):
         load_test(config, tokenizer)
+
+
+def file_config(train, test, **settings) -> DataConfig:
+    """Both sets from files, in the order of the files."""
+    limit = settings.pop("limit", None)
+    return DataConfig(
+        train=DatasetConfig(source="gsm8k", path=str(train), split="test", limit=limit),
+        test=DatasetConfig(source="gsm8k", path=str(test), split="test"),
+        **{"max_length": 80, **settings},
+    )
+
+
+def numbers(examples) -> list[int]:
+    """The rows that examples were made of, by their place in the file."""
+    return [int(example.origin.rpartition(":")[2]) - 1 for example in examples]
+
+
+def worked(i: int) -> dict[str, str]:
+    return {"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"}
+
+
+def test_validation_examples_are_the_last_ones_and_are_not_trained_on(tokenizer, write_jsonl):
+    """Catches: a validation example, or a copy of its question, in the training set; a test question among
+    them; other examples for a smaller training set; a key that changes a run that does not set it."""
+    copy = {**worked(8), "question": "what is 8 + 1"}
+    train = write_jsonl(
+        [worked(0), worked(1), copy, worked(3), worked(4), worked(9), worked(8), worked(7), worked(9)],
+        "train.jsonl",
+    )
+    test = write_jsonl([worked(9), worked(1)], "test.jsonl")
+    plain = prepare(file_config(train, test), tokenizer, None)
+    assert numbers(plain.train) == [0, 2, 3, 4, 6, 7]
+    assert (plain.validation, plain.leaked_validation) == ([], 0)
+    assert plain.counts().keys() == {
+        *("fingerprints", "train", "test", "leaked_questions_removed", "rows_skipped")
+    }
+    data = prepare(file_config(train, test, validation=2), tokenizer, None)
+    assert numbers(data.validation) == [6, 7]
+    assert numbers(data.train) == [0, 3, 4]
+    assert (data.leaked, data.leaked_validation) == (3, 1)
+    counts = data.counts()
+    assert (counts["validation"], counts["leaked_validation_questions_removed"]) == (2, 1)
+    assert counts["fingerprints"] == data.fingerprints
+    assert len({*data.fingerprints.values()}) == 3
+
+    small = prepare(file_config(train, test, validation=2, limit=4), tokenizer, None)
+    assert numbers(small.train) == [0, 3]
+    assert (small.leaked, small.leaked_validation) == (1, 1)
+    assert small.fingerprints["validation"] == data.fingerprints["validation"]
+    overlapping = prepare(file_config(train, test, validation=2, limit=7), tokenizer, None)
+    assert numbers(overlapping.train) == [0, 3, 4]
+
+    other = prepare(file_config(train, test, validation=1), tokenizer, None)
+    assert other.fingerprints["validation"] != data.fingerprints["validation"]
+    with pytest.raises(InputError, match=r"data\.validation 6 leaves nothing to train on: there are 6 train"):
+        prepare(file_config(train, test, validation=6), tokenizer, None)
+
+
+def test_the_validation_split_for_evaluation_is_that_of_training(tokenizer, write_jsonl):
+    """Catches: other examples scored than were left out; a prompt that is too long for an answer scored."""
+    rows = [worked(0), worked(1), {**worked(2), "question": "x " * 200}, worked(3)]
+    train, test = write_jsonl(rows, "train.jsonl"), write_jsonl([worked(9)], "test.jsonl")
+    config = file_config(train, test, validation=2, bad_rows="skip")
+    data = prepare(config, tokenizer, None)
+    assert numbers(data.validation) == [3]
+    assert [skipped.origin for skipped in data.skipped] == [f"{train}:3"]
+    assert load_split(config, tokenizer, "validation").examples == data.validation
+    assert load_split(config, tokenizer, "test").examples == data.test
+    with pytest.raises(DataError, match=r"train\.jsonl:3: the prompt alone has"):
+        load_split(config.model_copy(update={"bad_rows": "stop"}), tokenizer, "validation")
+    with pytest.raises(InputError, match=r"there is no validation set: data.validation is null"):
+        load_split(config.model_copy(update={"validation": None}), tokenizer, "validation")

@@ -9,6 +9,7 @@ import pytest
 from qdora.config import RunConfig
 from qdora.errors import InputError
 from qdora.tasks import load_dataset
+from qdora.tasks.prepare import load_test, load_training
 from qdora.tasks.shots import draw_shots
 
 
@@ -59,6 +60,19 @@ def test_they_come_from_what_is_trained_on(config: RunConfig, tokenizer: Any) ->
     assert set(everything) == trained
     with pytest.raises(InputError, match=r"evaluation\.shots 17: .* has 16 examples that fit into"):
         shots(config, tokenizer, shots=17)
+
+
+def test_validation_examples_are_no_shots(config: RunConfig, tokenizer: Any) -> None:
+    """Catches: a question of the validation set, on which a grid is chosen, answered before itself."""
+    data = config.data.model_copy(update={"validation": 6})
+    config = config.model_copy(update={"data": data})
+    test = load_test(data, tokenizer).examples
+    left_out = {example.question for example in load_training(data, test).validation}
+    with pytest.raises(InputError, match=r"evaluation\.shots 16: .* has (\d|1[0-4]) examples"):
+        shots(config, tokenizer)
+    drawn = shots(config, tokenizer, shots=8)
+    assert left_out
+    assert left_out.isdisjoint(drawn)
 
 
 def test_a_seed_decides_choice_and_order(config: RunConfig, tokenizer: Any) -> None:
