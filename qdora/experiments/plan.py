@@ -179,7 +179,7 @@ def dry_run_page(config: CompareConfig, runs: Sequence[ArmRun], *, resume: bool)
     for item in plan_items(runs):
         left = _seconds_left(item, times, resume=resume)
         seconds.append(left)
-        time = "unknown" if left is None else show_duration(left)
+        time = "unknown" if left is None else show_duration(left) if left else ""
         rows.append([str(item), *_figures(item), _state(item, resume=resume), time])
     headers = ["run", "steps", "training examples", "trained parameters", "state", "time"]
     seeds = ", ".join(map(str, config.seeds))
