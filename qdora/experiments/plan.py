@@ -179,7 +179,7 @@ def dry_run_page(config: CompareConfig, runs: Sequence[ArmRun], *, resume: bool)
     for item in plan_items(runs):
         left = _seconds_left(item, times, resume=resume)
         seconds.append(left)
-        time = "unknown" if left is None else show_duration(left)
+        time = "unknown" if left is None else show_duration(left) if left else ""
         rows.append([str(item), *_figures(item), _state(item, resume=resume), time])
     headers = ["run", "steps", "training examples", "trained parameters", "state", "time"]
     seeds = ", ".join(map(str, config.seeds))
@@ -292,7 +292,7 @@ def _seconds_left(item: Item, times: MeasuredTimes, *, resume: bool) -> float | 
         questions = 0
     steps = max(run.manifest["steps"] for run in item.runs) if item.trains else 0
     if alone and item.trains:
-        steps = 0 if run.is_trained else steps - len(read_metrics(run.directory.metrics_file))
+        steps -= len(read_metrics(run.directory.metrics_file))
     total = 0.0
     for count, each in (steps, times.of_step(item.arm)), (questions, times.of_question(item.arm)):
         if count and each is None:

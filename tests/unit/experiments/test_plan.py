@@ -116,7 +116,7 @@ def test_the_plan_names_what_is_done_and_what_is_known(tmp_path):
     directory = done.directory
     directory.start(done.config, dict(done.manifest))
     step = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens": 1, "tokens_per_second": 1.0}
-    step |= {"peak_memory_bytes": 1, "seconds": 30.0}
+    step |= {"peak_memory_bytes": 1, "seconds": 0.1}
     lines = [json.dumps({"step": n, **step}) + "\n" for n in range(1, 21)]
     directory.metrics_file.write_text("".join(lines[:5]))
     page = dry_run_page(config, runs, resume=True)
@@ -131,8 +131,8 @@ def test_the_plan_names_what_is_done_and_what_is_known(tmp_path):
     page = dry_run_page(config, runs, resume=True)
     assert "| trained, scored " in page
     # 3 points and 2 further seeds of 20 steps; 3 times 4 validation and 5 times 8 test questions.
-    assert f"about {show_duration(5 * 600 + 12 / 2 + 40 / 2)}, from the steps and answers of a; taken" in page
+    assert f"about {show_duration(5 * 2 + 12 / 2 + 40 / 2)}, from the steps and answers of a; taken" in page
     assert "taken to be like them: b." in page
     page = dry_run_page(config, runs, resume=False)
     assert "trained, scored" not in page
-    assert f"about {show_duration(6 * 600 + 16 / 2 + 40 / 2)}, " in page
+    assert f"about {show_duration(6 * 2 + 16 / 2 + 40 / 2)}, " in page
