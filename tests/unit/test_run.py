@@ -59,7 +59,13 @@ def test_clear_removes_the_runs_files_and_no_others(tmp_path):
     run = started(tmp_path)
     run.metrics_file.write_text("{}\n")
     run.loss_plot.write_bytes(b"png")
-    for folder in (run.adapter, run.checkpoints / "step-1", run.evaluation, run.base_evaluation):
+    for folder in (
+        run.adapter,
+        run.checkpoints / "step-1",
+        run.evaluation,
+        run.base_evaluation,
+        run.analysis,
+    ):
         folder.mkdir(parents=True)
         (folder / "x").write_text("x")
     (tmp_path / "notes.txt").write_text("mine")
