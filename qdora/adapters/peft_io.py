@@ -253,13 +253,9 @@ def _adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, torch.Ten
     tensors: dict[str, torch.Tensor] = {}
     updates = {name: layer.update for name, layer in layers.items() if layer.update is not None}
     for name, layer in layers.items():
-        if layer.update is not None:
-            own = {
-                key: full_tensor(getattr(layer.update, attribute), layer.update.storage)
-                for attribute, key in layer.update.peft_keys.items()
-            }
-            own |= layer.update.extra_tensors()
-            tensors |= {f"{_PREFIX}{name}.{key}": tensor for key, tensor in own.items()}
+        if (update := updates.get(name)) is not None:
+            own = {k: full_tensor(getattr(update, a), update.storage) for a, k in update.peft_keys.items()}
+            tensors |= {f"{_PREFIX}{name}.{k}": t for k, t in (own | update.extra_tensors()).items()}
         if layer.magnitude is not None:
             tensors[f"{_PREFIX}{name}.{_MAGNITUDE}"] = layer.magnitude.value().float()
     if updates:

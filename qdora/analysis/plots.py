@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060", "#1aa0a8", "#8c6d31", "#d873b8")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _GREY = "#8a8a8a"
+_WIDE = 30
+"""Runs that differ by more than this factor are drawn on a logarithmic axis."""
 _TITLES: Mapping[Kind, str] = {
     "base": "base weight W",
     "change": "change ΔW",
@@ -72,7 +74,7 @@ def plot_scatter(found: Sequence[Change], fits: Sequence[Fit], module: str, path
             )
         fit = next(f for f in fits if (f.run, f.module, f.step) == (run, module, ALL))
         _draw_line(axes, fit, [change.delta_d for change in of_run])
-        axes.set_title(f"{run} ({of_run[0].method})\n{_said(fit)}", fontsize=9)
+        axes.set_title(f"{run} ({of_run[0].method})\n{_said(fit)}", fontsize=9, pad=14)
         axes.set_xlabel("ΔD")
         axes.set_ylabel("ΔM")
         axes.ticklabel_format(style="sci", scilimits=(-3, 3))
@@ -130,12 +132,16 @@ def plot_layers(found: Sequence[Change], modules: Sequence[str], path: Path, tit
                     [c.index for c in own], values, color=color, marker=marker, markersize=3.5, label=run
                 )
         for axes, name in ((left, "ΔM"), (right, "ΔD")):
+            heights = [height for line in axes.get_lines() for height in line.get_ydata() if height > 0]
+            wide = bool(heights) and max(heights) > _WIDE * min(heights)
+            axes.set_yscale("log" if wide else "linear")
             axes.set_title(f"{module}: {name}", fontsize=9)
             axes.set_ylabel(name)
             axes.set_xlabel("decoder layer")
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-            axes.set_ylim(bottom=0)
+            if not wide:
+                axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+                axes.set_ylim(bottom=0)
             axes.grid(alpha=0.25)
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)

@@ -107,21 +107,15 @@ def plan(
     )
 
 
-def spectral_gains(spectra: Iterable[Spectrum], most: int, *, relative: bool) -> dict[str, tuple[float, ...]]:
+def spectral_gains(spectra: Iterable[Spectrum], most: int) -> dict[str, tuple[float, ...]]:
     """Squared singular values of each layer: what a further rank adds to the part that is represented.
 
     ||M||²_F less that of its best rank-r approximation is the sum of the others (Eckart & Young).
 
     Args:
         most: largest rank.
-        relative: to the ||M||²_F of each layer.
     """
-    found = {}
-    for spectrum in spectra:
-        squares = [value * value for value in spectrum.values]
-        whole = sum(squares) if relative else 1.0
-        found[spectrum.layer] = tuple(square / whole if whole else 0.0 for square in squares[:most])
-    return found
+    return {spectrum.layer: tuple(value * value for value in spectrum.values[:most]) for spectrum in spectra}
 
 
 def overlay(chosen: Plan, adapter: AdapterConfig) -> dict[str, dict[str, float]]:

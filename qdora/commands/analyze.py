@@ -174,7 +174,7 @@ def ranks(arguments: argparse.Namespace, target: Target, adapter: AdapterConfig,
             of = "curvature in a low-rank subspace"
         else:
             shapes, found = _ranked_spectra(target, adapter)
-            gains = spectral_gains(found, arguments.max_rank, relative=target.adapter is None)
+            gains = spectral_gains(found, arguments.max_rank)
             of = f"squared singular values: {found[0].kind}"
     chosen = plan(gains, shapes, arguments.budget, adapter.r)
     keys = overlay(chosen, adapter)
@@ -194,6 +194,8 @@ def ranks(arguments: argparse.Namespace, target: Target, adapter: AdapterConfig,
     places = {name: (module_of(name), index_of(name), rank) for name, rank in chosen.ranks.items()}
     plot_ranks(places, chosen.constant, output / "ranks.png", f"Ranks by {arguments.by}, {_title(target)}")
     print(summary)
+    if all(rank == len(gains[name]) for name, rank in chosen.ranks.items()):
+        print("every layer has all the ranks that there are gains for: a smaller --budget would choose")
     print(f"the value of an arm's set: {output / 'ranks.yaml'}")
     print(f"on a command line: qdora train --config FILE $(cat {output / 'ranks.args'})")
 

@@ -61,7 +61,7 @@ def test_clear_removes_the_runs_files_and_no_others(tmp_path):
     run.metrics_file.write_text("{}\n")
     run.loss_plot.write_bytes(b"png")
     scores = (run.evaluation, run.base_evaluation, run.validation, run.base_validation)
-    for folder in (run.adapter, run.checkpoints / "step-1", *scores):
+    for folder in (run.adapter, run.checkpoints / "step-1", *scores, run.analysis):
         folder.mkdir(parents=True)
         (folder / "x").write_text("x")
     (tmp_path / "notes.txt").write_text("mine")

@@ -34,7 +34,7 @@ def model(folder):
     loaded, _ = load_base(folder, quantization="none", dtype="float32", device="cpu")
     layers = dict(loaded.named_modules())
     shapes = {name: (layers[name].out_features, layers[name].in_features) for name in LAYERS}
-    inject(loaded, subspace(LAYERS, shapes, 3), seed=1)
+    inject(loaded, subspace(LAYERS, shapes, 10), seed=1)  # v_proj has 8 outputs, so a scale of 10 / 8
     return loaded
 
 
@@ -90,7 +90,7 @@ def test_drawn_labels_come_to_the_dense_matrix(model, folder):
     for name in LAYERS:
         h_PP, _ = dense_gauss_newton(model, folder, name, 3)
         outputs = model.get_submodule(name).out_features
-        m_RR = h_PP.view(outputs, 3, outputs, 3).diagonal(dim1=0, dim2=2).sum(-1)
+        m_RR = h_PP.unflatten(1, (outputs, -1)).unflatten(0, (outputs, -1)).diagonal(dim1=0, dim2=2).sum(-1)
         expected = torch.linalg.eigvalsh(m_RR).flip(0)
         got = torch.tensor(found[name].eigenvalues, dtype=torch.float64)
         assert found[name].trace == pytest.approx(float(got.sum()))

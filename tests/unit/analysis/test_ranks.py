@@ -44,6 +44,18 @@ def brute_force(gains: dict[str, list[float]], costs: dict[str, int], budget: in
     return max(captured(gains, ranks) for ranks in allowed if cost_of(costs, ranks) <= budget)
 
 
+def by_density(gains: dict[str, list[float]], costs: dict[str, int], budget: int) -> dict[str, int]:
+    """Ranks in the order of their gain per parameter, up to the first that does not fit."""
+    ranks, left = dict.fromkeys(gains, 1), budget - sum(costs.values())
+    items = [(-g / costs[name], i, name) for i, name in enumerate(gains) for g in gains[name][1:]]
+    for _, _, name in sorted(items):
+        left -= costs[name]
+        if left < 0:
+            break
+        ranks[name] += 1
+    return ranks
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(GAINS, st.integers(1, 5)), min_size=1, max_size=4), st.integers(0, 30))
 def test_the_budget_holds_and_nothing_of_equal_cost_is_better(layers, more):
@@ -57,11 +69,9 @@ def test_the_budget_holds_and_nothing_of_equal_cost_is_better(layers, more):
     assert spent <= budget
     assert all(1 <= ranks[name] <= len(gains[name]) for name in gains)
     assert all(ranks[name] == len(gains[name]) or spent + costs[name] > budget for name in gains)
-    # A prefix of the order by gain per parameter is the best of its cost: up to the first that did not fit.
-    density = {name: gains[name][rank - 1] / costs[name] for name, rank in ranks.items() if rank > 1}
-    refused = [gains[name][rank] / costs[name] for name, rank in ranks.items() if rank < len(gains[name])]
-    if not density or not refused or min(density.values()) > max(refused):
-        assert captured(gains, ranks) == pytest.approx(brute_force(gains, costs, spent))
+    prefix = by_density(gains, costs, budget)
+    assert all(ranks[name] >= prefix[name] for name in gains)
+    assert captured(gains, prefix) == pytest.approx(brute_force(gains, costs, cost_of(costs, prefix)))
 
 
 @settings(max_examples=100, deadline=None)
@@ -110,12 +120,9 @@ def test_a_plan_beside_the_constant_rank():
 
 
 def test_gains_of_spectra():
-    """Catches: values for their squares, the largest rank left out, energies of layers not made alike."""
-    spectra = [Spectrum("a", 0, "a", "base", (3.0, 1.0, 0.5)), Spectrum("b", 0, "b", "base", (0.0, 0.0))]
-    assert spectral_gains(spectra, 2, relative=False) == {"a": (9.0, 1.0), "b": (0.0, 0.0)}
-    relative = spectral_gains(spectra, 2, relative=True)
-    assert relative["a"] == pytest.approx((9 / 10.25, 1 / 10.25))
-    assert relative["b"] == (0.0, 0.0)
+    """Catches: values for their squares, more ranks than the largest one."""
+    spectra = [Spectrum("a", 0, "a", "base", (3.0, 1.0, 0.5)), Spectrum("b", 0, "b", "base", (2.0,))]
+    assert spectral_gains(spectra, 2) == {"a": (9.0, 1.0), "b": (4.0,)}
 
 
 @pytest.mark.parametrize("rslora", [False, True])

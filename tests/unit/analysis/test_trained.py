@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from qdora.analysis import decomposition
 from qdora.analysis.decomposition import weight_change
 from qdora.analysis.spectra import Spectrum, layer_spectra, product_singular_values
-from qdora.analysis.trained import TrainedModel, index_of, saved_steps
+from qdora.analysis.trained import SavedStep, TrainedModel, index_of, saved_steps
 from qdora.errors import InputError
 from qdora.run import RunDirectory
 from tests.axes import METHODS
@@ -55,6 +59,30 @@ def test_every_method_and_format_agrees_with_dense_matrices(tiny_model_folder, t
         assert len(found) == 14
     if METHODS[method].update and "init" not in keys:
         assert all(delta_m > 1e-3 and delta_d > 1e-3 for delta_m, delta_d in found.values())
+
+
+def test_one_layer_is_merged_at_a_time(tiny_model_folder, tmp_path, monkeypatch):
+    """Catches: a list of merged layers, which is a second dense model in memory."""
+    train_a_little(tiny_model_folder, tmp_path, "qdora")
+    model = TrainedModel(base_settings(tiny_model_folder, "qdora"))
+    names = [layer.name for layer in model.layers(tmp_path)]
+    gc.collect()
+    found, before = [], count_matrices()
+
+    def count(before_OI: torch.Tensor, after_OI: torch.Tensor) -> tuple[float, float]:
+        found.append(count_matrices() - before if len(found) < 4 else 2)
+        return 0.0, 0.0
+
+    monkeypatch.setattr(decomposition, "weight_change", count)
+    saved = SavedStep(tmp_path, 1, final=True)
+    assert [c.layer for c in decomposition.changes("run", "qdora", model, saved)] == names
+    assert found == [2] * 14
+
+
+def count_matrices() -> int:
+    """Matrices in memory that are no parameters, such as a dense weight."""
+    tensors = (found for found in gc.get_objects() if isinstance(found, torch.Tensor))
+    return sum(not isinstance(t, nn.Parameter) and t.dim() == 2 and min(t.shape) > 16 for t in tensors)
 
 
 @pytest.mark.parametrize("case", CASES)
