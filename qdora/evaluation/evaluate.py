@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,8 +110,8 @@ def evaluate_adapter(
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
     with context.on_main_rank(lambda: nullcontext() if folder is None else locked_reports(folder, task)):
-        model, tokenizer, examples = load_for_evaluation(config, adapter, context, task=task)
-        scores = evaluate_configured(model, tokenizer, examples, config, context)
+        _, score_model = load_for_evaluation(config, adapter, context, task=task)
+        scores = score_model()
         if context.is_main and folder is not None:
             for score in scores:
                 write_scores(score, folder)
@@ -121,8 +121,8 @@ def evaluate_adapter(
 
 def load_for_evaluation(
     config: RunConfig, adapter: Path | None, context: DistributedContext, *, task: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Example]]:
-    """A run's base with an adapter, its tokenizer, and its test set; a collective.
+) -> tuple[PreTrainedModel, Callable[[], list[Scores]]]:
+    """A run's base with an adapter, and what scores it, as it is then, on the run's test set; a collective.
 
     Args, Raises: as `evaluate_adapter`.
     """
@@ -143,7 +143,8 @@ def load_for_evaluation(
         context.say(f"{len(test.skipped)} test rows left out, the first: {test.skipped[0]}")
     quantization = config.evaluation.quantization
     quantize = Quantization(quantization) if quantization and adapter else None
-    return load_with_adapter(checkpoint, config.model, context, adapter, quantize), tokenizer, examples
+    model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
+    return model, lambda: evaluate_configured(model, tokenizer, examples, config, context)
 
 
 def evaluate(

@@ -61,13 +61,13 @@ def refused(tmp_path: Path) -> dict[str, tuple[str, ...]]:
         "unknown source 'gsm9k'; did you mean 'gsm8k'?": ("train", "--config", config, *unknown),
         "--threads 0; allowed: 1 or more": ("train", "--config", config, "--threads", "0"),
         "nowhere: not a run directory": ("evaluate", *run),
+        "--formats: 'nf5'; did you mean 'nf4'?": ("analyze", "quantization", *run, "--formats", "nf3,nf5"),
+        "--sparsity: '1'; allowed: numbers": ("analyze", "prune", *run, "--sparsity", "0.5,1"),
         "invalid choice: 'fp8'": ("export", *run, *out, "--dtype", "fp8"),
         "key 'arms' is required": ("compare", "--config", config),
         "--gpu-memory 'much'": ("estimate", "--config", config, "--gpu-memory", "much"),
         "--rounds 0; allowed: 1 or more": ("benchmark", "layer", "--rounds", "0"),
         "there is no stage 'kernel'; did you mean 'kernels'?": ("benchmark", "gpu", "--stages", "kernel"),
-        "--formats: 'nf5'; did you mean 'nf4'?": ("analyze", "quantization", *run, "--formats", "nf3,nf5"),
-        "--sparsity: '1'; allowed: numbers": ("analyze", "prune", *run, "--sparsity", "0.5,1"),
         "none.yaml: no such configuration file": ("demo", "--config", "none.yaml"),
     }
 
