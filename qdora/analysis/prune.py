@@ -22,7 +22,7 @@ from qdora.adapters.inject import decoder_linears
 from qdora.adapters.layer import AdaptedLinear
 from qdora.config import RunConfig
 from qdora.distributed.context import DistributedContext
-from qdora.evaluation.evaluate import evaluate_configured, load_for_evaluation
+from qdora.evaluation.evaluate import load_for_evaluation
 from qdora.evaluation.scores import Scores, paired_difference
 from qdora.files import write_csv, write_file, write_json
 from qdora.resources import release_freed_memory
@@ -84,15 +84,14 @@ def score_pruned(
         sparsities: each at least 0 and below 1.
     Raises: InputError: as `evaluate_adapter`.
     """
-    model, tokenizer, examples, shots = load_for_evaluation(config, adapter, context)
+    model, score_model = load_for_evaluation(config, adapter, context)
     matrices = merge_into_linears(model)
     release_freed_memory()
     weights = sum(w_OI.numel() for w_OI in matrices)
     for i, sparsity in enumerate(sorted(sparsities), 1):
         context.say(f"{name}: sparsity {sparsity:g} ({i} of {len(sparsities)})")
         pruned = sum(prune_smallest_(w_OI, sparsity) for w_OI in matrices)
-        scores = evaluate_configured(model, tokenizer, examples, config, context, shots=shots)
-        yield PrunedScore(name, sparsity, pruned, weights, scores)
+        yield PrunedScore(name, sparsity, pruned, weights, score_model())
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ def layer_errors(
 ) -> dict[str, dict[str, Errors]]:
     """The errors of a model's merged weights by layer and format, on the inputs that each layer has.
 
-    A hook measures a layer when its input comes by, so that no input is kept.
+    A hook measures a layer when its input arrives, so that no input is kept.
 
     Args:
         model: of `load_model`, not sharded; its linear layers with or without adapters.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Never, TypeVar, Unpack
+from typing import TYPE_CHECKING, Never, TypeVar, Unpack
 
 from tqdm import tqdm
 
@@ -106,24 +106,13 @@ def evaluate_adapter(
     Raises: InputError: anything that cannot be loaded, or no example of the task.
     """
     with context.on_main_rank(lambda: nullcontext() if folder is None else locked_reports(folder, task)):
-        loaded = load_for_evaluation(config, adapter, context, task=task, split=split)
-        scores = evaluate_configured(
-            loaded.model, loaded.tokenizer, loaded.examples, config, context, shots=loaded.shots, split=split
-        )
+        _, score_model = load_for_evaluation(config, adapter, context, task=task, split=split)
+        scores = score_model()
         if context.is_main and folder is not None:
             for score in scores:
                 write_scores(score, folder)
         context.barrier()
     return scores
-
-
-class Loaded(NamedTuple):
-    """What an evaluation of a run needs: the model, and the questions with the examples before them."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    examples: list[Example]
-    shots: dict[str, list[Example]]
 
 
 def load_for_evaluation(
@@ -133,8 +122,8 @@ def load_for_evaluation(
     *,
     task: str | None = None,
     split: Split = "test",
-) -> Loaded:
-    """A run's base with an adapter, its tokenizer, its examples, and the shots of their tasks; a collective.
+) -> tuple[PreTrainedModel, Callable[[], list[Scores]]]:
+    """A run's base with an adapter, and what scores it, as it is then, on a split; a collective.
 
     Args, Raises: as `evaluate_adapter`.
     """
@@ -157,7 +146,9 @@ def load_for_evaluation(
     quantization = config.evaluation.quantization
     quantize = Quantization(quantization) if quantization and adapter else None
     model = load_with_adapter(checkpoint, config.model, context, adapter, quantize)
-    return Loaded(model, tokenizer, examples, shots)
+    return model, lambda: evaluate_configured(
+        model, tokenizer, examples, config, context, shots=shots, split=split
+    )
 
 
 def evaluate(
