@@ -231,7 +231,7 @@ class AdaptedLinear(nn.Module):
     def refresh_norm(self) -> None:
         """Bring the norm up to date where that is a kernel's pass over the codes; as `NormCache.refresh`."""
         if self.update is not None and self.magnitude is not None:
-            self._norms.refresh(self.update.factors())
+            self._norms.refresh(self.update.factors)
 
     def replace_base(self, w_OI: torch.Tensor) -> None:
         """Give the frozen weight other values, in its format."""

@@ -12,7 +12,7 @@ O out_features   I in_features   R rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -244,13 +244,14 @@ class NormCache:
         return self._norm_O
 
     @torch.no_grad()
-    def refresh(self, factors: Factors) -> None:
+    def refresh(self, factors: Callable[[], Factors]) -> None:
         """Bring the norm up to date where there is a kernel for it, so that no forward pass has to.
 
-        Not where the factors are sharded: there they are at hand in a forward pass alone.
+        Args:
+            factors: makes them; not called where they are sharded, and so at hand in a forward pass alone.
         """
         if self._watched is None and kernels.available(self._weight.device):
-            self.norm(factors)
+            self.norm(factors())
 
     def _compute(self, factors: Factors | None, dtype: torch.dtype | None) -> torch.Tensor:
         weight = self._weight

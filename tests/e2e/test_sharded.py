@@ -27,7 +27,9 @@ LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelera
 def configuration(folder: Path, model: Path) -> str:
     folder.mkdir(exist_ok=True)
     tree = tiny_tree(folder, model, max_steps=STEPS, save_every=5, keep_checkpoints=3)
-    tree["adapter"] |= {"dropout": 0.0, "dtype": "float32"}
+    # A gate is a parameter of one number, of which the later ranks have none.
+    tree["adapter"] |= {"dropout": 0.0, "dtype": "float32", "type": "gated_lora"}
+    tree["adapter"]["magnitude_start"] = "original"
     tree["data"]["train"]["limit"] = 90  # the last batch of an epoch is uneven
     return write_config(folder, tree)
 
