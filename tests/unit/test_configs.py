@@ -136,6 +136,13 @@ def test_small_comparisons_are_small_and_keep_their_arms(path):
         assert axes == others
 
 
+def test_the_papers_page_lists_every_comparison_with_its_arms():
+    """Catches: a comparison that nobody finds, one that is gone, or a number of arms that has changed."""
+    page = (ROOT / "docs" / "paper.md").read_text()
+    listed = dict(re.findall(r"(?m)^\| .*configs/paper/(\S+) \[--small\]` \| (\d+)", page))
+    assert listed == {path.name: str(len(load_config(path, [], CompareConfig).arms)) for path in PAPER}
+
+
 @pytest.mark.parametrize("path", LAUNCHES, ids=name)
 def test_launch_configurations_load(path):
     """Catches: a launch file that accelerate refuses, or one that the commands refuse."""
