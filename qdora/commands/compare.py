@@ -16,7 +16,8 @@ from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import ArmRun, CompareConfig, check_conditions, resumed
-from qdora.experiments.report import markdown, write_report
+from qdora.experiments.pages import markdown
+from qdora.experiments.report import write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
 from qdora.run import RunDirectory
 from qdora.tasks.prepare import PreparedData
@@ -69,8 +70,15 @@ def _compare(
         steps = read_metrics(directory.metrics_file)
         done.append(replace(run, manifest=directory.manifest(), steps=steps, scores=scores))
     if context.is_main:
-        print(markdown(write_report(folder, done, bases)))
-        print(f"report: {folder / 'report.json'}, {folder / 'report.md'}, {folder / 'comparison.png'}")
+        report = write_report(
+            folder,
+            done,
+            bases,
+            published=config.published,
+            published_source=config.published_source,
+        )
+        print(markdown(report))
+        print(f"report: {folder / 'report.html'}; also report.md, report.json, scores.csv, differences.csv")
 
 
 def _planned(runs: Sequence[ArmRun], context: DistributedContext) -> list[ArmRun]:
