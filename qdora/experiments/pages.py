@@ -120,7 +120,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     same = f"The same in all arms: {', '.join(_same(report))}. " if _same(report) else ""
     seeds = ", ".join(map(str, report["seeds"]))
     lines = [f"# {report['title']}", "", f"{same}Seeds: {seeds}. Reference: {report['reference']}.", ""]
-    rows = [["trained", *(arm["trained"] or "nothing" for arm in arms.values())]]
+    rows = [["trained", *(arm["trained"] for arm in arms.values())]]
     rows += [[key, *map(_text, values.values())] for key, values in report["differences"].items()]
     lines += [_table(rows, ["", *arms]), "", "## Differences from the reference", ""]
     for one in findings(report):
@@ -145,7 +145,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             f"{arm['peak_memory_bytes'] / 2**30:.2f}",
         ]
         for name, arm in arms.items()
-        if arm["trained"]
+        if "final_loss" in arm
     ]
     if costs:
         headers = ["arm", "trained", "parameters", "% of all", "final loss", "s/step", "tokens/s", "peak GiB"]
@@ -177,7 +177,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         headers = ["arm", "settings", "validation exact match % [95%]", ""]
         lines += ["", "## Grids", "", _table(rows, headers)]
     rows = [[name, *map(_or_none, of.values())] for name, of in report["data"].items()]
-    headers = ["arm", "training examples", "test questions", "leaked questions removed", "rows skipped"]
+    fields = next(iter(report["data"].values()))
+    headers = ["arm", *(field.replace("_", " ") for field in fields)]
     lines += ["", "## Data", "", _table(rows, headers)]
     rows = [
         [task, *count["scorers"], str(count["first_only"]), str(count["second_only"]), str(of["answers"])]

@@ -72,7 +72,9 @@ def build_report(
         arms.setdefault(run.arm, []).append(run)
     reference = runs[0]
     measures = _measures(reference.scores)
-    manifests = [dotted(of_arm[0].manifest) for of_arm in arms.values()]
+    # What follows from training is compared among the arms that are trained.
+    trained = [run for run in runs if run.steps] or list(runs)
+    manifests = [dotted(run.manifest) for run in trained if run.seed == trained[0].seed]
     settings = differences([of_arm[0].config for of_arm in arms.values()])
     compared = _compare(arms, reference.arm, measures)
     results = {name: _results(of_arm, measures, compared[name]) for name, of_arm in arms.items()}
@@ -97,9 +99,9 @@ def build_report(
         "arms": {name: {**_costs(of_arm), **results[name]} for name, of_arm in arms.items()},
         "published": _published(published or {}, published_source, results),
         "grid": [_grid_point(point) for point in grid],
-        "data": {name: _data(of_arm[0].manifest) for name, of_arm in arms.items()},
+        "data": _data({name: of_arm[0].manifest["data"] for name, of_arm in arms.items()}),
         "disagreements": {scores.task: _disagreements(runs, scores.task) for scores in reference.scores},
-        "manifest": _manifest(runs),
+        "manifest": _manifest(trained),
     }
 
 
@@ -253,11 +255,10 @@ def _costs(of_arm: Sequence[ArmRun]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "seeds": sorted(run.seed for run in of_arm),
         "runs": [run.config.output.dir for run in of_arm],
-        "trained": None,
     }
     steps = [m for run in of_arm for m in run.steps]
     if not steps:
-        return found
+        return found | {"trained": f"{config.model.quantization}, not trained"}
     tail = [m.loss for run in of_arm for m in run.steps[-max(1, len(run.steps) // 10) :]]
     trainable = int(manifest["trainable_parameters"])
     return found | {
@@ -298,10 +299,11 @@ def _grid_point(point: GridPoint) -> dict[str, Any]:
     }
 
 
-def _data(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of examples, of training questions removed for being test questions, and of rows left out."""
-    names = ("train", "test", "leaked_questions_removed", "rows_skipped")
-    return {name: manifest["data"].get(name) for name in names}
+def _data(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By arm, the numbers of examples, of training questions removed for being test questions, and so on."""
+    fields = dict.fromkeys(field for of_arm in manifests.values() for field in of_arm)
+    del fields["fingerprints"]
+    return {name: {field: of_arm.get(field) for field in fields} for name, of_arm in manifests.items()}
 
 
 def _disagreements(runs: Sequence[ArmRun], task: str) -> dict[str, Any]:

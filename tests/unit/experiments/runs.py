@@ -35,7 +35,7 @@ def manifest_of(changes: dict[str, Any], seed: int = 0) -> dict[str, Any]:
     """The manifest of a run, with some dotted fields changed."""
     manifest = {
         "base": {"fingerprint": "b", "parameters": 1234567},
-        "data": {"fingerprints": {"train": "d", "test": "t"}, "train": 40},
+        "data": {"fingerprints": {"train": "d", "test": "t"}, "train": 40, "leaked_questions_removed": 2},
         "batch_order": f"o{seed}",
         "steps": 20,
         "seeds": {"training": seed, "data": 42},
@@ -93,4 +93,8 @@ def arm_of(
     """An arm of 20 steps with the settings, whose manifest has some other fields."""
     config = run_config(dict(settings or {}), seed)
     steps = [StepMetrics(n, loss + 20 - n, 1e-4, 1.0, 100 * n, 1.0, 1 << 30, 0.5) for n in range(1, 21)]
-    return ArmRun(name, seed, config, manifest_of(changes, seed), steps if trained else (), scores)
+    manifest = manifest_of(changes, seed)
+    if not trained:
+        for field in ("batch_order", "steps", "initial_a", "trainable_parameters"):
+            del manifest[field]
+    return ArmRun(name, seed, config, manifest, steps if trained else (), scores)

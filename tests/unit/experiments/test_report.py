@@ -161,18 +161,24 @@ def test_tables_of_values(tmp_path):
 def test_an_arm_without_training_has_no_cost(tmp_path):
     """Catches: a report that needs metrics of every arm, or that says what an untrained arm trained."""
     runs = [arm("zero-shot", "TFFF", trained=False), arm("qdora", "TTTF"), arm("none", "TFFF", trained=False)]
-    runs[0].manifest.pop("trainable_parameters")  # type: ignore[attr-defined]
+    runs.append(arm("qdora", "TTTT", seed=1))
     report = write_report(tmp_path, runs, {})
-    assert report["arms"]["zero-shot"]["trained"] is None
+    assert report["arms"]["zero-shot"]["trained"] == "nf4, not trained"
+    assert report["arms"]["zero-shot"]["seeds"] == [0]
     assert "seconds_per_step" not in report["arms"]["zero-shot"]
+    found = report["arms"]["qdora"]["tasks"]["gsm8k"]["difference"]
+    assert found["points"] == pytest.approx(100 * (0.875 - 0.25))
+    assert found["seeds"] == "independent"
+    assert {"batch_order", "steps", "initial_a"} <= report["conditions"].keys()
+    assert report["manifest"]["same"]["steps"] == 20
     cost = (tmp_path / "report.md").read_text().partition("## Cost")[2].partition("##")[0]
     assert "qdora" in cost
     assert "zero-shot" not in cost
     untrained = write_report(tmp_path, [runs[0], runs[2]], {})
-    assert untrained["arms"]["none"]["trained"] is None
+    assert untrained["arms"]["none"]["tasks"]["gsm8k"]["difference"]["points"] == 0
     page = (tmp_path / "report.html").read_text()
     assert 'id="cost"' not in page
-    assert "nothing" in page
+    assert "nf4, not trained" in page
 
 
 def test_disagreements_are_counted_and_listed_without_text(tmp_path):
@@ -227,12 +233,12 @@ def test_grid_and_published_figures(tmp_path):
 
 
 def test_one_manifest_for_what_all_runs_share():
-    """Catches: a version or commit of one run shown for all."""
+    """Catches: a version or commit of one run shown for all; the count of leaked questions left out."""
     changed = {"versions.torch": "3"}
     report = build_report([arm("a", "TF"), arm("b", "TF", **changed)], {})
     assert report["manifest"]["same"]["base.fingerprint"] == "b"
     assert report["manifest"]["by_run"]["versions.torch"] == {"a-seed0": "2", "b-seed0": "3"}
-    assert report["data"]["a"]["leaked_questions_removed"] is None
+    assert report["data"]["a"] == {"train": 40, "leaked_questions_removed": 2}
 
 
 def test_the_same_runs_make_the_same_files(tmp_path):
