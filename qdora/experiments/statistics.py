@@ -92,7 +92,8 @@ def estimate(tasks: Sequence[Answers]) -> Estimate:
     resampled_B = _resample(answers, np.full(seeds, 1 / seeds), _seed_deviations(seeds, generator), generator)
     stderr = float(resampled_B.std())
     if len(answers) > 1:
-        return Estimate(value, stderr, *_percentiles(resampled_B))
+        numbers = [answers_SQ.shape[1] for answers_SQ in answers]
+        return Estimate(value, stderr, *_percentiles(resampled_B, numbers, lowest=0))
     # Where all answers are right, or all wrong, nothing is known of how much seeds resemble each other.
     effective = value * (1 - value) / stderr**2 if stderr else float(questions)
     return Estimate(value, stderr, *_wilson(value, min(effective, seeds * questions)))
@@ -123,7 +124,7 @@ def difference(arm: Sequence[Answers], reference: Sequence[Answers]) -> Differen
         np.concatenate([deviations_BS, -of_reference_BS], axis=1),
         generator,
     )
-    low, high = _percentiles(resampled_B)
+    low, high = _percentiles(resampled_B, numbers[0], lowest=-1)
     one_seed = seeds == of_reference == 1
     if one_seed and len(arm) == 1:
         exact = paired_difference(*(answers[0][0].tolist() for answers in arrays))
@@ -203,9 +204,23 @@ def _resample(
     return resampled_B
 
 
-def _percentiles(resampled_B: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = np.quantile(resampled_B, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
-    return float(low), float(high)
+def _percentiles(
+    resampled_B: NDArray[np.float64], questions: Sequence[int], lowest: float
+) -> tuple[float, float]:
+    """The 95% interval of the resamples.
+
+    Where all questions have the same value there is no spread to draw: then as far to both sides as Wilson's
+    bound for other values, none of which was found in so many questions.
+
+    Args:
+        questions: number of each task.
+        lowest: possible value; the highest is 1.
+    """
+    low, high = map(float, np.quantile(resampled_B, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2]))
+    if low < high:
+        return low, high
+    bound = float(np.mean([wilson_interval(0, number)[1] for number in questions]))
+    return max(lowest, low - bound), min(1.0, high + bound)
 
 
 def _two_sided(resampled_B: NDArray[np.float64]) -> float:

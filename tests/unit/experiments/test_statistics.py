@@ -136,10 +136,12 @@ def test_names_decide_nothing(seeds):
 
 
 def test_nothing_is_shown_by_answers_that_are_the_same():
-    """Catches: a division by a spread of 0; rounding that makes a difference out of none."""
+    """Catches: a division by a spread of 0; rounding that makes a difference out of none; an interval without
+    width, as if three questions could show that there is none."""
     same = answers([[T, F, T], [F, F, T], [T, T, T]])
     found = difference([same, same], [same, same])
-    assert found == Difference(0, 0, 0, 0, 1, "bootstrap", "paired")
+    bound = proportion_confint(0, 3, method="wilson")[1]
+    assert found == Difference(0, 0, pytest.approx(-bound), pytest.approx(bound), 1, "bootstrap", "paired")
     assert verdict(found, found.p_value) == "no difference shown"
 
 
@@ -148,6 +150,9 @@ def test_no_right_answer_in_any_seed_is_not_a_certain_zero():
     found = estimate([answers(np.zeros((3, 50)))])
     assert (found.low, found.high) == pytest.approx(proportion_confint(0, 50, method="wilson"))
     assert found.high > 0.05
+    mean = estimate([answers(np.ones((3, 50))), answers(np.ones((3, 10)))])
+    of_tasks = [proportion_confint(n, n, method="wilson")[0] for n in (50, 10)]
+    assert (mean.low, mean.high) == pytest.approx((np.mean(of_tasks), 1))
 
 
 def test_several_seeds_are_more_than_one_and_less_than_as_many_questions():
