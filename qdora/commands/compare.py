@@ -20,8 +20,9 @@ from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import UNTRAINED, ArmRun, CompareConfig, check_conditions, resumed
 from qdora.experiments.grid import GridPoint, choose, point_name
+from qdora.experiments.pages import markdown
 from qdora.experiments.plan import Item, Progress, dry_run_page, plan_items
-from qdora.experiments.report import markdown, write_report
+from qdora.experiments.report import write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
 from qdora.models.load import build_adapted, compute_dtype
 from qdora.models.sources import open_checkpoint
@@ -107,9 +108,17 @@ class _Comparison:
                 )
             done.append(replace(run, scores=scores))
         if self.context.is_main:
-            folder = self.folder
-            print(markdown(write_report(folder, done, bases, grid)))
-            print(f"report: {folder / 'report.json'}, {folder / 'report.md'}, {folder / 'comparison.png'}")
+            report = write_report(
+                self.folder,
+                done,
+                bases,
+                grid,
+                published=self.config.published,
+                published_source=self.config.published_source,
+            )
+            page = self.folder / "report.html"
+            print(markdown(report))
+            print(f"report: {page}; also report.md, report.json, scores.csv, differences.csv")
 
     def _check_before_choice(self) -> None:
         """Check all that needs no weight and no choice of a grid's point.

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from qdora.config import OutputConfig, RunConfig, Section
 from qdora.config_file import check_config, dotted, set_key
-from qdora.errors import InputError
+from qdora.errors import InputError, suggest
 from qdora.evaluation.scores import Scores
 from qdora.experiments.grid import grid_points, point_name, show_settings
 from qdora.run import RunDirectory
@@ -136,6 +136,21 @@ class CompareConfig(Section):
     output: OutputConfig
     small: tuple[str, ...] = ()
     """Overlays of `compare --small`, relative to this file; a later one comes on top."""
+    published: dict[str, dict[str, Annotated[float, Field(ge=0, le=100)]]] = Field(default_factory=dict)
+    """Published percent of exact match by arm and task, or `average`; shown beside the report's figures."""
+    published_source: str | None = None
+    """Where they are published."""
+
+    @model_validator(mode="after")
+    def _published_of_arms(self) -> CompareConfig:
+        names = [arm.name for arm in self.arms]
+        for name in self.published:
+            if name not in names:
+                raise ValueError(f"published: there is no arm {name!r}; {suggest(name, names)}")
+        if bool(self.published) != bool(self.published_source):
+            given, missing = ("published", "published_source")[:: 1 if self.published else -1]
+            raise ValueError(f"{given} is given without {missing}; give both, or none")
+        return self
 
     @model_validator(mode="after")
     def _distinct(self) -> CompareConfig:

@@ -1,23 +1,69 @@
-"""Plots of a run and of a comparison."""
+"""Plots of a run and of a comparison: PNG files, and SVG that stands in a page and takes on its colors."""
 
 from __future__ import annotations
 
+import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from qdora.experiments.arms import ArmRun
 from qdora.files import write_file
 from qdora.training.metrics import StepMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLORS = ("#1f6fb4", "#d1622b", "#2a8a4a", "#8456a8", "#b03060", "#1aa0a8", "#8c6d31", "#d873b8")
-_GREY = "#8a8a8a"
+_COLORS = ("#2f7fd0", "#e0713a", "#2f9e5b", "#9a6bd0", "#d0456e", "#1aa0a8", "#a8842c", "#d873b8")
+_LINES = ("-", "--", ":")
+_INK = "#1b1f24"
+"""Of text and axes; a page puts its own color of text in its place."""
+_ACCENT, _GREY = "#2f7fd0", "#8a9099"
+_OF_VERDICT = {"higher": "#2f9e5b", "lower": "#d0456e", "no difference shown": _GREY}
+_MOST_POINTS = 400
+_WIDTH = 4.6
+"""Inches; at the width of a phone the text can still be read."""
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qdora",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("text.color", "grid.color"), _INK),
+    "grid.alpha": 0.15,
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One row of a plot of intervals, in percent or percentage points.
+
+    Attributes:
+        label: left of the row.
+        value, low, high: dot and line.
+        seeds: small dots.
+        color: of all.
+        filled: whether the dot is.
+    """
+
+    label: str
+    value: float
+    low: float
+    high: float
+    seeds: Sequence[float] = ()
+    color: str = _ACCENT
+    filled: bool = True
 
 
 def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: str) -> None:
@@ -28,65 +74,119 @@ def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: st
         path: PNG to write.
         title: above the axes.
     """
-    figure = Figure(figsize=(7, 4), dpi=130, layout="tight")
-    axes = figure.subplots()
-    draw_loss(axes, curves)
-    axes.set_title(title, fontsize=11)
-    write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    with _figure(7, 4) as figure:
+        axes = figure.subplots()
+        draw_loss(axes, curves)
+        axes.set_title(title, fontsize=11)
+        _write_png(figure, path)
 
 
-def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]]) -> None:
-    """As `plot_loss`, into given axes."""
-    for color, (name, steps) in zip(_colors(curves), curves.items(), strict=True):
-        if not steps:  # of an arm that is not trained; its bar keeps its color
-            continue
-        x = [m.step for m in steps]
-        y = [m.loss for m in steps]
-        axes.plot(x, y, color=color, alpha=0.25, linewidth=1)
-        axes.plot(x, running_mean(y, max(1, len(y) // 20)), color=color, linewidth=1.8, label=name)
+def plot_comparison(runs: Sequence[ArmRun], report: Mapping[str, Any], path: Path) -> None:
+    """Scores and paired differences of the first task, or of the mean over tasks, and the loss curves.
+
+    Args:
+        runs: the runs of the report.
+        report: of `build_report`.
+        path: PNG to write.
+    """
+    task = "average" if "average" in report["arms"][report["reference"]] else next(iter(report["tasks"]))
+    curves = _curves(runs)
+    rows = max(2.6, 0.9 + 0.32 * (len(report["arms"]) + len(report["bases"])))
+    with _figure(10.8, rows + (3.4 if curves else 0)) as figure:
+        heights = (rows, 3.4) if curves else (rows,)
+        upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        left, right = upper.subplots(1, 2)
+        draw_scores(left, report, task)
+        draw_differences(right, report, task)
+        left.set_title(_title(report, task), fontsize=11)
+        if lower:
+            draw_loss(lower[0].subplots(), curves, log=True)
+        _write_png(figure, path)
+
+
+def figures(runs: Sequence[ArmRun], report: Mapping[str, Any]) -> dict[str, str]:
+    """Inline SVG: `scores/TASK` and `differences/TASK` for each task and the mean over tasks, and `loss`.
+
+    Args:
+        runs: the runs of the report; `loss` is left out where none was trained.
+        report: of `build_report`.
+    """
+    found = {}
+    of_reference = report["arms"][report["reference"]]
+    for task in [*report["tasks"], *(["average"] if "average" in of_reference else [])]:
+        rows = len(report["arms"]) + len(report["bases"])
+        with _figure(_WIDTH, 0.65 + 0.27 * rows) as figure:
+            draw_scores(figure.subplots(), report, task)
+            found[f"scores/{task}"] = _svg(figure, f"scores of {task} with 95% intervals")
+        with _figure(_WIDTH, 0.65 + 0.27 * rows) as figure:  # beside the other, row by row
+            draw_differences(figure.subplots(), report, task)
+            found[f"differences/{task}"] = _svg(figure, f"differences of {task} with 95% intervals")
+    if curves := _curves(runs):
+        with _figure(1.25 * _WIDTH, 3.5) as figure:
+            draw_loss(figure.subplots(), curves, log=True)
+            found["loss"] = _svg(figure, "training loss over steps")
+    return found
+
+
+def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]], *, log: bool = False) -> None:
+    """As `plot_loss`, into given axes; the seeds of an arm have one color and one entry of the legend.
+
+    Args:
+        log: a logarithmic axis where the loss falls by a factor of 4 or more, so that ends are told apart.
+    """
+    order = list(dict.fromkeys(_arm(name) for name in curves))
+    named: set[str] = set()
+    for name, steps in curves.items():
+        arm = _arm(name)
+        number = order.index(arm)
+        color, line = _COLORS[number % len(_COLORS)], _LINES[number // len(_COLORS) % len(_LINES)]
+        label = arm if arm not in named else None
+        named.add(arm)
+        every = slice(None, None, max(1, len(steps) // _MOST_POINTS))
+        x, y = [m.step for m in steps], [m.loss for m in steps]
+        smooth = running_mean(y, max(1, len(y) // 20))
+        if len(curves) <= 4:
+            axes.plot(x[every], y[every], color=color, alpha=0.22, linewidth=1)
+        axes.plot(x[every], smooth[every], line, color=color, linewidth=1.7, label=label)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_ylabel("loss (nats per completion token)")
-    axes.grid(alpha=0.25)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        axes.legend(frameon=False)
+    losses = [m.loss for steps in curves.values() for m in steps]
+    if log and 0 < 4 * min(losses) < max(losses):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid()
+    if len(order) > 1:
+        axes.legend(frameon=False, ncols=1 + len(order) // 6, fontsize=8)
 
 
-def plot_comparison(
-    curves: Mapping[str, Sequence[StepMetrics]],
-    bases: Mapping[str, Mapping[str, Any]],
-    scores: Mapping[str, Mapping[str, Any]],
-    path: Path,
-    title: str,
-) -> None:
-    """Loss curves beside exact match with its standard error.
-
-    Args:
-        curves: steps of each run, by name.
-        bases: `score` (exact match) and `stderr`, as fractions, of models without an adapter.
-        scores: of the arms.
-        path: PNG to write.
-        title: above both.
-    """
-    figure = Figure(figsize=(10, 4), dpi=130, layout="tight")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    draw_loss(left, curves)
-    labels, bars = [*bases, *scores], [*bases.values(), *scores.values()]
-    right.barh(
-        range(len(bars)),
-        [100 * bar["score"] for bar in bars],
-        xerr=[100 * bar["stderr"] for bar in bars],
-        color=[_GREY] * len(bases) + _colors(scores),
-        capsize=4,
-        height=0.55,
+def draw_scores(axes: Axes, report: Mapping[str, Any], task: str) -> None:
+    """Exact match of bases and arms with 95% intervals, and each seed; a line at the reference's score."""
+    rows = [_interval(name, _entry(of, task), _GREY) for name, of in report["bases"].items()]
+    rows += [_interval(name, _entry(arm, task), _ACCENT) for name, arm in report["arms"].items()]
+    axes.axvline(
+        100 * _entry(report["arms"][report["reference"]], task)["score"], color=_INK, alpha=0.5, ls=":", lw=1
     )
-    right.set_yticks(range(len(bars)), [textwrap.fill(label, 20, break_on_hyphens=False) for label in labels])
-    right.invert_yaxis()
-    right.set_xlabel("exact match (%), ± standard error")
-    right.set_xlim(0, 100)
-    right.grid(axis="x", alpha=0.25)
-    figure.suptitle(textwrap.fill(title, 100), fontsize=11)
-    write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    _draw_intervals(axes, rows)
+    axes.set_xlabel("exact match (%), 95% interval")
+
+
+def draw_differences(axes: Axes, report: Mapping[str, Any], task: str) -> None:
+    """Every arm minus the reference in percentage points; what shows no difference is grey and hollow."""
+    rows = []
+    for name, arm in report["arms"].items():
+        found = _entry(arm, task).get("difference")
+        if found is None:
+            rows.append(Interval(name, 0, 0, 0, color=_INK))
+            continue
+        low, high = found["interval"]
+        color, shown = _OF_VERDICT[found["verdict"]], found["verdict"] != "no difference shown"
+        rows.append(Interval(name, found["points"], low, high, color=color, filled=shown))
+    axes.axvline(0, color=_INK, linewidth=1)
+    _draw_intervals(axes, rows, above=len(report["bases"]))
+    axes.set_xlabel(f"minus {_shortened(report['reference'])} (points), 95% interval")
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -94,8 +194,73 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     return [sum(w) / len(w) for i in range(len(values)) if (w := values[max(0, i - width + 1) : i + 1])]
 
 
-def _colors(names: Iterable[str]) -> list[str]:
-    """One color an arm, the same in both panels and for all its seeds."""
-    arms = [name.partition(" seed ")[0] for name in names]
-    order = list(dict.fromkeys(arms))
-    return [_COLORS[order.index(arm) % len(_COLORS)] for arm in arms]
+def _draw_intervals(axes: Axes, rows: Sequence[Interval], above: int = 0) -> None:
+    """Draw rows from the top, below some empty ones."""
+    for place, row in enumerate(rows):
+        axes.plot([row.low, row.high], [place, place], color=row.color, linewidth=2, solid_capstyle="round")
+        face = row.color if row.filled else "none"
+        axes.plot(row.value, place, "o", markersize=7, color=row.color, markerfacecolor=face)
+        if len(row.seeds) > 1:
+            axes.plot(row.seeds, [place + 0.28] * len(row.seeds), "|", markersize=6, color=row.color)
+    axes.set_yticks(range(len(rows)), [_shortened(row.label) for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -above - 0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.08)
+    axes.grid(axis="x")
+
+
+def _interval(name: str, entry: Mapping[str, Any], color: str) -> Interval:
+    low, high = entry["interval"]
+    seeds = [100 * score for score in entry["by_seed"]]
+    return Interval(name, 100 * entry["score"], 100 * low, 100 * high, seeds, color)
+
+
+def _entry(of_arm: Mapping[str, Any], task: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = of_arm["average"] if task == "average" else of_arm["tasks"][task]
+    return found
+
+
+def _title(report: Mapping[str, Any], task: str) -> str:
+    of = f"mean of {len(report['tasks'])} tasks" if task == "average" else task
+    return f"{report['title']}: {of}"
+
+
+def _shortened(label: str) -> str:
+    return textwrap.fill(label, 24, break_on_hyphens=False, max_lines=2, placeholder=" …")
+
+
+def _curves(runs: Sequence[ArmRun]) -> dict[str, Sequence[StepMetrics]]:
+    return {f"{run.arm} seed {run.seed}": run.steps for run in runs if run.steps}
+
+
+def _arm(name: str) -> str:
+    return name.partition(" seed ")[0]
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Figure]:
+    """A figure in the style of the reports, which also holds while it is drawn and saved; inches."""
+    with rc_context(_STYLE):
+        yield Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    write_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """An element that scales to the width of its place and has the text color of the page."""
+    buffer = StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    name = re.sub(r"\W+", "-", label)  # ids are of the page, in which there are several figures
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    opening = f'<svg {box.group()} role="img" aria-label="{escape(label)}">'
+    text = re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1)
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    return text.replace(_INK, "currentColor").replace("'DejaVu Sans'", "system-ui")

@@ -28,10 +28,11 @@ def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_fo
     assert not (tmp_path / "comparison").exists()
     assert run_command("compare", words) == 0
     folder = tmp_path / "comparison"
-    assert {"report.json", "report.md", "comparison.png"} <= {p.name for p in folder.iterdir()}
+    written = {"report.html", "report.json", "report.md", "comparison.png", "scores.csv", "differences.csv"}
+    assert written <= {p.name for p in folder.iterdir()}
     report = json.loads((folder / "report.json").read_text())
     assert report["arms"].keys() == {"qlora", "qdora"}
-    assert report["arms"]["qdora"]["tasks"]["sums"]["difference"].keys() == {"points", "stderr", "p_value"}
+    assert report["arms"]["qdora"]["tasks"]["sums"]["difference"]["seeds"] == "paired"
     extra = report["arms"]["qdora"]["trainable_parameters"] - report["arms"]["qlora"]["trainable_parameters"]
     assert extra == 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
     assert "| qdora" in (folder / "report.md").read_text()

@@ -18,6 +18,7 @@ from qdora.export import write
 from tests.e2e.runs import ROOT, tiny_tree, write_config
 
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes", "datasets", "pandas", "scipy", "matplotlib")
+HEAVY += ("statsmodels", "jinja2")
 REPORT = """
 import atexit, json, sys
 atexit.register(lambda: print("LOADED", json.dumps(sorted(sys.modules)), file=sys.stderr))

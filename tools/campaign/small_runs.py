@@ -21,6 +21,7 @@ _PRESENT = (
     "manifest.json",
     "config.yaml",
     "loss.png",
+    "report.html",
     "report.json",
     "report.md",
     "compare.yaml",

@@ -10,8 +10,7 @@ from qdora.config_file import check_config
 from qdora.experiments.arms import ArmRun, CompareConfig, expand
 from qdora.experiments.plan import Progress, dry_run_page, plan_items, show_duration
 
-from .runs import manifest_of, run_tree
-from .test_report import scores
+from .runs import manifest_of, numeric, run_tree
 
 SWEEP = {"adapter.r": [2, 4]}
 
@@ -69,11 +68,11 @@ def test_a_line_for_each_finished_run():
     items = plan_items(comparison()[1])
     progress = Progress(items, lines.append)
     zero, a0, b0, a1, b1 = items
-    progress.finish(zero, [scores("TFFF")], 7)
-    progress.finish(a0, [scores("TTFF")], 252)
-    progress.finish(b0, [scores("TTTF")], 2000, again=True)
-    progress.finish(a1, [scores("TTFF")], 10_000)
-    progress.finish(b1, [scores("TTFF"), scores("TTTT")], 60)
+    progress.finish(zero, [numeric("TFFF")], 7)
+    progress.finish(a0, [numeric("TTFF")], 252)
+    progress.finish(b0, [numeric("TTTF")], 2000, again=True)
+    progress.finish(a1, [numeric("TTFF")], 10_000)
+    progress.finish(b1, [numeric("TTFF"), numeric("TTTT")], 60)
     assert lines == [
         "[1/5] zero: exact match 25.0%, 7 s; time left unknown",
         "[2/5] a seed 0: exact match 50.0%, 4 min 12 s; about 13 min left",
@@ -89,7 +88,7 @@ def test_other_arms_count_by_their_median():
     items = plan_items(comparison(sweep=SWEEP)[1])
     progress = Progress(items, lines.append)
     for item, seconds in zip(items[1:4], (30, 60, 900), strict=True):
-        progress.finish(item, [scores("TFFF")], seconds)
+        progress.finish(item, [numeric("TFFF")], seconds)
     assert lines[0].startswith("[1/9] a seed 0, adapter.r=2: validation exact match 25.0%, 30 s; about ")
     # Left: scoring of zero and a (no measure of scoring: the median of all, a's own is of training), b's
     # second point, its scoring, and another seed of each.
@@ -124,7 +123,7 @@ def test_the_plan_names_what_is_done_and_what_is_known(tmp_path):
     assert "unknown until" in page  # nothing has been scored
     from qdora.evaluation.scores import write_scores
 
-    write_scores(scores("TTFF"), directory.validation)  # half a second a question
+    write_scores(numeric("TTFF"), directory.validation)  # half a second a question
     directory.adapter.mkdir()
     (directory.adapter / "adapter_model.safetensors").write_bytes(b"")
     directory.metrics_file.write_text("".join(lines))
