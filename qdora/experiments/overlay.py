@@ -29,7 +29,8 @@ def load_comparison(
 ) -> CompareConfig:
     """A comparison with its overlays, and `--set` on top of both.
 
-    With overlays it is written to a directory of its own: `output.dir`, a hyphen and what they are called.
+    With overlays it is written to a directory of its own, `output.dir`, a hyphen and what they are called, and
+    has no published numbers, which are not of these settings.
 
     Args:
         path: YAML file of the comparison.
@@ -50,6 +51,8 @@ def load_comparison(
     tree = config.model_dump(mode="json")
     names = [*(["small"] if small else []), *(Path(overlay).stem for overlay in overlays)]
     tree["output"]["dir"] = "-".join([config.output.dir, *names])
+    for key in ("published", "published_source"):  # of the settings that an overlay replaces
+        del tree[key]
     apply_overrides(tree, overrides)
     return check_config(tree, CompareConfig, str(path))
 

@@ -95,6 +95,8 @@ def files(tmp_path: Path) -> Path:
         "arms": [{"name": "a"}, {"name": "b", "set": {"adapter.r": 4}}],
         "output": {"dir": "runs/c"},
         "small": ["o/one.yaml", "o/two.yaml"],
+        "published": {"b": {"synthetic": 50.0}},
+        "published_source": "a paper",
     }
     (tmp_path / "o").mkdir()
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(tree))
@@ -132,6 +134,12 @@ def test_an_overlaid_comparison_has_a_directory_of_its_own(files):
     assert load(files, small=True, overlays=("three.yaml",)).output.dir == "runs/c-small-three"
     assert load(files, "output.dir=runs/d", "seeds=[4]", small=True).output.dir == "runs/d"
     assert load(files, "output.dir=runs/d", "seeds=[4]", small=True).seeds == (4,)
+
+
+def test_published_numbers_are_not_those_of_an_overlay(files):
+    """Catches: a paper's numbers for a 7B model beside those of a small one."""
+    assert load(files).published == {"b": {"synthetic": 50.0}}
+    assert load(files, small=True).published == {}
 
 
 @pytest.mark.parametrize(
