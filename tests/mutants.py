@@ -211,6 +211,18 @@ MUTANTS = {
         f"{SHARDED}::test_float32_training_is_that_of_one_process[2-qdora]",
         slow=True,
     ),
+    "padding between prompt and option seen": Mutant(
+        "evaluation/likelihood.py",
+        "device=device) < lengths_N1",
+        "device=device) < lengths_N1 + 99",
+        "tests/unit/evaluation/test_likelihood.py::test_sums_are_those_of_the_models_logits",
+    ),
+    "a test question with its answer among the shots": Mutant(
+        "tasks/shots.py",
+        "clean, _ = remove_leaked(load_dataset(data.train, data.bad_rows).examples, test)",
+        "clean = load_dataset(data.train, data.bad_rows).examples",
+        "tests/unit/tasks/test_shots.py::test_they_come_from_what_is_trained_on",
+    ),
     "sharded norm never stale": Mutant(
         "adapters/magnitude.py",
         "return tuple(t._version for t in self._watched)",

@@ -117,7 +117,7 @@ def rank(question: Question, sums: Sequence[float], gold: str) -> dict[str, Verd
     per_character = [total / len(option.text) for total, option in zip(sums, question.options, strict=True)]
     verdicts = {}
     for name, values in (("likelihood", sums), ("likelihood_per_character", per_character)):
-        chosen = question.options[max(range(len(values)), key=values.__getitem__)].answer
+        chosen = question.options[values.index(max(values))].answer
         verdicts[name] = Verdict(chosen, gold, chosen == gold)
     return verdicts
 
@@ -230,9 +230,10 @@ def _score_behind_prompts(
         cache.batch_select_indices(rows_N)
         ids_NQ = _padded([[*ids[:-1]] or [pad_id] for ids in options], pad_id, device)
         visible_NR = torch.arange(ids_BR.shape[1], device=device) < lengths_N1
+        before, behind = (visible_NR.new_ones(len(rows), width) for width in (length, columns))
         hidden_NQI = decoder(
             input_ids=ids_NQ,
-            attention_mask=F.pad(F.pad(visible_NR, (length, 0), value=True), (0, columns), value=True).long(),
+            attention_mask=torch.cat([before, visible_NR, behind], 1).long(),
             position_ids=length + lengths_N1 + torch.arange(columns, device=device),
             past_key_values=cache,
             use_cache=True,
