@@ -223,9 +223,10 @@ def _targets(arguments: argparse.Namespace, data: str | None) -> list[Target]:
     runs: Sequence[str | None] = arguments.run or [None]
     if len(runs) > 1 and (arguments.model or arguments.adapter):
         raise InputError("--model and --adapter go with one --run or none; several runs have their own")
-    for run in runs:
-        if runs.count(run) > 1:
-            raise InputError(f"--run {run} is given twice; name different runs")
+    resolved = [Path(run or "").resolve() for run in runs]
+    twice = [run for i, run in enumerate(runs) if resolved[i] in resolved[:i]]
+    if twice:
+        raise InputError(f"--run {twice[0]} is given twice; name different runs")
     return [resolve_target(argparse.Namespace(**{**vars(arguments), "run": run}), data=data) for run in runs]
 
 

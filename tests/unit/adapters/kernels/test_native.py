@@ -26,6 +26,7 @@ CODED = [
     *(c for c in CASES if c.format != "none"),
     Case("nf4", (65, 576), 16, 64),
     Case("int8", (48, 576), 3, 64),
+    Case("nf3", (48, 576), 3, 64),
 ]
 
 pytestmark = pytest.mark.skipif(native._library() is None, reason="no C++ compiler, or no ninja")
