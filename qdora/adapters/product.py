@@ -171,7 +171,7 @@ class _AdaptedProduct(torch.autograd.Function):
         m_O = s_O = b_scaled_OR = None
         if given.norm_O is not None:
             m_O, s_O, b_scaled_OR = _row_scale(settings, given, given.norm_O, b_OR, factor, dtype)
-        elif b_OR is not None and not has_scale and _is_moved_off_grid(given, dtype):
+        elif b_OR is not None and not has_scale and _gates_16_bits(given, dtype):
             b_factor = OFF_GRID
             b_scaled_OR = (b_OR * b_factor).to(dtype)
         a_cast = None if given.a_RI is None else given.a_RI.to(dtype)
@@ -296,8 +296,8 @@ def _row_scale(
     return kernels.row_scale(norm_O, settings.initial_O, given.offset_O, b_OR, factor, dtype)
 
 
-def _is_moved_off_grid(given: Operands, dtype: torch.dtype) -> bool:
-    """Whether B is on the grid of 16 bits, to which a rounding would take it back from a gate near 1."""
+def _gates_16_bits(given: Operands, dtype: torch.dtype) -> bool:
+    """Whether a gate moves a B on the grid of 16 bits, to which rounding would take it back."""
     on_grid = given.b_OR is not None and given.b_OR.dtype == dtype
     return on_grid and given.outer_O is not None and dtype.itemsize < 4
 

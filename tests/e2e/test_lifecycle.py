@@ -144,8 +144,7 @@ AXES = {
     "int8 lora": ("qlora", {"model.quantization": "int8", "model.double_quantization": False}),
     "gaussian": ("qdora", {"adapter.init": "gaussian"}),
     "orthogonal": ("dora", {"adapter.init": "orthogonal"}),
-    "gated": ("qgdora", {}),
-    "frozen magnitude": ("qdora", {"adapter.magnitude": "frozen"}),
+    "gated, frozen magnitude": ("qgdora", {"adapter.magnitude": "frozen"}),
     "published recipe": (
         "qdora",
         {
