@@ -29,8 +29,8 @@ def load_comparison(
 ) -> CompareConfig:
     """A comparison with its overlays, and `--set` on top of both.
 
-    With overlays it is written to a directory of its own, `output.dir`, a hyphen and what they are called, and
-    has no published numbers, which are not of these settings.
+    With overlays it is written to a directory of its own, `output.dir`, a hyphen and what they are called,
+    and has no published numbers, which are not of these settings.
 
     Args:
         path: YAML file of the comparison.
