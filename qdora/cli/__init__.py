@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "score a run, a model or an adapter by exact match",
     "export": "merge an adapter and write fp16 or bf16 weights",
     "compare": "train arms under identical conditions and report",
-    "analyze": "what training changed in the weights, and ranks for each layer",
+    "analyze": "what training changed in weights, ranks for layers, fewer bits and entries",
     "estimate": "what a run takes on each GPU, found without one",
     "benchmark": "what a layer or a training step costs next to PEFT's, and what a GPU does",
     "demo": "train, score and export the shipped quickstart",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.mutants import MUTANTS, ROOT, fails
+from tests.mutants import MUTANTS
+from tests.mutation import ROOT, fails
 
 
 @pytest.mark.parametrize("name", [name for name, mutant in MUTANTS.items() if not mutant.slow])
