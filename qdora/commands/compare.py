@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,16 @@ class _Comparison:
     def dry_run(self) -> str:
         """The plan, after all checks that `run` makes before it writes."""
         self._check_before_choice()
+        chosen = self._chosen_before() if self.resume else {}
+        self._plan([run for run in self.runs if run.point and run.point == chosen.get(run.arm)])
+        self._check_conditions()
         of_point = {(run.arm, point_name(run.point)): run.manifest for run in self.planned.values()}
         # Another seed changes neither the steps nor the parameters of a point.
         runs = [
             self.planned.get(str(run)) or replace(run, manifest=of_point[run.arm, point_name(run.point)])
             for run in self.runs
         ]
-        return dry_run_page(self.config, runs, resume=self.resume)
+        return dry_run_page(self.config, runs, chosen, resume=self.resume)
 
     def run(self) -> None:
         """Train and score what is missing, and write the report."""
@@ -186,10 +189,22 @@ class _Comparison:
         points = []
         for item in (item for item in self.items if item.on_validation):
             run = self.planned[str(item.runs[0])]
-            scores = self._train_and_score(item, run)
-            correct, total = sum(s.correct for s in scores), sum(s.total for s in scores)
-            points.append(GridPoint(run.arm, run.point, correct, total, False, str(run.directory.path)))
+            points.append(_grid_point(run, self._train_and_score(item, run)))
         return choose(points)
+
+    def _chosen_before(self) -> dict[str, Mapping[str, Any]]:
+        """The chosen settings of each arm, all of whose points an earlier process has trained and scored."""
+        points, unfinished = [], set()
+        for run in (self.planned[str(item.runs[0])] for item in self.items if item.on_validation):
+            reports = run.directory.validation
+            if run.is_trained and self._is_scored(
+                run, run.directory.finished_adapter(), reports, "validation"
+            ):
+                points.append(_grid_point(run, read_reports(reports)))
+            else:
+                unfinished.add(run.arm)
+        chosen = choose([point for point in points if point.arm not in unfinished])
+        return {point.arm: point.settings for point in chosen if point.chosen}
 
     def _train_and_score(self, item: Item, run: ArmRun) -> list[Scores]:
         """Train a run where it has not finished, and score it on the split of its item."""
@@ -246,19 +261,32 @@ class _Comparison:
             reports: folder of the reports; `scored.json` of the comparison records what they are of.
         Returns: the scores, and whether they were computed now.
         """
-        inputs, name = _inputs(run, adapter, split), str(reports.relative_to(self.folder))
-        file = self.folder / SCORED
-        record = read_json(file) if file.exists() else {}
-        usable = record.get(name) == {"inputs": inputs, "files": _digests(reports)}
-        fresh = not self.context.gather([usable])[0]
+        fresh = not self.context.gather([self._is_scored(run, adapter, reports, split)])[0]
         if fresh:
             config = _scored_config(run.config, split)
             evaluate_adapter(config, adapter, self.context, folder=reports, split=split)
             with self.context.raise_on_all_ranks():
                 if self.context.is_main:
-                    entry = {"inputs": inputs, "files": _digests(reports)}
-                    write_json(file, record | {name: entry})
+                    entry = {"inputs": _inputs(run, adapter, split), "files": _digests(reports)}
+                    write_json(self.folder / SCORED, self._record() | {self._name(reports): entry})
         return read_reports(reports), fresh
+
+    def _is_scored(self, run: ArmRun, adapter: Path | None, reports: Path, split: Split) -> bool:
+        """Whether the reports are complete and of the same inputs."""
+        entry = {"inputs": _inputs(run, adapter, split), "files": _digests(reports)}
+        return bool(self._record().get(self._name(reports)) == entry)
+
+    def _record(self) -> dict[str, Any]:
+        file = self.folder / SCORED
+        return read_json(file) if file.exists() else {}
+
+    def _name(self, reports: Path) -> str:
+        return str(reports.relative_to(self.folder))
+
+
+def _grid_point(run: ArmRun, scores: Sequence[Scores]) -> GridPoint:
+    correct, total = sum(s.correct for s in scores), sum(s.total for s in scores)
+    return GridPoint(run.arm, run.point, correct, total, False, str(run.directory.path))
 
 
 def _base_manifest(config: RunConfig, data: PreparedData, context: DistributedContext) -> dict[str, Any]:

@@ -48,18 +48,20 @@ class Item:
         return f"{run.arm} seed {run.seed}{point}"
 
 
-def plan_items(runs: Sequence[ArmRun]) -> list[Item]:
+def plan_items(runs: Sequence[ArmRun], chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Item]:
     """The work of a comparison in its order: untrained arms, grids, then each arm with each seed.
 
     Args:
         runs: of `expand`.
+        chosen: settings of the chosen point by arm, where it is known.
     """
+    chosen = chosen or {}
     first = runs[0].seed
     items = [Item((run,), trains=False) for run in runs if not run.train]
     items += [Item((run,), on_validation=True) for run in runs if run.point and run.seed == first]
     by_arm: dict[tuple[int, str], list[ArmRun]] = {}
     for run in runs:
-        if run.train:
+        if run.train and run.point == chosen.get(run.arm, run.point):
             by_arm.setdefault((run.seed, run.arm), []).append(run)
     for (seed, _), candidates in by_arm.items():
         items.append(Item(tuple(candidates), trains=seed != first or not candidates[0].point))
@@ -164,19 +166,26 @@ def _median_of(by_arm: Mapping[str, Sequence[float]], arm: str) -> float | None:
     return statistics.median(found) if found else None
 
 
-def dry_run_page(config: CompareConfig, runs: Sequence[ArmRun], *, resume: bool) -> str:
+def dry_run_page(
+    config: CompareConfig,
+    runs: Sequence[ArmRun],
+    chosen: Mapping[str, Mapping[str, Any]],
+    *,
+    resume: bool,
+) -> str:
     """What a comparison is going to do.
 
     Args:
         config: of the comparison.
         runs: of `expand`, with the manifest that they would write.
+        chosen: settings of the chosen point, of arms whose grid is finished.
         resume: whether what is finished is kept.
     """
     firsts = {run.arm: run for run in reversed(runs) if run.seed == runs[0].seed}
     shown = [firsts[arm.name] for arm in config.arms]
     times = MeasuredTimes(runs)
     rows, seconds = [], []
-    for item in plan_items(runs):
+    for item in plan_items(runs, chosen):
         left = _seconds_left(item, times, resume=resume)
         seconds.append(left)
         time = "unknown" if left is None else show_duration(left) if left else ""

@@ -99,9 +99,10 @@ def test_a_grid_with_arms_that_are_not_trained(tiny_model_folder, tmp_path, call
     assert not (Path(runs[1]) / "evaluation-validation").exists()
 
     # The same examples by the command for one run; none of them was trained on.
-    before = json.loads(validation.read_text())
-    assert run_command("evaluate", ["--run", runs[0], "--split", "validation"]) == 0
-    assert {**json.loads(validation.read_text()), **_times(before)} == before
+    before, again = json.loads(validation.read_text()), tmp_path / "again"
+    one = ["--run", runs[0], "--split", "validation", "--output", str(again)]
+    assert run_command("evaluate", one) == 0
+    assert {**json.loads((again / "sums.json").read_text()), **_times(before)} == before
     asked, held = (origins(path.with_name("sums.predictions.jsonl")) for path in (test, validation))
     assert len(held) == 5
     assert not held & asked
@@ -115,7 +116,11 @@ def test_a_grid_with_arms_that_are_not_trained(tiny_model_folder, tmp_path, call
     assert run_command("compare", more) == 0
     page = capsys.readouterr().out
     assert "| qdora seed 2 " in page
-    assert "| trained, scored " in page
+    tables = (line.split("|") for line in page.splitlines())
+    states = {cells[1].strip(): cells[5].strip() for cells in tables if len(cells) == 8}
+    # The points are trained, so it is known which were chosen; another seed is left.
+    assert [name for name, state in states.items() if state == "new"] == ["qlora seed 2", "qdora seed 2"]
+    assert states["qdora seed 0"] == states["qdora seed 1"] == "trained, scored"
     assert "from the steps and answers of qlora, qdora. Without loading" in page
     assert contents(folder) == state
     assert not calls

@@ -100,7 +100,7 @@ def test_the_plan_names_what_is_done_and_what_is_known(tmp_path):
     """Catches: hours made up before anything has run; finished runs counted as left; a table without the
     grid; a dry run that writes."""
     config, runs = comparison(tmp_path / "c", sweep=SWEEP)
-    page = dry_run_page(config, runs, resume=True)
+    page = dry_run_page(config, runs, {}, resume=True)
     assert "Estimated time: unknown until the first arm has been trained and scored." in page
     assert "2 removed from training as test questions, 1 as validation questions; 4 validation" in page
     assert "Identity checks passed. The same in all arms: base.fingerprint, " in page
@@ -118,7 +118,7 @@ def test_the_plan_names_what_is_done_and_what_is_known(tmp_path):
     step |= {"peak_memory_bytes": 1, "seconds": 0.1}
     lines = [json.dumps({"step": n, **step}) + "\n" for n in range(1, 21)]
     directory.metrics_file.write_text("".join(lines[:5]))
-    page = dry_run_page(config, runs, resume=True)
+    page = dry_run_page(config, runs, {}, resume=True)
     assert "| after step 5 " in page
     assert "unknown until" in page  # nothing has been scored
     from qdora.evaluation.scores import write_scores
@@ -127,11 +127,19 @@ def test_the_plan_names_what_is_done_and_what_is_known(tmp_path):
     directory.adapter.mkdir()
     (directory.adapter / "adapter_model.safetensors").write_bytes(b"")
     directory.metrics_file.write_text("".join(lines))
-    page = dry_run_page(config, runs, resume=True)
+    page = dry_run_page(config, runs, {}, resume=True)
     assert "| trained, scored " in page
     # 3 points and 2 further seeds of 20 steps; 3 times 4 validation and 5 times 8 test questions.
     assert f"about {show_duration(5 * 2 + 12 / 2 + 40 / 2)}, from the steps and answers of a; taken" in page
     assert "taken to be like them: b." in page
-    page = dry_run_page(config, runs, resume=False)
+    page = dry_run_page(config, runs, {}, resume=False)
     assert "trained, scored" not in page
     assert f"about {show_duration(6 * 2 + 16 / 2 + 40 / 2)}, " in page
+    chosen = {"a": {"adapter.r": 2}}
+    page = dry_run_page(config, runs, chosen, resume=True)
+    assert [line.split("|")[5].strip() for line in page.splitlines() if "| a seed" in line] == [
+        "trained, scored",
+        "new",
+        "trained",
+        "new",
+    ]
