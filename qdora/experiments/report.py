@@ -12,7 +12,14 @@ from typing import Any
 from qdora.adapters.base import describe
 from qdora.config_file import dotted
 from qdora.evaluation.scores import Prediction, Scores, wilson_interval
-from qdora.experiments.arms import CONDITIONS, ArmRun, check_conditions, differences
+from qdora.experiments.arms import (
+    CONDITIONS,
+    OF_TRAINING,
+    ArmRun,
+    check_conditions,
+    covers,
+    differences,
+)
 from qdora.experiments.grid import GridPoint
 from qdora.experiments.pages import html, markdown, tables
 from qdora.experiments.statistics import Answers, Difference, difference, estimate, holm, verdict
@@ -76,6 +83,14 @@ def build_report(
     trained = [run for run in runs if run.steps] or list(runs)
     manifests = [dotted(run.manifest) for run in trained if run.seed == trained[0].seed]
     settings = differences([of_arm[0].config for of_arm in arms.values()])
+    # What training reads says nothing of an arm without it.
+    shown = {
+        key: {
+            name: value if arms[name][0].train or not covers(OF_TRAINING, key) else "–"
+            for name, value in zip(arms, values, strict=True)
+        }
+        for key, values in settings.items()
+    }
     compared = _compare(arms, reference.arm, measures)
     results = {name: _results(of_arm, measures, compared[name]) for name, of_arm in arms.items()}
     return {
@@ -91,7 +106,7 @@ def build_report(
             for field, value in manifests[0].items()
             if field in CONDITIONS and all(other.get(field) == value for other in manifests)
         },
-        "differences": {key: dict(zip(arms, values, strict=True)) for key, values in settings.items()},
+        "differences": shown,
         "bases": {
             name: _results([ArmRun(name, 0, reference.config, scores=scores)], measures, {})
             for name, scores in bases.items()

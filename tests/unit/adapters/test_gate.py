@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from qdora.adapters import kernels
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.peft_io import load_adapter, save_adapter
@@ -57,10 +58,12 @@ def test_the_norm_follows_the_gate():
             assert relative(layer.merged(torch.float32) @ x.T, (layer(x) - layer.bias).T) < 1e-5
 
 
+@pytest.mark.parametrize("has_kernels", [False, True])
 @pytest.mark.parametrize("method", GATED)
-def test_a_small_move_of_the_gate_comes_through_in_bf16(method):
+def test_a_small_move_of_the_gate_comes_through_in_bf16(method, has_kernels, monkeypatch):
     """Catches: a gate that is rounded to bf16, or that multiplies numbers which round back to where they
     were: a move of 1e-3 is a quarter of their spacing."""
+    monkeypatch.setattr(kernels, "available", lambda device: has_kernels)
     layer = make_layer(method, 256, 128, bias=False, dtype="bfloat16", r=16, alpha=160.0)
     x, g = torch.randn(512, 256).bfloat16(), torch.randn(512, 128).bfloat16()
     with torch.no_grad():

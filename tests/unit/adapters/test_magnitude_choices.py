@@ -54,6 +54,23 @@ def test_a_frozen_magnitude_in_bf16():
     assert_close(gradients(layer, x, g), expected_gradients(layer, x, g), 2e-2)
 
 
+def test_a_layer_with_a_frozen_magnitude_is_one_graph():
+    """Catches: an s that is a constant of the graph, a start that breaks it."""
+    torch._dynamo.reset()
+    layer = make_layer("qdora", magnitude="frozen")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, g = torch.randn(6, 24), torch.randn(6, 40)
+    for seed in (1, 2):
+        move_off_the_identity(layer, seed)
+        layer.zero_grad()
+        y = compiled(x)
+        y.backward(g)
+        expected = expected_gradients(layer, x, g)
+        del expected["x"]
+        got = {"y": y, "a": layer.update.a_RI.grad, "b": layer.update.b_OR.grad}
+        assert_close(got, expected, 1e-5)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_nothing_is_kept_for_the_gradient_of_a_frozen_magnitude(bias):
     """Catches: an output kept, and a sum over it made, for a gradient that nobody takes."""
