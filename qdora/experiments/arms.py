@@ -46,6 +46,9 @@ _NOT_OF_ARMS = {
 }
 """Keys that an arm may not set, and where they belong."""
 
+AVERAGE = "average"
+"""Where a task's name stands: the unweighted mean over tasks."""
+
 _OF_COMPARISON = ("output", "training.seed")
 # A finished arm is scored again where its evaluation has changed; the others do not change what is trained.
 _FREE_TO_CHANGE = ("evaluation", "training.save_every", "training.keep_checkpoints")

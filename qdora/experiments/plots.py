@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from qdora.experiments.arms import ArmRun
+from qdora.experiments.arms import AVERAGE, ArmRun
 from qdora.files import write_file
 from qdora.training.metrics import StepMetrics
 
@@ -91,7 +91,7 @@ def plot_comparison(runs: Sequence[ArmRun], report: Mapping[str, Any], path: Pat
         report: of `build_report`.
         path: PNG to write.
     """
-    task = "average" if "average" in report["arms"][report["reference"]] else next(iter(report["tasks"]))
+    task = AVERAGE if AVERAGE in report["arms"][report["reference"]] else next(iter(report["tasks"]))
     curves = _curves(runs)
     rows = max(2.6, 0.9 + 0.32 * (len(report["arms"]) + len(report["bases"])))
     heights = (rows, 3.3 + _legend_height(curves)) if curves else (rows,)
@@ -115,7 +115,7 @@ def figures(runs: Sequence[ArmRun], report: Mapping[str, Any]) -> dict[str, str]
     """
     found = {}
     of_reference = report["arms"][report["reference"]]
-    for task in [*report["tasks"], *(["average"] if "average" in of_reference else [])]:
+    for task in [*report["tasks"], *([AVERAGE] if AVERAGE in of_reference else [])]:
         rows = len(report["arms"]) + len(report["bases"])
         with _figure(_WIDTH, 0.65 + 0.27 * rows) as figure:
             draw_scores(figure.subplots(), report, task)
@@ -223,12 +223,12 @@ def _interval(name: str, entry: Mapping[str, Any], color: str) -> Interval:
 
 
 def _entry(of_arm: Mapping[str, Any], task: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = of_arm["average"] if task == "average" else of_arm["tasks"][task]
+    found: Mapping[str, Any] = of_arm[AVERAGE] if task == AVERAGE else of_arm["tasks"][task]
     return found
 
 
 def _title(report: Mapping[str, Any], task: str) -> str:
-    of = f"mean of {len(report['tasks'])} tasks" if task == "average" else task
+    of = f"mean of {len(report['tasks'])} tasks" if task == AVERAGE else task
     return f"{report['title']}: {of}"
 
 

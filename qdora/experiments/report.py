@@ -12,14 +12,12 @@ from typing import Any
 from qdora.adapters.base import describe
 from qdora.config_file import dotted
 from qdora.evaluation.scores import Prediction, Scores, wilson_interval
-from qdora.experiments.arms import CONDITIONS, ArmRun, check_conditions, differences
+from qdora.experiments.arms import AVERAGE, CONDITIONS, ArmRun, check_conditions, differences
 from qdora.experiments.grid import GridPoint
 from qdora.experiments.pages import html, markdown, tables
 from qdora.experiments.statistics import Answers, Difference, difference, estimate, holm, verdict
 from qdora.files import write_json, write_text
 
-AVERAGE = "average"
-"""Name of the unweighted mean over tasks, where a task's name stands."""
 _LISTED = 20
 _LONGEST_ANSWER = 60
 
