@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=600, help="comparisons of each kind")
+    parser.add_argument("--runs", type=int, default=2000, help="comparisons of each kind")
     parser.add_argument("--questions", type=int, default=256)
     arguments = parser.parse_args()
     rows = []

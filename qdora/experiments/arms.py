@@ -64,6 +64,9 @@ _NOT_SWEPT = {
 OF_TRAINING = ("adapter", "training", "evaluation.every", "evaluation.quantization")
 """Keys that change nothing about a base model that is only scored."""
 
+AVERAGE = "average"
+"""Where a task's name stands: the unweighted mean over tasks."""
+
 _OF_COMPARISON = ("output", "training.seed")
 UNTRAINED = "base"
 """Folder of the scores of models that nothing was trained on."""

@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from qdora.evaluation.scores import wilson_interval
+from qdora.experiments.arms import AVERAGE
 
 _SHOWN = {
     "base.fingerprint": "base",
@@ -84,10 +85,10 @@ def columns(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found = {}
     reference = report["arms"][report["reference"]]
     tasks = list(report["tasks"])
-    for task in [*(["average"] if "average" in reference else []), *tasks]:
+    for task in [*([AVERAGE] if AVERAGE in reference else []), *tasks]:
         mean = task not in tasks
         of = {
-            kind: {name: one["average"] if mean else one["tasks"][task] for name, one in report[kind].items()}
+            kind: {name: one[AVERAGE] if mean else one["tasks"][task] for name, one in report[kind].items()}
             for kind in ("bases", "arms")
         }
         entry = of["arms"][report["reference"]]

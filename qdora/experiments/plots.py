@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from qdora.experiments.arms import ArmRun
+from qdora.experiments.arms import AVERAGE, ArmRun
 from qdora.files import write_file
 from qdora.training.metrics import StepMetrics
 
@@ -30,6 +30,8 @@ _INK = "#1b1f24"
 _ACCENT, _GREY = "#2f7fd0", "#8a9099"
 _OF_VERDICT = {"higher": "#2f9e5b", "lower": "#d0456e", "no difference shown": _GREY}
 _MOST_POINTS = 400
+_MOST_INSIDE = 6
+"""Entries of a legend, which would else hide the curves."""
 _WIDTH = 4.6
 """Inches; at the width of a phone the text can still be read."""
 _STYLE: dict[Any, Any] = {
@@ -89,11 +91,11 @@ def plot_comparison(runs: Sequence[ArmRun], report: Mapping[str, Any], path: Pat
         report: of `build_report`.
         path: PNG to write.
     """
-    task = "average" if "average" in report["arms"][report["reference"]] else next(iter(report["tasks"]))
+    task = AVERAGE if AVERAGE in report["arms"][report["reference"]] else next(iter(report["tasks"]))
     curves = _curves(runs)
     rows = max(2.6, 0.9 + 0.32 * (len(report["arms"]) + len(report["bases"])))
-    with _figure(10.8, rows + (3.4 if curves else 0)) as figure:
-        heights = (rows, 3.4) if curves else (rows,)
+    heights = (rows, 3.3 + _legend_height(curves)) if curves else (rows,)
+    with _figure(10.8, sum(heights)) as figure:
         upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         left, right = upper.subplots(1, 2)
         draw_scores(left, report, task)
@@ -113,7 +115,7 @@ def figures(runs: Sequence[ArmRun], report: Mapping[str, Any]) -> dict[str, str]
     """
     found = {}
     of_reference = report["arms"][report["reference"]]
-    for task in [*report["tasks"], *(["average"] if "average" in of_reference else [])]:
+    for task in [*report["tasks"], *([AVERAGE] if AVERAGE in of_reference else [])]:
         rows = len(report["arms"]) + len(report["bases"])
         with _figure(_WIDTH, 0.65 + 0.27 * rows) as figure:
             draw_scores(figure.subplots(), report, task)
@@ -122,7 +124,7 @@ def figures(runs: Sequence[ArmRun], report: Mapping[str, Any]) -> dict[str, str]
             draw_differences(figure.subplots(), report, task)
             found[f"differences/{task}"] = _svg(figure, f"differences of {task} with 95% intervals")
     if curves := _curves(runs):
-        with _figure(1.25 * _WIDTH, 3.5) as figure:
+        with _figure(1.25 * _WIDTH, 3.3 + _legend_height(curves)) as figure:
             draw_loss(figure.subplots(), curves, log=True)
             found["loss"] = _svg(figure, "training loss over steps")
     return found
@@ -158,8 +160,12 @@ def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]], *, log: b
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid()
-    if len(order) > 1:
-        axes.legend(frameon=False, ncols=1 + len(order) // 6, fontsize=8)
+    if len(order) > _MOST_INSIDE:
+        axes.legend(
+            frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16), borderpad=0
+        )
+    elif len(order) > 1:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def draw_scores(axes: Axes, report: Mapping[str, Any], task: str) -> None:
@@ -217,12 +223,12 @@ def _interval(name: str, entry: Mapping[str, Any], color: str) -> Interval:
 
 
 def _entry(of_arm: Mapping[str, Any], task: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = of_arm["average"] if task == "average" else of_arm["tasks"][task]
+    found: Mapping[str, Any] = of_arm[AVERAGE] if task == AVERAGE else of_arm["tasks"][task]
     return found
 
 
 def _title(report: Mapping[str, Any], task: str) -> str:
-    of = f"mean of {len(report['tasks'])} tasks" if task == "average" else task
+    of = f"mean of {len(report['tasks'])} tasks" if task == AVERAGE else task
     return f"{report['title']}: {of}"
 
 
@@ -232,6 +238,12 @@ def _shortened(label: str) -> str:
 
 def _curves(runs: Sequence[ArmRun]) -> dict[str, Sequence[StepMetrics]]:
     return {f"{run.arm} seed {run.seed}": run.steps for run in runs if run.steps}
+
+
+def _legend_height(curves: Mapping[str, Sequence[StepMetrics]]) -> float:
+    """Inches below the axes."""
+    arms = len({_arm(name) for name in curves})
+    return 0.0 if arms <= _MOST_INSIDE else 0.2 * -(-arms // 3)
 
 
 def _arm(name: str) -> str:

@@ -13,6 +13,7 @@ from qdora.adapters.base import describe
 from qdora.config_file import dotted
 from qdora.evaluation.scores import Prediction, Scores, wilson_interval
 from qdora.experiments.arms import (
+    AVERAGE,
     CONDITIONS,
     OF_TRAINING,
     ArmRun,
@@ -25,8 +26,6 @@ from qdora.experiments.pages import html, markdown, tables
 from qdora.experiments.statistics import Answers, Difference, difference, estimate, holm, verdict
 from qdora.files import write_json, write_text
 
-AVERAGE = "average"
-"""Name of the unweighted mean over tasks, where a task's name stands."""
 _LISTED = 20
 _LONGEST_ANSWER = 60
 

@@ -64,8 +64,8 @@ def test_questions_are_resampled_as_scipy_does():
 
 
 def test_seeds_and_questions_are_resampled_one_by_one():
-    """Catches: questions drawn apart for the two arms or for each seed, a wrong weight of a seed: against a
-    bootstrap that really draws questions and seeds."""
+    """Catches: questions drawn apart for the two arms or for each seed, a wrong weight of a seed, a test to
+    one side: against a bootstrap that really draws questions and seeds."""
     generator = np.random.default_rng(4)
     a_SQ, b_SQ = generator.random((2, 4, 40)) < [[[0.8], [0.6], [0.7], [0.5]]] * 2
     found = difference([answers(a_SQ)], [answers(b_SQ)])
@@ -78,6 +78,9 @@ def test_seeds_and_questions_are_resampled_one_by_one():
     assert found.stderr == pytest.approx(np.std(drawn), rel=0.03)
     assert (found.low, found.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.015)
     assert (found.test, found.seeds) == ("bootstrap", "paired")
+    beyond = [np.mean(np.round(drawn, 12) <= 0), np.mean(np.round(drawn, 12) >= 0)]
+    assert found.p_value == pytest.approx(2 * min(beyond), abs=0.03)
+    assert 0.2 < found.p_value < 0.9
 
 
 def test_the_spread_over_seeds_is_that_of_a_sample():
