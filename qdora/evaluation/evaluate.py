@@ -112,7 +112,7 @@ def evaluate_adapter(
                 names = {example.task for example in test.examples}
                 raise InputError(f"--task {task!r}: the test set has none; {suggest(str(task), names)}")
             check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
-            shots = draw_shots(config, tokenizer, test.examples)
+            shots = draw_shots(config, tokenizer, examples)
         if padding is not None:
             context.say(padding)
         if test.skipped:

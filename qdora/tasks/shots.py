@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -11,33 +11,34 @@ from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
 from qdora.errors import InputError
 from qdora.tasks import load_dataset
-from qdora.tasks.prepare import remove_leaked
+from qdora.tasks.prepare import load_test, remove_leaked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def draw_shots(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, test: Sequence[Example]
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, scored: Iterable[Example]
 ) -> dict[str, list[Example]]:
-    """Draw `evaluation.shots` examples for each task of the test set, the same ones for all its questions.
+    """Draw `evaluation.shots` examples for each task that is scored, the same ones for all its questions.
 
     They come from what the run trains on: the training set without test questions and without examples
     longer than `data.max_length`; from the examples of the question's own task where there are any.
 
     Args:
-        test: all examples of the test set.
+        scored: the examples that are; only their tasks matter, the test set is read for its questions.
     Returns: by task, in the order in which they stand in the prompt; empty where no shots are asked for.
     Raises:
-        InputError: the training set cannot be loaded, or has fewer examples.
+        InputError: the training or test set cannot be loaded, or the training set has fewer examples.
         DataError: a bad row, and `data.bad_rows` is `stop`.
     """
     count = config.evaluation.shots
     if count == 0:
         return {}
     data = config.data
+    test = load_test(data, tokenizer).examples
     clean, _ = remove_leaked(load_dataset(data.train, data.bad_rows).examples, test)
-    tasks = dict.fromkeys(example.task for example in test)
+    tasks = dict.fromkeys(example.task for example in scored)
     return {
         task: _draw([e for e in clean if e.task == task] or clean, count, config, tokenizer) for task in tasks
     }
