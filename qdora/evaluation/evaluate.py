@@ -138,7 +138,7 @@ def load_for_evaluation(
             names = {example.task for example in found.examples}
             raise InputError(f"--task {task!r}: the {split} set has none; {suggest(str(task), names)}")
         check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
-        shots = draw_shots(config, tokenizer, found.examples)
+        shots = draw_shots(config, tokenizer, examples)
     if padding is not None:
         context.say(padding)
     if found.skipped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def draw_shots(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, scored: Sequence[Example]
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, scored: Iterable[Example]
 ) -> dict[str, list[Example]]:
     """Draw `evaluation.shots` examples for each task of what is scored, the same ones for all its questions.
 
@@ -26,10 +26,10 @@ def draw_shots(
     where there are any.
 
     Args:
-        scored: all examples of the test set or the validation set.
+        scored: the examples that are scored; only their tasks matter, the test set is read for its questions.
     Returns: by task, in the order in which they stand in the prompt; empty where no shots are asked for.
     Raises:
-        InputError: the training set cannot be loaded, or has fewer examples.
+        InputError: the training or test set cannot be loaded, or the training set has fewer examples.
         DataError: a bad row, and `data.bad_rows` is `stop`.
     """
     count = config.evaluation.shots

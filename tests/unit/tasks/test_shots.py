@@ -47,8 +47,8 @@ def config(write_jsonl: Any) -> RunConfig:
 
 def shots(config: RunConfig, tokenizer: Any, **evaluation: int) -> list[str]:
     changed = config.evaluation.model_copy(update=evaluation)
-    test = load_dataset(config.data.test, "stop").examples
-    drawn = draw_shots(config.model_copy(update={"evaluation": changed}), tokenizer, test)
+    scored = load_dataset(config.data.test, "stop").examples[3:]
+    drawn = draw_shots(config.model_copy(update={"evaluation": changed}), tokenizer, scored)
     return [example.question for example in drawn["sums"]]
 
 
