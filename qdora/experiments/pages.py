@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from qdora.evaluation.scores import wilson_interval
-from qdora.experiments.arms import AVERAGE
+from qdora.experiments.arms import AVERAGE, covers
 
 _SHOWN = {
     "base.fingerprint": "base",
@@ -22,6 +22,8 @@ _SHOWN = {
     "initial_a": "initial A",
 }
 """Conditions that the page names where all arms agree on them."""
+
+_OF_TRAINING = ("adapter", "training")
 
 _SIGNS = {"higher": "▲", "lower": "▼", "no difference shown": "○"}
 """In tables, beside a difference."""
@@ -69,6 +71,7 @@ def html(report: Mapping[str, Any], figures: Mapping[str, str]) -> str:
         figures={name: Markup(svg) for name, svg in figures.items()},
         columns=columns(report),
         findings=found,
+        settings=_settings(report),
         shown=sum(len(rows) for rows in verdicts if rows[0]["verdict"] != "no difference shown"),
         tests=sum(map(len, verdicts)),
         same=_same(report),
@@ -122,7 +125,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, report["seeds"]))
     lines = [f"# {report['title']}", "", f"{same}Seeds: {seeds}. Reference: {report['reference']}.", ""]
     rows = [["trained", *(arm["trained"] for arm in arms.values())]]
-    rows += [[key, *map(_text, values.values())] for key, values in report["differences"].items()]
+    rows += [[key, *values.values()] for key, values in _settings(report).items()]
     lines += [_table(rows, ["", *arms]), "", "## Differences from the reference", ""]
     for one in findings(report):
         parts = []
@@ -272,6 +275,19 @@ def _same(report: Mapping[str, Any]) -> list[str]:
     """What all arms share, of the conditions that a reader looks for."""
     conditions = report["conditions"]
     return [text.format(conditions[key]) for key, text in _SHOWN.items() if conditions.get(key) is not None]
+
+
+def _settings(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The settings in which arms differ, by key and arm; none of training where nothing is trained."""
+    return {
+        key: {
+            name: ""
+            if covers(_OF_TRAINING, key) and "final_loss" not in report["arms"][name]
+            else _text(value)
+            for name, value in values.items()
+        }
+        for key, values in report["differences"].items()
+    }
 
 
 def _percents(entry: Mapping[str, Any]) -> str:

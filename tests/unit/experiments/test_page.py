@@ -95,6 +95,11 @@ def test_in_a_browser(page, tab, tmp_path, width, dark):
     )
     assert len(heights) == 7
     assert min(heights) > 80
+    colors = tab.evaluate(
+        "[...new Set([...document.querySelectorAll('figure svg text')].map("
+        "text => getComputedStyle(text).fill == getComputedStyle(document.body).color))]"
+    )
+    assert colors == [True]
     tab.screenshot(tmp_path / "page.png")
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)[::2]
     assert pixels.shape[1] == width

@@ -159,9 +159,10 @@ def test_tables_of_values(tmp_path):
 
 
 def test_an_arm_without_training_has_no_cost(tmp_path):
-    """Catches: a report that needs metrics of every arm, or that says what an untrained arm trained."""
+    """Catches: a report that needs metrics of every arm, or that says how an untrained arm was trained."""
     runs = [arm("zero-shot", "TFFF", trained=False), arm("qdora", "TTTF"), arm("none", "TFFF", trained=False)]
     runs.append(arm("qdora", "TTTT", seed=1))
+    runs.append(arm("r4", "TTTF", settings={"adapter.r": 4}))
     report = write_report(tmp_path, runs, {})
     assert report["arms"]["zero-shot"]["trained"] == "nf4, not trained"
     assert report["arms"]["zero-shot"]["seeds"] == [0]
@@ -171,9 +172,12 @@ def test_an_arm_without_training_has_no_cost(tmp_path):
     assert found["seeds"] == "independent"
     assert {"batch_order", "steps", "initial_a"} <= report["conditions"].keys()
     assert report["manifest"]["same"]["steps"] == 20
-    cost = (tmp_path / "report.md").read_text().partition("## Cost")[2].partition("##")[0]
+    page = (tmp_path / "report.md").read_text()
+    cost = page.partition("## Cost")[2].partition("##")[0]
     assert "qdora" in cost
     assert "zero-shot" not in cost
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    assert ["adapter.r", "", "16", "", "4"] in cells
     untrained = write_report(tmp_path, [runs[0], runs[2]], {})
     assert untrained["arms"]["none"]["tasks"]["gsm8k"]["difference"]["points"] == 0
     page = (tmp_path / "report.html").read_text()
