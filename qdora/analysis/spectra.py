@@ -46,7 +46,8 @@ class Spectrum:
         total = sigma_S.sum()
         if not total > 0:
             return 0.0
-        return float(torch.special.entr(sigma_S / total).sum().exp())
+        p_S = sigma_S / total
+        return float((-torch.xlogy(p_S, p_S).sum()).exp())
 
     @property
     def stable_rank(self) -> float:

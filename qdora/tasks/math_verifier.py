@@ -26,7 +26,8 @@ _START = 300.0
 """Seconds until the process has imported sympy, also on a busy machine."""
 _NO_BARE_LATEX = re.compile(r"\$|\n|\\[(\[]|\\boxed|(?<![\\a-zA-Z])[a-zA-Z]{2}")
 """A delimiter, several lines, a word."""
-_WORKER = Path(__file__).with_name("math_verify_worker.py")
+WORKER = Path(__file__).with_name("math_verify_worker.py")
+"""The script that it runs."""
 
 
 class Reading(NamedTuple):
@@ -67,7 +68,7 @@ class _Worker:
         # -P: the script's folder, which has a module `numbers`, must not come before the standard library.
         # A session of its own: Ctrl-C is for the process that asks.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", str(_WORKER)],
+            [sys.executable, "-P", "-W", "ignore", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -78,7 +79,7 @@ class _Worker:
         threading.Thread(target=_pass_on, args=(self.process, self.answers), daemon=True).start()
         if self._next(_START) is None:
             self.stop()
-            raise RuntimeError(f"math-verify's process does not start: {sys.executable} -P {_WORKER}")
+            raise RuntimeError(f"math-verify's process does not start: {sys.executable} -P {WORKER}")
 
     def ask(self, texts: list[str]) -> Reading:
         """One question; a process that does not answer in time is replaced."""

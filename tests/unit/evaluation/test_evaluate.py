@@ -293,5 +293,7 @@ def test_validation_examples_are_scored_as_the_training_set_says(monkeypatch):
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     for split in ("test", "validation"):
-        evaluation.evaluate_configured(None, None, EXAMPLES, config, DistributedContext(), split=split)
+        evaluation.evaluate_configured(
+            None, None, EXAMPLES, config, DistributedContext(), shots={}, split=split
+        )
     assert seen == [(3, "numeric"), (3, "text")]
