@@ -121,7 +121,7 @@ class _Comparison:
             )
             page = self.folder / "report.html"
             print(markdown(report))
-            print(f"report: {page}; also report.md, report.json, scores.csv, differences.csv")
+            print(f"report: {page}; also report.md, report.json and tables, *.csv")
 
     def _check_before_choice(self) -> None:
         """Check all that needs no weight and no choice of a grid's point.

@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from qdora.evaluation.scores import wilson_interval
-from qdora.experiments.arms import AVERAGE, covers
+from qdora.experiments.arms import AVERAGE, OF_TRAINING, ArmRun, covers
 
 _SHOWN = {
     "base.fingerprint": "base",
@@ -22,8 +22,6 @@ _SHOWN = {
     "initial_a": "initial A",
 }
 """Conditions that the page names where all arms agree on them."""
-
-_OF_TRAINING = ("adapter", "training")
 
 _SIGNS = {"higher": "▲", "lower": "▼", "no difference shown": "○"}
 """In tables, beside a difference."""
@@ -254,6 +252,19 @@ def tables(report: Mapping[str, Any]) -> dict[str, str]:
     return {"scores.csv": _csv(scores), "differences.csv": _csv(differences)}
 
 
+def answers_table(runs: Sequence[ArmRun]) -> str:
+    """answers.csv: a row for each task, question and scorer, a column for each run, 1 where it is right."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for run in runs:
+        for scores in run.scores:
+            for prediction in scores.predictions:
+                for scorer, found in prediction.scorers.items():
+                    key = (scores.task, prediction.origin, scorer)
+                    row = rows.setdefault(key, dict(zip(("task", "question", "scorer"), key, strict=True)))
+                    row[f"{run.arm}-seed{run.seed}" if run.train else run.arm] = int(found.correct)
+    return _csv(list(rows.values()))
+
+
 def _difference_row(
     report: Mapping[str, Any], key: Mapping[str, Any], delta: Mapping[str, Any], total: int
 ) -> dict[str, Any]:
@@ -282,7 +293,7 @@ def _settings(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return {
         key: {
             name: ""
-            if covers(_OF_TRAINING, key) and "final_loss" not in report["arms"][name]
+            if covers(OF_TRAINING, key) and "final_loss" not in report["arms"][name]
             else _text(value)
             for name, value in values.items()
         }

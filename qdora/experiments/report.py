@@ -15,14 +15,12 @@ from qdora.evaluation.scores import Prediction, Scores, wilson_interval
 from qdora.experiments.arms import (
     AVERAGE,
     CONDITIONS,
-    OF_TRAINING,
     ArmRun,
     check_conditions,
-    covers,
     differences,
 )
 from qdora.experiments.grid import GridPoint
-from qdora.experiments.pages import html, markdown, tables
+from qdora.experiments.pages import answers_table, html, markdown, tables
 from qdora.experiments.statistics import Answers, Difference, difference, estimate, holm, verdict
 from qdora.files import write_json, write_text
 
@@ -82,14 +80,6 @@ def build_report(
     trained = [run for run in runs if run.steps] or list(runs)
     manifests = [dotted(run.manifest) for run in trained if run.seed == trained[0].seed]
     settings = differences([of_arm[0].config for of_arm in arms.values()])
-    # What training reads says nothing of an arm without it.
-    shown = {
-        key: {
-            name: value if arms[name][0].train or not covers(OF_TRAINING, key) else "–"
-            for name, value in zip(arms, values, strict=True)
-        }
-        for key, values in settings.items()
-    }
     compared = _compare(arms, reference.arm, measures)
     results = {name: _results(of_arm, measures, compared[name]) for name, of_arm in arms.items()}
     return {
@@ -105,7 +95,7 @@ def build_report(
             for field, value in manifests[0].items()
             if field in CONDITIONS and all(other.get(field) == value for other in manifests)
         },
-        "differences": shown,
+        "differences": {key: dict(zip(arms, values, strict=True)) for key, values in settings.items()},
         "bases": {
             name: _results([ArmRun(name, 0, reference.config, scores=scores)], measures, {})
             for name, scores in bases.items()
@@ -128,7 +118,7 @@ def write_report(
     published: Mapping[str, Mapping[str, float]] | None = None,
     published_source: str | None = None,
 ) -> dict[str, Any]:
-    """Write report.json, report.html, report.md, scores.csv, differences.csv and comparison.png.
+    """Write report.json, report.html, report.md, three tables (CSV) and comparison.png.
 
     Args:
         folder: of the comparison.
@@ -141,6 +131,7 @@ def write_report(
     write_text(folder / "report.md", markdown(report))
     for name, text in tables(report).items():
         write_text(folder / name, text)
+    write_text(folder / "answers.csv", answers_table(runs))
     from qdora.experiments.plots import figures, plot_comparison  # with matplotlib
 
     plot_comparison(runs, report, folder / "comparison.png")

@@ -23,7 +23,8 @@ def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_fo
     assert not (tmp_path / "comparison").exists()
     assert run_command("compare", words) == 0
     folder = tmp_path / "comparison"
-    written = {"report.html", "report.json", "report.md", "comparison.png", "scores.csv", "differences.csv"}
+    written = {"report.html", "report.json", "report.md", "comparison.png"}
+    written |= {"scores.csv", "differences.csv", "answers.csv"}
     assert written <= {p.name for p in folder.iterdir()}
     report = json.loads((folder / "report.json").read_text())
     assert report["arms"].keys() == {"qlora", "qdora"}

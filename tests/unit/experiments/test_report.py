@@ -156,6 +156,14 @@ def test_tables_of_values(tmp_path):
         ("b", task, scorer) for task in ("x", "y", "average") for scorer in "np"
     }
     assert {r["verdict"] for r in differences} == {"no difference shown"}
+    answers = rows_of(tmp_path / "answers.csv")
+    assert len(answers) == 2 * (4 + 2)
+    row = next(r for r in answers if (r["question"], r["scorer"]) == ("some/data/x.json:3", "n"))
+    assert {key: row[key] for key in list(row)[3:]} == dict.fromkeys(
+        ("a-seed3", "b-seed3", "a-seed5", "b-seed5"), "1"
+    )
+    of_n = [r["b-seed5"] for r in answers if (r["task"], r["scorer"]) == ("x", "n")]
+    assert of_n == ["1", "0", "0", "1"]
 
 
 def test_an_arm_without_training_has_no_cost(tmp_path):
