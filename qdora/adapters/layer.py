@@ -348,12 +348,13 @@ class OutputLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) to (..., O), in the dtype of x."""
-        for w_OI in self._widened:
-            if x.dtype == w_OI.dtype:
-                return F.linear(x, w_OI, self.bias)
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        y_NO = adapted_product(x.reshape(-1, self.in_features), DenseWeight(self.weight), bias_O=self.bias)
+        # As rows: torch would make a batch of last tokens, which lie apart, and copy the weight for each.
+        x_NI = x.reshape(-1, self.in_features)
+        same = [w_OI for w_OI in (*self._widened, self.weight) if w_OI.dtype == x.dtype]
+        if same:
+            y_NO = F.linear(x_NI, same[0], self.bias)
+        else:
+            y_NO = adapted_product(x_NI, DenseWeight(self.weight), bias_O=self.bias)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
 

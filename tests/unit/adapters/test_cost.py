@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from qdora.adapters import kernels, product
 from qdora.adapters.kernels import native
-from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.layer import AdaptedLinear, OutputLinear
 from qdora.planner.internals import fake_tensors
 from qdora.quant import base as tiling
 from tests.axes import METHODS, adapter_config
@@ -177,3 +177,20 @@ def test_launches_of_a_layer_on_a_gpu(dora, most, monkeypatch):
     with fake_tensors():
         counted = gpu_account.account((1024, 4096), 512, dora)
     assert counted.launches <= most, counted.names
+
+
+@pytest.mark.parametrize("widened", [False, True])
+def test_logits_of_last_tokens_copy_no_weight(widened):
+    """Catches: hidden states that lie apart made a batch of products, with a copy of the vocabulary's matrix
+    for each sequence: two thirds of the time of short answers."""
+    layer = OutputLinear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    if widened:
+        layer.widen(torch.float32)
+    dtype = torch.float32 if widened else torch.bfloat16
+    hidden_BTI = torch.randn(4, 5, INPUTS, dtype=dtype)
+    with torch.no_grad(), Watch() as watch:
+        logits_B1V = layer(hidden_BTI[:, -1:])
+    assert "aten::bmm" not in watch.calls
+    assert max(watch.made.values()) <= 4 * OUTPUTS * dtype.itemsize
+    expected = hidden_BTI[:, -1:].float() @ layer.weight.float().T
+    torch.testing.assert_close(logits_B1V.float(), expected, rtol=1e-2, atol=1e-2)
