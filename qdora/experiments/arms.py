@@ -287,6 +287,12 @@ def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:
                     f"{who} in {key}: {one!r} and {other!r}; they may differ in {allowed}. Give both the "
                     f"same, or name it in may_differ"
                 )
+    for run in runs:
+        if run.config.data.test.name == AVERAGE:
+            raise InputError(
+                f"{run}: data.test.name {AVERAGE!r} is what the report calls the mean over tasks; choose "
+                f"another name"
+            )
     swept = next((run for run in runs if run.point), None)
     if swept is not None and swept.config.data.validation is None:
         raise InputError(

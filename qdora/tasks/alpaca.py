@@ -8,32 +8,20 @@ Source: arXiv:2402.09353 §5.4; github.com/gururise/AlpacaDataCleaned, on the hu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from qdora.config import DatasetConfig
-from qdora.data.readers import read_hub, read_rows
 from qdora.data.rows import Example, Row, as_text, text_of
-from qdora.tasks.base import Task, held_out_split
+from qdora.tasks.base import HeldOutTask
 
 DATASET = "yahma/alpaca-cleaned"
 HELD_OUT = 1_000
 
 
-class Alpaca(Task):
-    """Cleaned Alpaca from the hub or a local copy; `held_out` replaces the 1,000 where given."""
+class Alpaca(HeldOutTask):
+    """Cleaned Alpaca from the hub or a local copy."""
 
-    optional = ("path", "held_out")
-
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """The hub's rows, or those of a local copy."""
-        if config.path is None:
-            return read_hub(DATASET, None, "train", ["instruction", "input", "output"])
-        return read_rows(Path(config.path))
-
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
-        """All rows shuffled; `test` is the end of them, since there is no published split."""
-        return held_out_split(len(rows), config, config.held_out or HELD_OUT, config.path or DATASET)
+    dataset = DATASET
+    columns = ("instruction", "input", "output")
+    rows_held_out = HELD_OUT
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """The instruction, an input under Alpaca's heading, and the output, which is the answer too."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 
 from qdora.config import AnswerKind, DatasetConfig
-from qdora.data.readers import read_rows, require
+from qdora.data.readers import read_hub, read_rows, require
 from qdora.data.rows import (
     BadRowError,
     BadRows,
@@ -171,6 +171,30 @@ class LlmAdaptersTask(Task):
         """The instruction with its input, the output, the answer."""
         question = question_of(row, "instruction")
         return Example(question, text_of(row, "output"), text_of(row, "answer"), self.name, row.origin)
+
+
+class HeldOutTask(Task):
+    """A data set without a published split, from the hub or a local copy: its shuffled end is the test set.
+
+    A subclass has the hub's id in `dataset`, the columns that it reads, and in `rows_held_out` the size of
+    that end; the key `held_out` replaces it where given.
+    """
+
+    optional = ("path", "held_out")
+    dataset: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
+    rows_held_out: ClassVar[int]
+
+    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+        """The hub's rows, or those of a local copy."""
+        if config.path is None:
+            return read_hub(self.dataset, None, "train", list(self.columns))
+        return read_rows(Path(config.path))
+
+    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+        """All rows shuffled; `test` is the end of them."""
+        held_out = config.held_out or self.rows_held_out
+        return held_out_split(len(rows), config, held_out, config.path or self.dataset)
 
 
 def read_llm_adapters(folder: Path, task: str, split: str) -> list[Row]:

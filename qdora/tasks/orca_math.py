@@ -8,33 +8,21 @@ Source: Orca-Math, arXiv:2402.14830; fsdp_qlora, experiments/orca_math/evaluate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from qdora.config import DatasetConfig
-from qdora.data.readers import read_hub, read_rows
 from qdora.data.rows import Example, Row, text_of
-from qdora.tasks.base import Task, held_out_split
+from qdora.tasks.base import HeldOutTask
 from qdora.tasks.scoring import gold_answer, published_gold
 
 DATASET = "microsoft/orca-math-word-problems-200k"
 HELD_OUT = 5_000
 
 
-class OrcaMath(Task):
-    """Orca-Math from the hub or a local copy; `held_out` replaces the published 5,000 where given."""
+class OrcaMath(HeldOutTask):
+    """Orca-Math from the hub or a local copy, with the published split."""
 
-    optional = ("path", "held_out")
-
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """The hub's rows, or those of a local copy."""
-        if config.path is None:
-            return read_hub(DATASET, None, "train", ["question", "answer"])
-        return read_rows(Path(config.path))
-
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
-        """The published split."""
-        return held_out_split(len(rows), config, config.held_out or HELD_OUT, config.path or DATASET)
+    dataset = DATASET
+    columns = ("question", "answer")
+    rows_held_out = HELD_OUT
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """The solution and the number that it states, spelled as the published rule cuts it out if it can.

@@ -83,6 +83,17 @@ def test_a_wrong_setting_is_refused_with_its_arm(settings, message):
         runs_of({"name": "a"}, {"name": "b", "set": settings})
 
 
+def test_a_task_called_as_the_mean_is_refused():
+    """Catches: a task of the user's own that the report would show in place of the mean over tasks."""
+    tree = run_tree()
+    own = {"source": "file", "path": "mine.jsonl", "name": "average"}
+    tree["data"]["test"] = {**own, "split": "test"}
+    with pytest.raises(
+        InputError, match=r"arm 'a', seed 0: data\.test\.name 'average' is what the report calls"
+    ):
+        runs_of({"name": "a"}, {"name": "b", "set": {"adapter.r": 4}}, tree=tree)
+
+
 def test_a_default_that_changes_with_a_setting_must_be_declared():
     """Catches: arms that differ in more than they say, because a setting changes the default of another."""
     with pytest.raises(
