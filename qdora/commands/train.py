@@ -22,6 +22,7 @@ from qdora.adapters.peft_io import CONFIG_FILE, check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dotted
 from qdora.data.batches import BatchPlan, Packing
+from qdora.data.chat_templates import end_with_turns
 from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
@@ -30,12 +31,13 @@ from qdora.evaluation.scores import write_scores
 from qdora.files import fsync, read_json, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
+from qdora.models.formats.safetensors import save_tokenizer
 from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.tasks import check_run
-from qdora.tasks.prepare import PreparedData, prepare
+from qdora.tasks.prepare import PreparedData, prepare, rendered
 from qdora.tasks.shots import draw_shots
 from qdora.training.attention import check_packing
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
@@ -106,6 +108,7 @@ def _train_locked(
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
+        config = rendered(config, data)
         shots = draw_shots(config, tokenizer, data.test) if config.evaluation.every else {}
     _say_data(data, config, context)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
@@ -146,6 +149,9 @@ def _train_locked(
             steps = read_metrics(directory.metrics_file)
             trained = describe(config.model.quantization, config.adapter, config.training.mode)
             plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")
+    with context.raise_on_all_ranks(), wrap_os_errors(directory.adapter):
+        if context.is_main and (data.chats or config.data.chat_template is not None):
+            save_tokenizer(directory.adapter, tokenizer)
     # Last, since a run that has its adapter counts as finished.
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
@@ -159,15 +165,23 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     """
     check_run(config)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    tokenizer = required_tokenizer(checkpoint)
+    tokenizer = required_tokenizer(checkpoint, config.data.chat_template, say=_say_on_main_rank)
     context_length = getattr(checkpoint.config, "max_position_embeddings", None)
     data, rows = prepare(config.data, tokenizer, context_length), embedding_rows(checkpoint.config)
+    if data.chats and (ended := end_with_turns(tokenizer)):
+        _say_on_main_rank(ended)
     padding = fit_padding(tokenizer, rows)
-    if padding is not None and os.environ.get("RANK", "0") == "0":
-        print(padding, file=sys.stderr)
+    if padding is not None:
+        _say_on_main_rank(padding)
     check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in data.train))
+    config = rendered(config, data)
     check_questions(tokenizer, rows, config.data, [*data.validation, *data.test[: config.evaluation.limit]])
     return checkpoint, tokenizer, dataclasses.replace(data, pad_id=tokenizer.pad_token_id)
+
+
+def _say_on_main_rank(sentence: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr)
 
 
 def planned_manifest(config: RunConfig, data: PreparedData, context: DistributedContext) -> dict[str, Any]:
@@ -322,6 +336,9 @@ def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> 
         **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
         "data.train": data.fingerprints["train"],
         "data.prompt": config.data.prompt,
+        # None where it is what runs have always done.
+        "data.loss_on": None if config.data.loss_on == "assistant" else config.data.loss_on,
+        "data.chat_template": config.data.chat_template,
         # Joining a step's sequences changes its rounding only; filling rows changes which they are.
         "data.max_length of filled rows (data.packing: stream)": _packing(config).row_tokens,
         # Where no text holds a special token it decides nothing.
@@ -354,10 +371,16 @@ def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepM
 
 
 def _say_data(data: PreparedData, config: RunConfig, context: DistributedContext) -> None:
-    context.say(
-        f"{len(data.train)} training examples, {len(data.test)} test examples; "
-        f"{data.leaked} training examples removed because their question is a test question"
-    )
+    if config.data.test is None:
+        context.say(f"{len(data.train)} training examples; no test set (data.test)")
+    else:
+        context.say(
+            f"{len(data.train)} training examples, {len(data.test)} test examples; "
+            f"{data.leaked} training examples removed because their question is a test question"
+        )
+    labels, tokens = sum(e.labels for e in data.train), sum(len(e.input_ids) for e in data.train)
+    if any(e.gaps for e in data.train) or config.data.loss_on != "assistant":
+        context.say(f"{100 * labels / tokens:.1f}% of the training tokens carry loss (data.loss_on)")
     if data.validation:
         context.say(
             f"{len(data.validation)} validation examples left out of training; "

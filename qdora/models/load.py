@@ -24,6 +24,7 @@ from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.magnitude import original_norms
 from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, read_saved
 from qdora.config import DtypeName, ModelConfig, QuantizationName
+from qdora.data.chat_templates import use_chat_template, use_saved_template
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.errors import InputError
@@ -165,14 +166,30 @@ def load_with_adapter(
     return model
 
 
-def required_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+def required_tokenizer(
+    checkpoint: Checkpoint,
+    chat_template: str | None = None,
+    *,
+    adapter: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with the chat template that was trained.
 
-    Raises: InputError: it comes without one, or with one that cannot be used.
+    Args:
+        chat_template: of `data.chat_template`.
+        adapter: folder of an adapter; the chat template that is saved there comes first.
+        say: told what a chat template changes.
+    Raises: InputError: it comes without one, or with one that cannot be used; as `use_chat_template`.
     """
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         raise InputError(f"{checkpoint.origin}: the model comes without a tokenizer")
+    if adapter is not None and use_saved_template(tokenizer, adapter):
+        return tokenizer
+    if chat_template is not None:
+        changed = use_chat_template(tokenizer, chat_template)
+        if say is not None:
+            say(changed)
     return tokenizer
 
 
