@@ -1,6 +1,6 @@
 """Write chats to try things with: word problems in OpenAI's messages format, with system and further turns.
 
-python -m tools.write_chats chats.jsonl --rows 5000
+python -m tools.write_chats chats.jsonl --rows 1000
 """
 
 from __future__ import annotations

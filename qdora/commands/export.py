@@ -11,9 +11,9 @@ import torch
 
 from qdora.adapters.inject import adapted_layers
 from qdora.data.chat_templates import TEMPLATE_FILE
+from qdora.data.padding import eos_token_ids
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.evaluation.generation import eos_token_ids
 from qdora.export.write import DTYPES, merge_and_export, merged_onto, verify_export
 from qdora.models.formats.safetensors import write_settings
 from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device

@@ -31,8 +31,13 @@ from qdora.evaluation.scores import write_scores
 from qdora.files import fsync, read_json, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
-from qdora.models.formats.safetensors import save_tokenizer
-from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
+from qdora.models.load import (
+    build_adapted,
+    compute_dtype,
+    load_model,
+    required_tokenizer,
+    save_beside_adapter,
+)
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.run import RunDirectory, make_manifest, package_versions
@@ -149,9 +154,9 @@ def _train_locked(
             steps = read_metrics(directory.metrics_file)
             trained = describe(config.model.quantization, config.adapter, config.training.mode)
             plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")
-    with context.raise_on_all_ranks(), wrap_os_errors(directory.adapter):
+    with context.raise_on_all_ranks():
         if context.is_main and (data.chats or config.data.chat_template is not None):
-            save_tokenizer(directory.adapter, tokenizer)
+            save_beside_adapter(directory.adapter, tokenizer)
     # Last, since a run that has its adapter counts as finished.
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
@@ -371,16 +376,13 @@ def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepM
 
 
 def _say_data(data: PreparedData, config: RunConfig, context: DistributedContext) -> None:
-    if config.data.test is None:
-        context.say(f"{len(data.train)} training examples; no test set (data.test)")
-    else:
-        context.say(
-            f"{len(data.train)} training examples, {len(data.test)} test examples; "
-            f"{data.leaked} training examples removed because their question is a test question"
-        )
-    labels, tokens = sum(e.labels for e in data.train), sum(len(e.input_ids) for e in data.train)
+    removed = f"{data.leaked} training examples removed because their question is a test question"
+    tested = "no test set (data.test)" if config.data.test is None else removed
+    tests = "" if config.data.test is None else f", {len(data.test)} test examples"
+    context.say(f"{len(data.train)} training examples{tests}; {tested}")
     if any(e.gaps for e in data.train) or config.data.loss_on != "assistant":
-        context.say(f"{100 * labels / tokens:.1f}% of the training tokens carry loss (data.loss_on)")
+        share = sum(e.labels for e in data.train) / sum(len(e.input_ids) for e in data.train)
+        context.say(f"{100 * share:.1f}% of the training tokens carry loss (data.loss_on)")
     if data.validation:
         context.say(
             f"{len(data.validation)} validation examples left out of training; "

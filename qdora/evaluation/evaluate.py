@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Never, TypeVar, Unpack
 from tqdm import tqdm
 
 from qdora.config import AnswerKind, EvaluationMethod, EvaluationWeights, RunConfig
-from qdora.data.padding import choose_pad_token
+from qdora.data.padding import choose_pad_token, eos_token_ids
 from qdora.data.rows import Example
 from qdora.data.templates import PROMPTS
 from qdora.data.vocabulary import check_questions, embedding_rows, fit_padding
@@ -23,7 +23,6 @@ from qdora.evaluation.continuous import SPARE_COLUMNS, why_not
 from qdora.evaluation.generation import (
     Generation,
     NonFiniteLogitsError,
-    eos_token_ids,
     generate,
 )
 from qdora.evaluation.groups import Decoding, Group, check_group, group_by_task

@@ -8,7 +8,10 @@ tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -28,8 +31,10 @@ from qdora.data.chat_templates import use_chat_template, use_saved_template
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.errors import InputError
+from qdora.files import write_file
 from qdora.models.build import MetaModel, build_model
 from qdora.models.formats import Checkpoint
+from qdora.models.formats.safetensors import save_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
@@ -191,6 +196,17 @@ def required_tokenizer(
         if say is not None:
             say(changed)
     return tokenizer
+
+
+def save_beside_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer with the chat template that was trained, each file atomically.
+
+    Raises: InputError: it cannot be saved.
+    """
+    with TemporaryDirectory() as made:
+        save_tokenizer(Path(made), tokenizer)
+        for path in sorted(Path(made).iterdir()):
+            write_file(folder / path.name, partial(copyfile, path))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
