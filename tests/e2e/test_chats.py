@@ -93,22 +93,25 @@ def test_the_template_is_beside_the_adapter_and_in_the_export(finished, tmp_path
 
 
 def test_a_template_file_that_is_gone_is_not_needed_again(tiny_model_folder, tmp_path, capsys):
-    """Catches: an export with the template of a file that has changed since."""
+    """Catches: an export with the template of a file that has changed since, or that goes on after an answer's
+    own ending token."""
     template = tmp_path / "own.jinja"
     template.write_text(
-        "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+        "{% for m in messages %}{{ m.role + ':' + m.content + '<s>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     tree: dict[str, Any] = tiny_tree(tmp_path, tiny_model_folder, max_steps=1)
     train = {"source": "file", "path": str(write(tmp_path / "chats.jsonl", 16))}
     tree["data"] = {"train": train, "max_length": 512, "chat_template": str(template), "loss_on": "last"}
     assert run_command("train", ["--config", write_config(tmp_path, tree)]) == 0
-    assert "own.jinja'; answers end with '</s>'" in capsys.readouterr().err
+    assert "own.jinja'; answers end with '<s>', which is the EOS token now" in capsys.readouterr().err
     text = template.read_text()
     template.unlink()
     words = ["--run", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--no-verify"]
     assert run_command("export", words) == 0
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == text
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (text, "<s>")
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [1, 2]
 
 
 def test_what_cannot_be_trained_is_said_before_anything_is_written(tiny_model_folder, tmp_path, capsys):
