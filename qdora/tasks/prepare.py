@@ -48,8 +48,8 @@ class PreparedData:
     """`train`, `test` and `validation` where there are any: sha256 over the examples that are really used."""
     prompt: PromptName
     """By which they are rendered: that of the configuration, but `chat` for chats."""
-    chats: bool
-    """Whether training examples are chats."""
+    keeps_template: bool
+    """Whether a chat template is trained that belongs to the adapter: that of chats, or one by name."""
 
     def counts(self) -> dict[str, Any]:
         """Fingerprints, numbers of examples and of those that were left out, as a manifest has them."""
@@ -146,7 +146,7 @@ def prepare(
         special_text=_special_text(used, [*validation.examples, *test.examples], tokenizer),
         fingerprints=fingerprints,
         prompt=config.prompt,
-        chats=any(example.turns for example in used),
+        keeps_template=config.chat_template is not None or any(example.turns for example in used),
     )
 
 

@@ -93,8 +93,8 @@ def test_the_template_is_beside_the_adapter_and_in_the_export(finished, tmp_path
 
 
 def test_a_template_file_that_is_gone_is_not_needed_again(tiny_model_folder, tmp_path, capsys):
-    """Catches: an export with the template of a file that has changed since, or that goes on after an answer's
-    own ending token."""
+    """Catches: an export with the template of a file that has changed since, or that goes on after an answer
+    has ended."""
     template = tmp_path / "own.jinja"
     template.write_text(
         "{% for m in messages %}{{ m.role + ':' + m.content + '<s>' }}{% endfor %}"

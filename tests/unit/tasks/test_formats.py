@@ -268,7 +268,7 @@ class TestWithoutATestSet:
         data = prepare(self.config(path, validation=2), tokenizer, None)
         assert (len(data.train), len(data.validation), data.test) == (4, 2, [])
         assert set(data.fingerprints) == {"train", "validation"}
-        assert (data.counts()["test"], data.prompt, data.chats) == (0, "question_answer", False)
+        assert (data.counts()["test"], data.prompt, data.keeps_template) == (0, "question_answer", False)
 
     def test_evaluation_says_what_to_set(self, write_jsonl, tokenizer):
         """Catches: a traceback, or answers scored against nothing."""
@@ -314,7 +314,7 @@ class TestChatsInARun:
         passed over; a chat template for rows that none renders."""
         path = write_jsonl([CHATS["messages"], CHATS["developer"]])
         data = prepare(self.config(path), tokenizer, None)
-        assert (data.prompt, data.chats, len(data.train)) == ("chat", True, 2)
+        assert (data.prompt, data.keeps_template, len(data.train)) == ("chat", True, 2)
         with pytest.raises(InputError, match=r"'alpaca' has room for one question, .*:[12] is a chat"):
             prepare(self.config(path, prompt="alpaca"), tokenizer, None)
         plain = write_jsonl([{"question": "How many?", "answer": "7"}], "plain.jsonl")
