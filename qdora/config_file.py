@@ -122,7 +122,9 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     node = tree
     for key in parents:
-        child = node.setdefault(key, {})
+        if node.get(key) is None:  # missing, or a section that may be null
+            node[key] = {}
+        child = node[key]
         if not isinstance(child, dict):
             raise InputError(f"--set {dotted}: {key!r} holds {child!r}, it has no keys below it")
         node = child

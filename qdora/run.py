@@ -329,7 +329,7 @@ def resolve_target(
     if arguments.model:
         tree["model"]["path"] = arguments.model
     if data:
-        tree["data"]["test"] = _data_file(data, tree["data"]["test"])
+        tree["data"]["test"] = _data_file(data, tree["data"].get("test"))
     apply_overrides(tree, arguments.set)
     config = check_config(tree, RunConfig, str(directory.path) if directory else "command line")
     adapter = None
@@ -340,11 +340,11 @@ def resolve_target(
     return Target(config, adapter, directory)
 
 
-def _data_file(path: str, test: dict[str, Any]) -> dict[str, Any]:
+def _data_file(path: str, test: dict[str, Any] | None) -> dict[str, Any]:
     """A data file in place of a run's test set, with that set's columns where it came from a file too."""
     chosen: dict[str, Any] = {"source": "file", "path": path, "split": "test"}
-    if test["source"] in ("file", "hub"):
-        chosen |= {key: test[key] for key in ("columns", "answer_kind") if key in test}
+    if test is not None and test["source"] in ("file", "hub"):
+        chosen |= {key: test[key] for key in ("columns", "answer_kind", "format") if key in test}
     return chosen
 
 

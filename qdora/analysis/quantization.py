@@ -103,9 +103,9 @@ def calibration_examples(config: RunConfig, checkpoint: Checkpoint, count: int) 
     Raises: InputError: the test set cannot be read, or an example is longer than `data.max_length`.
     """
     check_data(config.data)
-    tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
-    fit_padding(tokenizer, rows)
     data = config.data
+    tokenizer, rows = required_tokenizer(checkpoint, data.chat_template), embedding_rows(checkpoint.config)
+    fit_padding(tokenizer, rows)
     chosen = load_test(data, tokenizer).examples[:count]
     examples, skipped = tokenize_examples(
         chosen,

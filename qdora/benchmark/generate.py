@@ -18,9 +18,10 @@ from qdora.adapters.inject import adapted_layers, inject
 from qdora.adapters.peft_io import save_adapter
 from qdora.benchmark.peers import alternate, autocast, medians, peft_saved, ratio, timed
 from qdora.config import EvaluationWeights, RunConfig
+from qdora.data.padding import eos_token_ids
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.continuous import SPARE_COLUMNS
-from qdora.evaluation.generation import Generation, eos_token_ids, generate, read_answer
+from qdora.evaluation.generation import Generation, generate, read_answer
 from qdora.evaluation.weights import evaluation_weights
 from qdora.export.write import merge_and_export
 from qdora.models.load import compute_dtype, load_base

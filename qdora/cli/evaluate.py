@@ -46,6 +46,13 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     check_run(target.config)
     if arguments.split == "validation":
         _check_validation(target)
+    elif target.config.data.test is None:
+        other = ", or score what data.validation left out, with --split validation"
+        raise InputError(
+            "there is no test set: data.test is not set. Name a file with --data, or set one as "
+            "--set data.test='{source: file, path: FILE}'"
+            f"{other if target.config.data.validation else ''}"
+        )
 
     def work() -> None:
         from qdora.commands.evaluate import evaluate

@@ -37,7 +37,7 @@ from qdora.models.sources import open_checkpoint
 from qdora.quant.base import TILE_BYTES
 from qdora.resources import keep_freed_memory
 from qdora.tasks import synthetic
-from qdora.tasks.prepare import load_test
+from qdora.tasks.prepare import for_rows, load_test
 
 GRACE = 15.0
 """Seconds after the time limit in which a stage must come to its end."""
@@ -149,9 +149,11 @@ def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.devi
 
 def _generate(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     config = _config(arguments, dtype)
-    tokenizer = required_tokenizer(open_checkpoint(config.model.path, config.model.revision))
+    checkpoint = open_checkpoint(config.model.path, config.model.revision)
+    tokenizer = required_tokenizer(checkpoint, config.data.chat_template)
     own = load_test(config.data, tokenizer).examples[: arguments.examples]
-    own_ids = prompt_ids(tokenizer, config.data.prompt, [example.question for example in own])
+    prompt = for_rows(config.data, own).prompt
+    own_ids = prompt_ids(tokenizer, prompt, [example.asked for example in own])
     questions = [Questions(own[0].task, own_ids, arguments.max_new_tokens)]
     if arguments.word_problems:
         problems = synthetic.generate("test", arguments.word_problems, seed=7)

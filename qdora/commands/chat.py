@@ -76,7 +76,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, RunConfig]:
     config, adapter = target.config, target.adapter
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    tokenizer = required_tokenizer(checkpoint)
+    tokenizer = required_tokenizer(checkpoint, config.data.chat_template, adapter=adapter)
     fit_padding(tokenizer, embedding_rows(checkpoint.config))
     if target.directory is None and not any(s.startswith("data.prompt=") for s in arguments.set):
         prompt = "chat" if tokenizer.chat_template else config.data.prompt

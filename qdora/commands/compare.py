@@ -27,7 +27,7 @@ from qdora.files import file_digest, read_json, wrap_os_errors, write_json, writ
 from qdora.models.load import build_adapted, compute_dtype
 from qdora.models.sources import open_checkpoint
 from qdora.run import RunDirectory, make_manifest
-from qdora.tasks.prepare import PreparedData, Split
+from qdora.tasks.prepare import PreparedData, Split, rendered
 from qdora.tasks.scoring import RULES
 from qdora.training.metrics import read_metrics
 
@@ -155,7 +155,8 @@ class _Comparison:
                 manifest = plan(run.config, self._prepared[key], self.context)
             except InputError as error:
                 raise InputError(f"{run}: {error}") from error
-            self.planned[str(run)] = replace(run, manifest=manifest)
+            config = rendered(run.config, self._prepared[key])
+            self.planned[str(run)] = replace(run, config=config, manifest=manifest)
 
     def _check_conditions(self) -> None:
         with self.context.raise_on_all_ranks():

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qdora.adapters.inject import adapted_layers
+from qdora.data.chat_templates import TEMPLATE_FILE
+from qdora.data.padding import eos_token_ids
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.export.write import DTYPES, merge_and_export, merged_onto, verify_export
@@ -45,7 +47,8 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
     check_output(output, arguments.overwrite)
     settings = target.config.model
     checkpoint = open_checkpoint(settings.path, settings.revision)
-    tokenizer = required_tokenizer(checkpoint)
+    data = target.config.data
+    tokenizer = required_tokenizer(checkpoint, data.chat_template, adapter=adapter, say=print)
     dtype = arguments.dtype
     with TemporaryDirectory() as trial:  # what cannot be saved is known before the weights are loaded
         generation_config = checkpoint.generation_config()
@@ -54,6 +57,9 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
     wanted = arguments.quantize or target.config.evaluation.quantization
     quantize = None if wanted is None else Quantization(wanted)
     model = load_with_adapter(checkpoint, settings, context, adapter, quantize)
+    if model.generation_config is not None and (data.chat_template or (adapter / TEMPLATE_FILE).is_file()):
+        # At the token that ends a trained turn a server must stop.
+        model.generation_config.eos_token_id = eos_token_ids(model, tokenizer)
     originals = None
     if arguments.onto == "original":
         if not adapted_layers(model):

@@ -146,7 +146,7 @@ def _measure(
     """
     tokenized, _ = tokenize_examples(examples, tokenizer, prompt, sys.maxsize, "stop")
     lengths = [len(example.input_ids) for example in tokenized]
-    return lengths, [len(example.input_ids) - example.prompt_length for example in tokenized]
+    return lengths, [example.labels for example in tokenized]
 
 
 Line = tuple[str, str, Any, str]

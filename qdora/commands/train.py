@@ -20,18 +20,25 @@ from qdora.adapters.peft_io import CONFIG_FILE, check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest
 from qdora.data.batches import BatchPlan, Packing
+from qdora.data.chat_templates import end_with_turns
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.scores import Scores, write_scores
 from qdora.files import fsync, read_json, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
-from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
+from qdora.models.load import (
+    build_adapted,
+    compute_dtype,
+    load_model,
+    required_tokenizer,
+    save_beside_adapter,
+)
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.tasks import check_run
-from qdora.tasks.prepare import PreparedData, Split, prepare
+from qdora.tasks.prepare import PreparedData, Split, prepare, rendered, require_gold
 from qdora.tasks.shots import draw_shots
 from qdora.training.attention import check_packing
 from qdora.training.best import ValidationState, save_best
@@ -92,6 +99,9 @@ def _train_locked(
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
+        config = rendered(config, data)
+        if config.training.keep_best == "exact_match":
+            require_gold(data.validation, "validation")
         held_out = _hold_out(config, checkpoint, tokenizer, data, context)
     for line in data_lines(data, config.data):
         context.say(line)
@@ -151,6 +161,8 @@ def _train_locked(
             steps, validations = read_metrics(lines := directory.metrics_file), read_validations(lines)
             trained = describe(config.model.quantization, config.adapter, config.training.mode)
             plot_run(steps, validations, directory.loss_plot, f"{directory.path.name}: {trained}")
+            if data.keeps_template:
+                save_beside_adapter(directory.adapter, tokenizer)
     # Last, since a run that has its adapter counts as finished.
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
@@ -183,13 +195,16 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     """
     check_run(config)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    tokenizer = required_tokenizer(checkpoint)
+    said: list[str | None] = []
+    tokenizer = required_tokenizer(checkpoint, config.data.chat_template, say=said.append)
     context_length = getattr(checkpoint.config, "max_position_embeddings", None)
     data, rows = prepare(config.data, tokenizer, context_length), embedding_rows(checkpoint.config)
-    padding = fit_padding(tokenizer, rows)
-    if padding is not None and os.environ.get("RANK", "0") == "0":
-        print(padding, file=sys.stderr)
+    said.append(end_with_turns(tokenizer) if data.keeps_template else None)
+    said.append(fit_padding(tokenizer, rows))
+    if os.environ.get("RANK", "0") == "0":
+        print(*(f"{sentence}\n" for sentence in said if sentence), sep="", end="", file=sys.stderr)
     check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in data.train))
+    config = rendered(config, data)
     check_questions(tokenizer, rows, config.data, [*data.validation, *data.test[: config.evaluation.limit]])
     return checkpoint, tokenizer, dataclasses.replace(data, pad_id=tokenizer.pad_token_id)
 
@@ -283,6 +298,8 @@ class _Run:
         save_best(self.trainer.model, self.directory.best_adapter, self.context)
         with self.context.raise_on_all_ranks():
             if self.context.is_main:
+                if self.data.keeps_template:
+                    save_beside_adapter(self.directory.best_adapter, self.tokenizer)
                 self.directory.record(best=state.best(measure))
 
     def exact_match(self, step: int) -> float:

@@ -9,6 +9,8 @@ from qdora.config.data import (
     ColumnsConfig,
     DataConfig,
     DatasetConfig,
+    FormatName,
+    LossOn,
     PackingName,
     PromptName,
 )
@@ -45,7 +47,9 @@ __all__ = [
     "EvaluationConfig",
     "EvaluationMethod",
     "EvaluationWeights",
+    "FormatName",
     "InitName",
+    "LossOn",
     "MagnitudeStart",
     "ModelConfig",
     "OutputConfig",

@@ -12,6 +12,8 @@ PackingName = Literal["none", "batch", "stream"]
 PromptName = Literal["question_answer", "alpaca", "cloze", "chat"]
 AnswerKind = Literal["numeric", "choice", "text"]
 AnswersName = Literal["label", "text"]
+FormatName = Literal["question_answer", "messages", "conversations", "alpaca", "prompt_completion"]
+LossOn = Literal["assistant", "last", "all"]
 
 
 class ColumnsConfig(Section):
@@ -22,6 +24,8 @@ class ColumnsConfig(Section):
     """The text that is trained on."""
     answer: str | None = None
     """The gold answer; where not given it is extracted from the completion."""
+    turns: str | None = None
+    """`messages`, `conversations`: the list of turns, where its column is not called so."""
 
 
 class DatasetConfig(Section):
@@ -37,6 +41,8 @@ class DatasetConfig(Section):
     """`train` or `test`; `hub`: any split name."""
     tasks: tuple[str, ...] = ()
     """`commonsense`: the tasks, mixed in this order; all eight where empty."""
+    format: FormatName | None = None
+    """`file` and `hub`: how a row holds a chat or a question; recognized from the columns where not given."""
     columns: ColumnsConfig = ColumnsConfig()
     """`file` and `hub`: the columns."""
     answer_kind: AnswerKind = "numeric"
@@ -57,11 +63,16 @@ class DataConfig(Section):
     """Training and test data, and how an example becomes tokens."""
 
     train: DatasetConfig
-    test: DatasetConfig
+    test: DatasetConfig | None = None
+    """Scored by `evaluate`; null: nothing is, and no questions are kept out of training."""
     validation: Count | None = None
     """Left out of training: the last so many training examples, before `train.limit`, no test questions."""
     prompt: PromptName = "question_answer"
-    """Template, the same in training and in evaluation."""
+    """Template, the same in training and in evaluation; chats are rendered with `chat`."""
+    chat_template: str | None = None
+    """`llama3`, `chatml`, `plain` or a Jinja file, in place of the tokenizer's own chat template."""
+    loss_on: LossOn = "assistant"
+    """What is trained: all assistant turns of a chat, its last one, or `all`, the prompt too."""
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 512
     """Longest example in tokens, prompt and completion together."""
     parse_special_tokens: bool = False
@@ -74,6 +85,8 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _one_split(self) -> DataConfig:
         train, test = self.train, self.test
+        if test is None:
+            return self
         same_rows = train.held_out and (train.source, train.path) == (test.source, test.path)
         if same_rows and (train.held_out, train.seed) != (test.held_out, test.seed):
             raise ValueError(

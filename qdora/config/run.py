@@ -158,6 +158,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _evaluates_something(self) -> RunConfig:
+        if self.evaluation.every and self.data.test is None:
+            raise ValueError(
+                f"evaluation.every {self.evaluation.every} scores data.test during training, and it is not "
+                "set: name a test set, or leave evaluation.every out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _masters_are_of_16_bits(self) -> RunConfig:
         float32 = self.training.mode == "adapter" and self.adapter.dtype == "float32"
         if float32 and not self.training.master_weights:

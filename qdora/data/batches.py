@@ -247,9 +247,13 @@ def collate(examples: Sequence[TokenizedExample], pad_id: int, *, joined: bool =
     for start, example in zip(starts, examples, strict=False):
         own = ids[start : start + len(example.input_ids)]
         own[:] = example.input_ids
-        first = max(1, example.prompt_length)  # no position comes before the first token
-        labelled.append(np.arange(start + first - 1, start + len(own) - 1))
-        targets.append(own[first:])
+        trained = np.ones(len(own), dtype=bool)
+        trained[: max(1, example.prompt_length)] = False  # no position comes before the first token
+        for gap in example.gaps:
+            trained[slice(*gap)] = False
+        places = np.flatnonzero(trained)
+        labelled.append(start + places - 1)
+        targets.append(own[places])
     positions = segments = None
     if joined:
         positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])[None])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qdora.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Tokens that model families reserve for padding, or for nothing; the first one found is used.
 _RESERVED = (
@@ -68,6 +68,13 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
             "model could not learn to end its answer; set eos_token in its tokenizer_config.json"
         )
     return int(tokenizer.eos_token_id)
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the tokenizer's and those of the model's generation config."""
+    of_model = getattr(model.generation_config, "eos_token_id", None)
+    of_model = of_model if isinstance(of_model, (list, tuple)) else [of_model]
+    return sorted({int(i) for i in (tokenizer.eos_token_id, *of_model) if i is not None})
 
 
 def _reserved_token(tokenizer: PreTrainedTokenizerBase, usable: Callable[[int | None], bool]) -> str | None:

@@ -371,13 +371,16 @@ def read_hub(dataset_id: str, name: str | None, split: str, columns: Sequence[st
             "split, that this machine reaches the hub, and for a gated dataset that you are logged in; "
             "a downloaded copy can be read with a local path instead"
         ) from error
-    for column in columns:
-        if column not in table.column_names:
-            raise InputError(
-                f"hub dataset {where}: no column {column!r}; {suggest(column, table.column_names)}"
-            )
+    require_columns(where, columns, table.column_names)
     rows = _table_rows(table.with_format("arrow")[:])
     return [Row(f"{dataset_id}[{i}]", values) for i, values in enumerate(rows)]
+
+
+def require_columns(where: str, needed: Sequence[str], names: Sequence[str]) -> None:
+    """Raises: InputError: a hub dataset has not all columns that are needed."""
+    for column in needed:
+        if column not in names:
+            raise InputError(f"hub dataset {where}: no column {column!r}; {suggest(column, names)}")
 
 
 READERS: Mapping[str, Callable[[Path], list[Row]]] = {

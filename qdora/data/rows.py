@@ -8,14 +8,25 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qdora.errors import DataError, suggest
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Turn(NamedTuple):
+    """One turn of a chat."""
+
+    role: Role
+    content: str
+    trained: bool = True
+    """Of an assistant's turn: false where the data says that it carries no loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question with the text to train on and the gold answer."""
+    """One question with the text to train on and the gold answer, which a chat has in its turns."""
 
     question: str
     """What goes into the prompt."""
@@ -29,6 +40,31 @@ class Example:
     """`file:line` or `dataset[index]`; named in errors."""
     options: tuple[str, ...] = ()
     """The answers to choose from, where the question does not list them itself."""
+    turns: tuple[Turn, ...] = ()
+    """Of a chat: all of it. The completion is its last assistant turn, the question what comes before."""
+
+    @property
+    def asked(self) -> str | tuple[Turn, ...]:
+        """What a model answers with the completion: the question, or the turns of a chat before it."""
+        return self.turns[: last_answer(self.turns)] if self.turns else self.question
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts that become tokens in training."""
+        return [turn.content for turn in self.turns] or [self.question, self.completion]
+
+    @property
+    def questions(self) -> list[str]:
+        """What may be a question of another set too: the question, and each that a user asks in a chat."""
+        return [self.question, *(turn.content for turn in self.turns if turn.role == "user")]
+
+
+def last_answer(turns: Sequence[Turn]) -> int:
+    """The index of the last assistant turn.
+
+    Raises: ValueError: there is none.
+    """
+    return max(i for i, turn in enumerate(turns) if turn.role == "assistant")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +90,8 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """sha256 over what the examples say and their order; where they came from does not count."""
     digest = hashlib.sha256()
     for example in examples:
-        contents = [example.question, example.completion, example.answer, example.task, *example.options]
+        contents: list[object] = [example.question, example.completion, example.answer, example.task]
+        contents += [*example.options, *example.turns]
         # JSON keeps the fields apart: ("ab", "c") and ("a", "bc") must differ.
         digest.update(json.dumps(contents).encode() + b"\n")
     return digest.hexdigest()
@@ -90,16 +127,24 @@ class Row:
     """Whose row it is, where a source mixes tasks."""
 
 
-def text_of(row: Row, column: str) -> str:
-    """A column's value as text, stripped; numbers and booleans become text.
+def value_of(row: Row, column: str) -> object:
+    """A column's value.
 
-    Raises: BadRowError: the row is unreadable, or the column is missing, empty, or not text.
+    Raises: BadRowError: the row is unreadable, or the column is missing.
     """
     if row.problem is not None:
         raise BadRowError(row.problem)
     if column not in row.values:
         raise BadRowError(_missing(row, column))
-    text = as_text(row.values[column], column).strip()
+    return row.values[column]
+
+
+def text_of(row: Row, column: str) -> str:
+    """A column's value as text, stripped; numbers and booleans become text.
+
+    Raises: BadRowError: the row is unreadable, or the column is missing, empty, or not text.
+    """
+    text = as_text(value_of(row, column), column).strip()
     if not text:
         raise BadRowError(f"column {column!r} is empty")
     return text

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from jinja2 import TemplateError
 
+from qdora.config import LossOn
+from qdora.data.chats import Span, messages, render_chats, require_chat_template
+from qdora.data.encode import by_mark, cannot_be_text, encode_texts, marked_texts, special_tokens
 from qdora.data.padding import eos_id
-from qdora.data.rows import BadRows, Example, Skipped, raise_for_skipped
+from qdora.data.rows import BadRows, Example, Skipped, Turn, raise_for_skipped
 from qdora.data.templates import PROMPTS, PromptTemplate, Shot
 from qdora.errors import InputError, suggest
 
@@ -22,11 +24,14 @@ T = TypeVar("T")
 Message = dict[str, str]
 """A turn of a chat: its `role` (`system`, `user`, `assistant`) and its `content`."""
 
+Asked = str | tuple[Turn, ...]
+"""A question, or the turns of a chat before its last answer."""
+
 
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     template_name: str,
-    questions: Sequence[str],
+    questions: Sequence[Asked],
     *,
     parse_special_tokens: bool = False,
     shots: Sequence[Shot] = (),
@@ -34,6 +39,7 @@ def prompt_ids(
     """For each question the ids after which the model writes its answer.
 
     Args:
+        questions: turns of a chat go with `chat` only.
         parse_special_tokens: whether the text of a special token in a question is that token.
         shots: answered questions that stand before each; for `chat` as turns.
     Raises: InputError: unknown template, `chat` with a tokenizer that has no usable one, or the text of a
@@ -44,16 +50,17 @@ def prompt_ids(
         return []
     if template.text is None:
         return _chat_ids(tokenizer, questions, parse_special_tokens, shots)
-    texts = [template.render(question, shots).rstrip(" ") for question in questions]
+    asked = _texts(questions, template_name)
+    texts = [template.render(question, shots).rstrip(" ") for question in asked]
     shown = "\n".join(map("\n".join, shots))
-    marked = _marked(tokenizer, [f"{question}\n{shown}" for question in questions], parse_special_tokens)
+    marked = marked_texts(tokenizer, [f"{question}\n{shown}" for question in asked], parse_special_tokens)
     return _encode_unclosed(tokenizer, template_name, texts, marked)
 
 
 def continued_ids(
     tokenizer: PreTrainedTokenizerBase,
     template_name: str,
-    questions: Sequence[str],
+    questions: Sequence[Asked],
     continuations: Sequence[Sequence[str]],
     *,
     parse_special_tokens: bool = False,
@@ -79,7 +86,8 @@ def continued_ids(
             for prompt, texts in zip(prompts, continuations, strict=True)
         ]
     else:
-        found = _joined_ids(tokenizer, template_name, questions, continuations, parse_special_tokens, shots)
+        asked = _texts(questions, template_name)
+        found = _joined_ids(tokenizer, template_name, asked, continuations, parse_special_tokens, shots)
     for (_, behind), possible in zip(found, continuations, strict=True):
         for text, ids in zip(possible, behind, strict=True):
             if not ids:
@@ -104,7 +112,7 @@ def _joined_ids(
         prompt = template.render(question, shots)
         of_question = [prompt.rstrip(), *(prompt + text for text in possible)]
         # Text of a special token in one of them: all are read alike, or their beginnings would differ.
-        (mark,) = _marked(tokenizer, ["\n".join([question, shown, *possible])], parse_special_tokens)
+        (mark,) = marked_texts(tokenizer, ["\n".join([question, shown, *possible])], parse_special_tokens)
         firsts.append(len(texts))
         texts += of_question
         marked += [mark] * len(of_question)
@@ -124,82 +132,27 @@ def _template(name: str) -> PromptTemplate:
     return template
 
 
+def _texts(questions: Sequence[Asked], template_name: str) -> list[str]:
+    texts = [question for question in questions if isinstance(question, str)]
+    if len(texts) < len(questions):
+        raise InputError(f"prompt {template_name!r} has room for one question; chats go with: chat")
+    return texts
+
+
 def _encode_unclosed(
     tokenizer: PreTrainedTokenizerBase, template_name: str, texts: Sequence[str], marked: Sequence[bool]
 ) -> list[list[int]]:
     """The ids of texts that begin with a template's; some tokenizers would close each with EOS."""
     own = special_tokens(tokenizer).search(PROMPTS[template_name].text or "")
     if own and any(marked):
-        raise InputError(f"prompt {template_name!r}: {_cannot_be_text(own.group())}, as the template has it")
-    encoded = _encode(tokenizer, texts, marked, add_special_tokens=True)
+        raise InputError(f"prompt {template_name!r}: {cannot_be_text(own.group())}, as the template has it")
+    encoded = encode_texts(tokenizer, texts, marked, add_special_tokens=True)
     return [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase, *, added: bool = False) -> re.Pattern[str]:
-    """Finds the texts of a tokenizer's special tokens, longer ones first; with `added`, of all added ones."""
-    tokens = tokenizer.added_tokens_decoder.values()
-    texts = {token.content for token in tokens if token.special or added}
-    longest_first = sorted((text for text in texts if text.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
-def _marked(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], parse_special_tokens: bool, added: bool = False
-) -> list[bool]:
-    """Which texts hold the text of a special token that is to stay text; all others are encoded as ever."""
-    tokens = special_tokens(tokenizer, added=added)
-    return [not parse_special_tokens and tokens.search(text) is not None for text in texts]
-
-
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    marked: Sequence[bool],
-    *,
-    add_special_tokens: bool,
-) -> list[list[int]]:
-    """The ids of texts; in the marked ones special tokens are text.
-
-    Raises: InputError: as `prompt_ids`.
-    """
-
-    def encode(texts: list[str], as_text: bool, added: bool = add_special_tokens) -> list[list[int]]:
-        encoding = tokenizer(
-            texts, add_special_tokens=added, split_special_tokens=as_text, padding=False, truncation=False
-        )
-        return cast("list[list[int]]", encoding["input_ids"])
-
-    held = [text for text, mark in zip(texts, marked, strict=True) if mark]
-    # Without the tokens that the tokenizer adds: only what comes of the text is looked at.
-    for text, ids in zip(held, encode(held, True, False) if held else [], strict=True):
-        for token in special_tokens(tokenizer).findall(text):
-            if token != tokenizer.unk_token and tokenizer.convert_tokens_to_ids(token) in ids:
-                raise InputError(_cannot_be_text(token))
-    return _by_mark(texts, marked, encode)
-
-
-def _by_mark(
-    items: Sequence[T], marked: Sequence[bool], encode: Callable[[list[T], bool], list[list[int]]]
-) -> list[list[int]]:
-    """The ids of all items, of which the marked ones are encoded apart."""
-    encoded: list[list[int]] = [[] for _ in items]
-    for mark in {*marked}:
-        chosen = [i for i, each in enumerate(marked) if each == mark]
-        for i, ids in zip(chosen, encode([items[i] for i in chosen], mark), strict=True):
-            encoded[i] = ids
-    return encoded
-
-
-def _cannot_be_text(token: str) -> str:
-    return (
-        f"this tokenizer makes a special token of {token!r} even where it is ordinary text; remove it from "
-        "the data, or set data.parse_special_tokens: true where the token is meant"
-    )
 
 
 def _chat_ids(
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
+    questions: Sequence[Asked],
     parse_special_tokens: bool,
     shots: Sequence[Shot],
 ) -> list[list[int]]:
@@ -208,7 +161,10 @@ def _chat_ids(
         for shot in shots
         for role, text in zip(("user", "assistant"), shot, strict=True)
     ]
-    chats = [[*turns, {"role": "user", "content": question}] for question in questions]
+    chats = [
+        [*turns, *messages([Turn("user", question)] if isinstance(question, str) else question)]
+        for question in questions
+    ]
     return chat_prompt_ids(tokenizer, chats, parse_special_tokens=parse_special_tokens)
 
 
@@ -221,9 +177,9 @@ def chat_prompt_ids(
         parse_special_tokens: whether the text of a special token in a turn is that token.
     Raises: InputError: as `prompt_ids` for `chat`; the template refuses the roles of the turns.
     """
-    if not tokenizer.chat_template:
-        others = ", ".join(name for name, template in PROMPTS.items() if template.text is not None)
-        raise InputError(f"prompt 'chat': this tokenizer has no chat template; use one of: {others}")
+    require_chat_template(
+        tokenizer, [name for name, template in PROMPTS.items() if template.text is not None]
+    )
 
     def encode(chats: list[Sequence[Message]], as_text: bool) -> list[list[int]]:
         encoded = tokenizer.apply_chat_template(
@@ -238,9 +194,9 @@ def chat_prompt_ids(
 
     # Beside special tokens a template may write other added ones, such as Gemma's <start_of_turn>.
     texts = ["\n".join(turn["content"] for turn in chat) for chat in chats]
-    marked = _marked(tokenizer, texts, parse_special_tokens, added=True)
+    marked = marked_texts(tokenizer, texts, parse_special_tokens, added=True)
     try:
-        return _by_mark(chats, marked, encode)
+        return by_mark(chats, marked, encode)
     except TemplateError as error:
         raise InputError(f"prompt 'chat': the tokenizer's chat template fails: {error}") from error
     except ValueError as error:  # a token that cannot be text
@@ -253,11 +209,18 @@ _CHUNK = 1_000
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """Ids of prompt, completion and EOS; only those behind the prompt are trained."""
+    """Ids of prompt, completion and EOS, or of a chat; what is behind the prompt and in no gap is trained."""
 
     input_ids: list[int]
     prompt_length: int
     origin: str
+    gaps: tuple[Span, ...] = ()
+    """Spans behind the prompt that carry no loss: what others than the assistant say. In order, apart."""
+
+    @property
+    def labels(self) -> int:
+        """How many tokens are trained."""
+        return len(self.input_ids) - self.prompt_length - sum(end - start for start, end in self.gaps)
 
 
 def tokenize_examples(
@@ -268,43 +231,90 @@ def tokenize_examples(
     bad_rows: BadRows,
     *,
     parse_special_tokens: bool = False,
+    loss_on: LossOn = "assistant",
 ) -> tuple[list[TokenizedExample], list[Skipped]]:
     """Tokenize for training.
 
     Prompt and completion are tokenized separately, so that training sees the prompt ids that generation
     will see, whatever the tokenizer would merge across their boundary.  A template that ends in a space
-    `joins` them: the completion's ids are those that follow the prompt's in the joined text.
+    `joins` them: the completion's ids are those that follow the prompt's in the joined text.  A chat is
+    rendered by the tokenizer's chat template, whatever the prompt.
 
     Args:
         prompt: name of the template.
-        max_length: of prompt, completion and EOS in all; nothing is truncated.
-        bad_rows: what to do with an example that is longer, or has no tokens.
+        max_length: of prompt, completion and EOS, or of a chat, in all; nothing is truncated.
+        bad_rows: what to do with an example that is longer, has no tokens, or cannot be rendered.
         parse_special_tokens: as for `prompt_ids`; holds for completions too.
+        loss_on: `all` trains the prompt too; `last` of a chat the last assistant turn alone.
     Raises:
         InputError: no EOS token, or as `prompt_ids`.
         DataError: a bad row, and `bad_rows` is `stop`.
     """
-    eos = eos_id(tokenizer)
     kept: list[TokenizedExample] = []
     skipped: list[Skipped] = []
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        pairs = _training_ids(tokenizer, prompt, chunk, parse_special_tokens)
-        for example, (before, after) in zip(chunk, pairs, strict=True):
-            ids = [*before, *after, eos]
-            if before and after and len(ids) <= max_length:
-                kept.append(TokenizedExample(ids, len(before), example.origin))
-                continue
-            if not before or not after:
-                reason = f"no tokens: the prompt has {len(before)}, the completion {len(after)}"
+        chats, texts = [e for e in chunk if e.turns], [e for e in chunk if not e.turns]
+        of_chats = _tokenize_chats(chats, tokenizer, max_length, parse_special_tokens, loss_on)
+        of_texts = _tokenize_texts(texts, tokenizer, prompt, max_length, parse_special_tokens, loss_on)
+        for example in chunk:
+            found = next(of_chats if example.turns else of_texts)
+            if isinstance(found, str):
+                skipped.append(Skipped(example.origin, found))
             else:
-                reason = (
-                    f"{len(ids)} tokens (prompt {len(before)}, completion {len(after)}, EOS 1), "
-                    f"longer than data.max_length {max_length}"
-                )
-            skipped.append(Skipped(example.origin, reason))
+                kept.append(found)
     raise_for_skipped(skipped, bad_rows)
     return kept, skipped
+
+
+def _tokenize_texts(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_length: int,
+    parse_special_tokens: bool,
+    loss_on: LossOn,
+) -> Iterator[TokenizedExample | str]:
+    """Questions and answers with their tokens, or the reason of one that cannot be used."""
+    eos = eos_id(tokenizer)
+    pairs = _training_ids(tokenizer, prompt, examples, parse_special_tokens)
+    for example, (before, after) in zip(examples, pairs, strict=True):
+        ids = [*before, *after, eos]
+        if not before or not after:
+            yield f"no tokens: the prompt has {len(before)}, the completion {len(after)}"
+        elif len(ids) > max_length:
+            yield (
+                f"{len(ids)} tokens (prompt {len(before)}, completion {len(after)}, EOS 1), "
+                f"longer than data.max_length {max_length}"
+            )
+        else:  # nothing comes before the first token
+            yield TokenizedExample(ids, 1 if loss_on == "all" else len(before), example.origin)
+
+
+def _tokenize_chats(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    parse_special_tokens: bool,
+    loss_on: LossOn,
+) -> Iterator[TokenizedExample | str]:
+    """Chats with their tokens, or the reason of one that cannot be used."""
+    if not examples:
+        return
+    # Beside special tokens a template may write other added ones, such as Gemma's <start_of_turn>.
+    texts = ["\n".join(example.texts) for example in examples]
+    as_text = marked_texts(tokenizer, texts, parse_special_tokens, added=True)
+    rendered = render_chats(tokenizer, [example.turns for example in examples], as_text, loss_on)
+    for example, chat in zip(examples, rendered, strict=True):
+        if isinstance(chat, str):
+            yield chat
+        elif len(chat.ids) > max_length:
+            yield f"{len(chat.ids)} tokens, longer than data.max_length {max_length}"
+        else:
+            starts = [start for start, _ in chat.spans]
+            between = zip((end for _, end in chat.spans), [*starts[1:], len(chat.ids)], strict=True)
+            gaps = tuple((end, start) for end, start in between if end < start)
+            yield TokenizedExample(chat.ids, starts[0], example.origin, gaps)
 
 
 def fitting_prompts(
@@ -326,8 +336,8 @@ def fitting_prompts(
     skipped: list[Skipped] = []
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        questions = [example.question for example in chunk]
-        prompts = prompt_ids(tokenizer, prompt, questions, parse_special_tokens=parse_special_tokens)
+        asked = [example.asked for example in chunk]
+        prompts = prompt_ids(tokenizer, prompt, asked, parse_special_tokens=parse_special_tokens)
         for example, ids in zip(chunk, prompts, strict=True):
             if len(ids) < max_length:
                 kept.append(example)
@@ -357,5 +367,5 @@ def _training_ids(
 def _encode_completions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], parse_special_tokens: bool
 ) -> list[list[int]]:
-    marked = _marked(tokenizer, texts, parse_special_tokens)
-    return _encode(tokenizer, texts, marked, add_special_tokens=False)
+    marked = marked_texts(tokenizer, texts, parse_special_tokens)
+    return encode_texts(tokenizer, texts, marked, add_special_tokens=False)

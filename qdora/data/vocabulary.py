@@ -64,7 +64,7 @@ def check_questions(
     Raises: DataError: as `check_ids`.
     """
     if _exceeds(tokenizer, rows):
-        questions = [example.question for example in examples]
+        questions = [example.asked for example in examples]
         special = config.parse_special_tokens
         ids = prompt_ids(tokenizer, config.prompt, questions, parse_special_tokens=special)
         check_ids(tokenizer, rows, zip([example.origin for example in examples], ids, strict=True))

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from qdora.config import DataConfig
+from qdora.data.padding import eos_token_ids
 from qdora.data.templates import PROMPTS
 from qdora.data.tokenize import Message, chat_prompt_ids, prompt_ids
 from qdora.data.vocabulary import check_ids, embedding_rows
@@ -24,7 +25,6 @@ from qdora.errors import InputError
 from qdora.evaluation.generation import (
     Generation,
     LogitsWatch,
-    eos_token_ids,
     evaluation_mode,
     read_answer,
     used_generation_config,

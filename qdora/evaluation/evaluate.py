@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Never, TypeVar, Unpack
 from tqdm import tqdm
 
 from qdora.config import AnswerKind, EvaluationMethod, EvaluationWeights, RunConfig
-from qdora.data.padding import choose_pad_token
+from qdora.data.padding import choose_pad_token, eos_token_ids
 from qdora.data.rows import Example
 from qdora.data.templates import PROMPTS
 from qdora.data.vocabulary import check_questions, embedding_rows, fit_padding
@@ -23,7 +23,6 @@ from qdora.evaluation.continuous import SPARE_COLUMNS, why_not
 from qdora.evaluation.generation import (
     Generation,
     NonFiniteLogitsError,
-    eos_token_ids,
     generate,
 )
 from qdora.evaluation.groups import Decoding, Group, check_group, group_by_task
@@ -34,7 +33,7 @@ from qdora.models.load import load_with_adapter, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.tasks import check_run
-from qdora.tasks.prepare import Split, load_split
+from qdora.tasks.prepare import Split, for_rows, load_split
 from qdora.tasks.scoring import Verdict
 from qdora.tasks.shots import draw_shots
 
@@ -69,7 +68,7 @@ def evaluate_configured(
     Raises: InputError: as `evaluate`.
     """
     settings = config.evaluation
-    source = config.data.test if split == "test" else config.data.train
+    source = (split == "test" and config.data.test) or config.data.train
     return evaluate(
         model,
         tokenizer,
@@ -130,13 +129,15 @@ def load_for_evaluation(
     with context.raise_on_all_ranks():
         check_run(config)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
-        tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
+        tokenizer = required_tokenizer(checkpoint, config.data.chat_template, adapter=adapter)
+        rows = embedding_rows(checkpoint.config)
         padding = fit_padding(tokenizer, rows)
         found = load_split(config.data, tokenizer, split)
         examples = [example for example in found.examples if task in (None, example.task)]
         if not examples:
             names = {example.task for example in found.examples}
             raise InputError(f"--task {task!r}: the {split} set has none; {suggest(str(task), names)}")
+        config = config.model_copy(update={"data": for_rows(config.data, examples)})
         check_questions(tokenizer, rows, config.data, examples[: config.evaluation.limit])
         shots = draw_shots(config, tokenizer, examples)
     if padding is not None:

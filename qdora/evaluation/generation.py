@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from qdora.data.padding import eos_token_ids
 from qdora.errors import InputError
 from qdora.evaluation import continuous
 from qdora.quant.base import FrozenWeight
@@ -196,13 +197,6 @@ def check_prompts(
                 f"{name} has {len(prompt)} tokens and up to {max_new_tokens} are generated "
                 f"(evaluation.max_new_tokens): {needed} tokens, but the model's context is {context}"
             )
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the tokenizer's and those of the model's generation config."""
-    of_model = getattr(model.generation_config, "eos_token_id", None)
-    of_model = of_model if isinstance(of_model, (list, tuple)) else [of_model]
-    return sorted({int(i) for i in (tokenizer.eos_token_id, *of_model) if i is not None})
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def group_by_task(
         check_method(method, name, task.kind)
         task = _with_answer_words(task, of_task)
         own: list[Shot] = [(shot.question, shot.completion) for shot in shots.get(name, ())]
-        asked = [example.question for example in of_task]
+        asked = [example.asked for example in of_task]
         prompts = prompt_ids(tokenizer, prompt, asked, parse_special_tokens=special, shots=own)
         questions: list[Question] = []
         if method != "generate":

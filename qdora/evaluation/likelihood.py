@@ -85,7 +85,7 @@ def read_questions(
     ids = continued_ids(
         tokenizer,
         prompt,
-        [example.question for example in examples],
+        [example.asked for example in examples],
         [[option.text for option in of_example] for of_example in options],
         parse_special_tokens=parse_special_tokens,
         shots=shots,

@@ -291,7 +291,10 @@ def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:
                     f"same, or name it in may_differ"
                 )
     for run in runs:
-        if run.config.data.test.name == AVERAGE:
+        test = run.config.data.test
+        if test is None:
+            raise InputError(f"{run}: arms are compared on a test set, and data.test is not set")
+        if test.name == AVERAGE:
             raise InputError(
                 f"{run}: data.test.name {AVERAGE!r} is what the report calls the mean over tasks; choose "
                 f"another name"

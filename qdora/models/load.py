@@ -8,7 +8,10 @@ tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -24,11 +27,14 @@ from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.magnitude import original_norms
 from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, read_saved
 from qdora.config import DtypeName, ModelConfig, QuantizationName
+from qdora.data.chat_templates import use_chat_template, use_saved_template
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.errors import InputError
+from qdora.files import write_file
 from qdora.models.build import MetaModel, build_model
 from qdora.models.formats import Checkpoint
+from qdora.models.formats.safetensors import save_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
@@ -165,15 +171,42 @@ def load_with_adapter(
     return model
 
 
-def required_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+def required_tokenizer(
+    checkpoint: Checkpoint,
+    chat_template: str | None = None,
+    *,
+    adapter: Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with the chat template that was trained.
 
-    Raises: InputError: it comes without one, or with one that cannot be used.
+    Args:
+        chat_template: of `data.chat_template`.
+        adapter: folder of an adapter; the chat template that is saved there comes first.
+        say: told what a chat template changes.
+    Raises: InputError: it comes without one, or with one that cannot be used; as `use_chat_template`.
     """
     tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         raise InputError(f"{checkpoint.origin}: the model comes without a tokenizer")
+    if adapter is not None and use_saved_template(tokenizer, adapter):
+        return tokenizer
+    if chat_template is not None:
+        changed = use_chat_template(tokenizer, chat_template)
+        if say is not None:
+            say(changed)
     return tokenizer
+
+
+def save_beside_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer with the chat template that was trained, each file atomically.
+
+    Raises: InputError: it cannot be saved.
+    """
+    with TemporaryDirectory() as made:
+        save_tokenizer(Path(made), tokenizer)
+        for path in sorted(Path(made).iterdir()):
+            write_file(folder / path.name, partial(copyfile, path))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -13,7 +13,7 @@ from qdora.data.rows import BadRows, Dataset
 from qdora.errors import InputError, suggest
 from qdora.tasks.alpaca import ALPACA
 from qdora.tasks.arithmetic import ARITHMETIC
-from qdora.tasks.base import Task
+from qdora.tasks.base import NeedsGold, Task
 from qdora.tasks.columns import FILE, HUB
 from qdora.tasks.commonsense import COMMONSENSE, MIXTURE
 from qdora.tasks.gsm8k import GSM8K
@@ -62,12 +62,13 @@ def check_data(config: DataConfig) -> None:
     Raises: InputError: as `find_task`; names the section. The two sets take answers of different forms.
     """
     takes_answers = []
-    for section, dataset in (("data.train", config.train), ("data.test", config.test)):
+    sets = {"data.train": config.train} | ({"data.test": config.test} if config.test else {})
+    for section, dataset in sets.items():
         try:
             takes_answers.append("answers" in find_task(dataset).optional)
         except InputError as error:
             raise InputError(f"{section}: {error}") from None
-    train, test = config.train.answers, config.test.answers
+    train, test = (dataset.answers for dataset in (config.train, config.test or config.train))
     if all(takes_answers) and train != test:
         # In another form a test question would not be found in the training set either.
         raise InputError(f"data.train.answers {train!r} and data.test.answers {test!r}: they must agree")
@@ -80,8 +81,9 @@ def check_run(config: RunConfig) -> None:
     """
     check_data(config.data)
     test = config.data.test
-    task = find_task(test)
-    check_method(config.evaluation.method, task.name, task.answer_kind(test))
+    if test is not None:
+        task = find_task(test)
+        check_method(config.evaluation.method, task.name, task.answer_kind(test))
 
 
 def check_method(method: EvaluationMethod, task: str, kind: AnswerKind) -> None:
@@ -96,18 +98,19 @@ def check_method(method: EvaluationMethod, task: str, kind: AnswerKind) -> None:
         )
 
 
-def load_dataset(config: DatasetConfig, bad_rows: BadRows) -> Dataset:
+def load_dataset(config: DatasetConfig, bad_rows: BadRows, *, needs_gold: NeedsGold = "questions") -> Dataset:
     """The examples of one split of a source, in the order in which they are used.
 
     Args:
         config: source, split, seed, limit.
         bad_rows: `stop` raises at a row that cannot be used, `skip` leaves it out and lists it.
+        needs_gold: which rows of the user's own data must have a gold answer.
     Raises:
         InputError: as `find_task`; a file, folder or hub dataset is missing or unreadable; the held-out
             part is as large as the data; no usable row is left.
         DataError: a row cannot be used, and `bad_rows` is `stop`; names file and line.
     """
-    dataset = find_task(config).load(config, bad_rows)
+    dataset = replace(find_task(config), needs_gold=needs_gold).load(config, bad_rows)
     if not dataset.examples:
         where = f"source {config.source!r}" + (f" at {config.path}" if config.path else "")
         bad = dataset.skipped

@@ -9,8 +9,8 @@ Source: arXiv:2402.09353 §5.4; github.com/gururise/AlpacaDataCleaned, on the hu
 from __future__ import annotations
 
 from qdora.config import DatasetConfig
-from qdora.data.rows import Example, Row, as_text, text_of
-from qdora.tasks.base import HeldOutTask
+from qdora.data.rows import Example, Row, text_of
+from qdora.tasks.base import HeldOutTask, instruction_of
 
 DATASET = "yahma/alpaca-cleaned"
 HELD_OUT = 1_000
@@ -25,9 +25,7 @@ class Alpaca(HeldOutTask):
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """The instruction, an input under Alpaca's heading, and the output, which is the answer too."""
-        question, output = text_of(row, "instruction"), text_of(row, "output")
-        if given := as_text(row.values.get("input"), "input").strip():
-            question = f"{question}\n\n### Input:\n{given}"
+        question, output = instruction_of(row), text_of(row, "output")
         return Example(question, output, output, self.name, row.origin)
 
 

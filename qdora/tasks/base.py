@@ -25,6 +25,9 @@ from qdora.data.rows import (
 from qdora.errors import InputError
 from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_published, verdicts_of
 
+NeedsGold = Literal["all", "questions", "none"]
+"""`all`: a row without a gold answer is bad; `questions`: one that is no chat is; `none`: none is."""
+
 
 class Option(NamedTuple):
     """An answer to choose from, and the text whose likelihood is taken for it."""
@@ -45,6 +48,7 @@ class Task:
         words: `choice`: the words looked for in an output, in the published order.
         gold: where the gold answer is: in a column of its own, or in the worked `solution`, out of
             which `Example.answer` is read.
+        needs_gold: which rows of the user's own data must have one.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Task:
     kind: AnswerKind = "numeric"
     words: tuple[str, ...] = ()
     gold: Literal["column", "solution"] = "column"
+    needs_gold: NeedsGold = "questions"
 
     required: ClassVar[tuple[str, ...]] = ()
     """Keys of `DatasetConfig` that must be given."""
@@ -92,6 +97,13 @@ class Task:
         """
         raise NotImplementedError
 
+    def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
+        """The configuration with what its rows decide: here nothing.
+
+        Raises: InputError: the rows are of no form that the task reads.
+        """
+        return config
+
     def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
         """Which rows are used, in which order: here all, `train` shuffled, `test` as in the file."""
         return shuffled(len(rows), config.seed) if config.split == "train" else range(len(rows))
@@ -114,6 +126,7 @@ class Task:
             DataError: a row is bad, and `bad_rows` is `stop`.
         """
         rows = self.rows(config)
+        config = self.resolved(config, rows)
         order = self.order(config, rows)
         converted: dict[int, Example] = {}
         skipped: list[Skipped] = []
@@ -216,6 +229,16 @@ def question_of(row: Row, column: str) -> str:
     question = text_of(row, column)
     extra = as_text(row.values.get("input"), "input").strip() if column == "instruction" else ""
     return f"{question}\n{extra}" if extra else question
+
+
+def instruction_of(row: Row) -> str:
+    """An Alpaca instruction; an input follows it under a heading of its own.
+
+    Raises: BadRowError: the instruction is missing or empty, or the input is not text.
+    """
+    question = text_of(row, "instruction")
+    given = as_text(row.values.get("input"), "input").strip()
+    return f"{question}\n\n### Input:\n{given}" if given else question
 
 
 def shuffled(count: int, seed: int) -> list[int]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qdora.config import AnswerKind, DatasetConfig
-from qdora.data.readers import read_hub, read_rows
+from qdora.data.readers import read_hub, read_rows, require_columns
 from qdora.data.rows import BadRowError, Example, Row, text_of
-from qdora.tasks.base import Task, held_out_split, question_of
+from qdora.tasks.base import Task, held_out_split
+from qdora.tasks.formats import FORMATS, check_format, named_columns, recognize
 from qdora.tasks.scoring import gold_answer
 
 _CHOICE = re.compile(r"\b(?:true|false|(?:answer|solution|ending|option)\d)\b")
@@ -21,8 +22,16 @@ class OwnData(Task):
     """Rows of which a configuration names the columns and the kind of answer."""
 
     required = ("path",)
-    optional = ("name", "columns", "answer_kind", "held_out")
+    optional = ("name", "format", "columns", "answer_kind", "held_out")
     names_examples = False
+
+    def check(self, config: DatasetConfig) -> None:
+        """As `Task.check`; the columns that are named are those of the format.
+
+        Raises: InputError: as `Task.check` and `check_format`.
+        """
+        super().check(config)
+        check_format(config)
 
     def task_name(self, config: DatasetConfig) -> str:
         """Under which scores are reported: the name that the file was given, or its stem."""
@@ -36,19 +45,33 @@ class OwnData(Task):
         """The rows of a file, or of all files of one kind in a folder."""
         return read_rows(Path(str(config.path)))
 
+    def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
+        """With the format that the rows have.
+
+        Raises: InputError: as `recognize`.
+        """
+        return config.model_copy(update={"format": recognize(config, rows)})
+
     def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
         """The shuffled rows, of which the last `held_out` are the split `test`."""
         return held_out_split(len(rows), config, config.held_out, str(config.path))
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
-        """The columns' texts; without a column of answers the gold answer is read in the completion."""
-        columns = config.columns
-        question = question_of(row, columns.question)
-        completion = text_of(row, columns.completion)
-        answer = text_of(row, columns.answer) if columns.answer else _extract(completion, config)
-        if config.answer_kind == "numeric" and _NO_NUMBER.fullmatch(answer):
-            raise BadRowError(f"column {columns.answer!r} holds {answer!r}, which is no number")
-        return Example(question, completion, answer, self.task_name(config), row.origin)
+        """What the format reads; without a column of answers the gold answer is read in the completion."""
+        columns, form = config.columns, config.format or "question_answer"
+        question, completion, turns = FORMATS[form].parts(row, columns)
+        if columns.answer:
+            answer = text_of(row, columns.answer)
+            if config.answer_kind == "numeric" and _NO_NUMBER.fullmatch(answer):
+                raise BadRowError(f"column {columns.answer!r} holds {answer!r}, which is no number")
+        else:
+            is_question = form == "question_answer"
+            read_in = f"column {columns.completion!r}" if is_question else "the answer that is trained"
+            answer = _extract(completion, config, read_in, self._must_have_gold(is_question))
+        return Example(question, completion, answer, self.task_name(config), row.origin, turns=turns)
+
+    def _must_have_gold(self, is_question: bool) -> bool:
+        return self.needs_gold == "all" or (self.needs_gold == "questions" and is_question)
 
 
 class HubData(OwnData):
@@ -63,16 +86,25 @@ class HubData(OwnData):
     def rows(self, config: DatasetConfig) -> Sequence[Row]:
         """The rows of the split, in the hub's order."""
         split = "train" if config.held_out else config.split
-        columns = config.columns
-        needed = [column for column in (columns.question, columns.completion, columns.answer) if column]
-        return read_hub(str(config.path), config.name, split, needed)
+        return read_hub(str(config.path), config.name, split, named_columns(config))
+
+    def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
+        """As `OwnData.resolved`; a table's columns are those of all its rows.
+
+        Raises: InputError: as `recognize`; a column of the format is missing.
+        """
+        config = super().resolved(config, rows)
+        if rows:
+            require_columns(str(config.path), named_columns(config), [str(name) for name in rows[0].values])
+        return config
 
 
 FILE = OwnData("file", provenance="the user's own data", licence="the user's own")
 HUB = HubData("hub", provenance="a dataset on the Hugging Face hub", licence="as its page there says")
 
 
-def _extract(completion: str, config: DatasetConfig) -> str:
+def _extract(completion: str, config: DatasetConfig, read_in: str, required: bool) -> str:
+    """The gold answer that a completion states; empty where it states none and none is required."""
     if config.answer_kind == "text":
         return completion
     if config.answer_kind == "numeric":
@@ -80,9 +112,9 @@ def _extract(completion: str, config: DatasetConfig) -> str:
     else:
         found = _CHOICE.search(completion.lower())
         answer, wanted = found and found.group(), "choice such as true or answer2"
-    if answer is None:
+    if answer is None and required:
         raise BadRowError(
-            f"no {wanted} in column {config.columns.completion!r} to take as the gold answer; "
-            "name a column in columns.answer, or set answer_kind: text"
+            f"no {wanted} in {read_in} to take as the gold answer; name a column in columns.answer, or set "
+            "answer_kind: text"
         )
-    return answer
+    return answer or ""

@@ -8,17 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qdora.config import DataConfig
+from qdora.config import DataConfig, PromptName, RunConfig
+from qdora.data.chats import require_chat_template
+from qdora.data.encode import special_tokens
 from qdora.data.padding import choose_pad_token
 from qdora.data.rows import Dataset, Example, Skipped, fingerprint
-from qdora.data.tokenize import (
-    TokenizedExample,
-    fitting_prompts,
-    special_tokens,
-    tokenize_examples,
-)
+from qdora.data.tokenize import TokenizedExample, fitting_prompts, tokenize_examples
 from qdora.errors import InputError
-from qdora.tasks import check_data, load_dataset
+from qdora.tasks import check_data, load_dataset, task_for
+from qdora.tasks.base import NeedsGold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +32,7 @@ class PreparedData:
 
     train: list[TokenizedExample]
     test: list[Example]
+    """Empty where `data.test` is null."""
     validation: list[Example]
     """Empty where `data.validation` is null."""
     pad_id: int
@@ -46,7 +45,11 @@ class PreparedData:
     special_text: list[str]
     """Examples with the text of a special token: origin and token."""
     fingerprints: dict[str, str]
-    """`train`, `test`, `validation` where there is one: sha256 over the examples that are really used."""
+    """`train`, `test` and `validation` where there are any: sha256 over the examples that are really used."""
+    prompt: PromptName
+    """By which they are rendered: that of the configuration, but `chat` for chats."""
+    keeps_template: bool
+    """Whether a chat template is trained that belongs to the adapter: that of chats, or one by name."""
 
     def counts(self) -> dict[str, Any]:
         """Fingerprints, numbers of examples and of those that were left out, as a manifest has them."""
@@ -97,8 +100,19 @@ def prepare(
             f"of {context_length} tokens"
         )
     pad_id = choose_pad_token(tokenizer)
-    test = load_test(config, tokenizer)
+    test = Dataset([], []) if config.test is None else load_test(config, tokenizer)
     sets = load_training(config, test.examples)
+    own_prompt = config.prompt
+    config = for_rows(config, [*sets.train, *test.examples, *sets.validation])
+    if config.prompt != own_prompt and config.test is not None:
+        test = load_test(config, tokenizer)
+    if config.prompt == "chat":
+        require_chat_template(tokenizer)
+    elif config.chat_template is not None:
+        raise InputError(
+            "data.chat_template renders chats and the prompt chat, but the rows are no chats and "
+            f"data.prompt is {config.prompt!r}: set data.prompt: chat, or leave data.chat_template out"
+        )
     validation = Dataset([], [])
     if sets.validation:
         validation = _fitting(Dataset(sets.validation, []), config, tokenizer, "validation")
@@ -109,17 +123,18 @@ def prepare(
         config.max_length,
         config.bad_rows,
         parse_special_tokens=config.parse_special_tokens,
+        loss_on=config.loss_on,
     )
     if not train:
+        first = f" or not rendered; the first: {too_long[0]}" if too_long else ""
         raise InputError(
             f"the training set is empty: {sets.loaded} examples loaded, {sets.leaked} of them are test "
-            f"questions, {len(too_long)} longer than data.max_length {config.max_length}"
+            f"questions, {len(too_long)} longer than data.max_length {config.max_length}{first}"
         )
     left_out = {row.origin for row in too_long}
     used = [example for example in sets.train if example.origin not in left_out]
-    fingerprints = {"train": fingerprint(used), "test": fingerprint(test.examples)}
-    if validation.examples:
-        fingerprints["validation"] = fingerprint(validation.examples)
+    sets_used = {"train": used, "test": test.examples, "validation": validation.examples}
+    fingerprints = {name: fingerprint(examples) for name, examples in sets_used.items() if examples}
     return PreparedData(
         train=train,
         test=test.examples,
@@ -130,7 +145,32 @@ def prepare(
         skipped=[*sets.skipped, *too_long, *test.skipped, *validation.skipped],
         special_text=_special_text(used, [*validation.examples, *test.examples], tokenizer),
         fingerprints=fingerprints,
+        prompt=config.prompt,
+        keeps_template=config.chat_template is not None or any(example.turns for example in used),
     )
+
+
+def for_rows(config: DataConfig, examples: Sequence[Example]) -> DataConfig:
+    """The configuration with the prompt by which its examples are rendered: `chat` where some are chats.
+
+    Raises: InputError: the configured prompt has room for one question only.
+    """
+    chat = next((example for example in examples if example.turns), None)
+    if chat is None or config.prompt == "chat":
+        return config
+    if config.prompt != DataConfig.model_fields["prompt"].default:
+        raise InputError(
+            f"data.prompt {config.prompt!r} has room for one question, and {chat.origin} is a chat, which "
+            "the chat template renders: set data.prompt: chat, or leave it out"
+        )
+    return config.model_copy(update={"prompt": "chat"})
+
+
+def rendered(config: RunConfig, data: PreparedData) -> RunConfig:
+    """A run's configuration with the prompt by which its data are rendered."""
+    if config.data.prompt == data.prompt:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"prompt": data.prompt})})
 
 
 def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
@@ -145,11 +185,14 @@ def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
         DataError: a bad row, and `bad_rows` is `stop`; names file and line.
     """
     size = config.validation
+    # Without a test set a question may be answered by any text.
+    gold: NeedsGold = "none" if config.test is None else "questions"
     if size is None:
-        loaded = load_dataset(config.train, config.bad_rows)
+        loaded = load_dataset(config.train, config.bad_rows, needs_gold=gold)
         clean, leaked = remove_leaked(loaded.examples, test)
         return TrainingSets(clean, [], len(loaded.examples), leaked, 0, loaded.skipped)
-    loaded = load_dataset(config.train.model_copy(update={"limit": None}), config.bad_rows)
+    unlimited = config.train.model_copy(update={"limit": None})
+    loaded = load_dataset(unlimited, config.bad_rows, needs_gold=gold)
     everything, _ = remove_leaked(loaded.examples, test)
     if size >= len(everything):
         raise InputError(
@@ -169,10 +212,16 @@ def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
     """The test set as `prepare` gives it, for evaluation alone.
 
     Raises:
-        InputError: data missing or unreadable, or no prompt fits into `max_length`.
+        InputError: no test set, data missing or unreadable, or no prompt fits into `max_length`.
         DataError: a bad row, and `bad_rows` is `stop`; names file and line.
     """
-    return _fitting(load_dataset(config.test, config.bad_rows), config, tokenizer, "test")
+    if config.test is None:
+        raise InputError(
+            "there is no test set: data.test is not set. Name one, data.test: {source: file, path: FILE}, or "
+            "a file with --data"
+        )
+    loaded = load_dataset(config.test, config.bad_rows, needs_gold="all")
+    return _fitting(loaded, config, tokenizer, "test")
 
 
 def load_split(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Split) -> Dataset:
@@ -182,13 +231,27 @@ def load_split(config: DataConfig, tokenizer: PreTrainedTokenizerBase, split: Sp
         InputError: as `load_test` and `load_training`; `data.validation` is null.
         DataError: a bad row, and `bad_rows` is `stop`; names file and line.
     """
-    test = load_test(config, tokenizer)
     if split == "test":
-        return test
+        return load_test(config, tokenizer)
     if config.validation is None:
         raise InputError("there is no validation set: data.validation is null; allowed: the split test")
-    validation = load_training(config, test.examples).validation
+    test = [] if config.test is None else load_test(config, tokenizer).examples
+    validation = load_training(config, test).validation
+    require_gold(validation, "validation")
     return _fitting(Dataset(validation, []), config, tokenizer, split)
+
+
+def require_gold(examples: Iterable[Example], split: Split) -> None:
+    """Check that examples can be scored by comparing answers.
+
+    Raises: InputError: one of the user's own data has no gold answer.
+    """
+    for example in examples:
+        if not example.answer and not task_for(example.task).names_examples:
+            raise InputError(
+                f"{example.origin}: the {split} set has no gold answer to compare an answer with; name its "
+                "column in columns.answer, or set answer_kind: text, which takes all of it. A loss needs none"
+            )
 
 
 def _fitting(
@@ -198,6 +261,7 @@ def _fitting(
 
     Raises: InputError, DataError: as `load_test`.
     """
+    config = for_rows(config, loaded.examples)
     kept, too_long = fitting_prompts(
         loaded.examples,
         tokenizer,
@@ -216,7 +280,7 @@ def _special_text(
     train: Sequence[Example], scored: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     tokens = special_tokens(tokenizer)
-    texts = [(example.origin, f"{example.question}\n{example.completion}") for example in train]
+    texts = [(example.origin, "\n".join(example.texts)) for example in train]
     texts += [(example.origin, example.question) for example in scored]
     return [f"{origin} ({found.group()!r})" for origin, text in texts if (found := tokens.search(text))]
 
@@ -234,10 +298,11 @@ def remove_leaked(train: Sequence[Example], test: Iterable[Example]) -> tuple[li
     after `normalize`.  That catches copies which differ in case, spacing, punctuation or
     Unicode form.  It does not catch a paraphrase, other numbers or names in the same story, the
     same question with other or reordered choices, or a test question inside a longer text.  A
-    training question that stands there several times is removed, and counted, each time.
+    training question that stands there several times is removed, and counted, each time. A chat is removed
+    for any question that a user asks in it.
     """
     questions = {normalize(example.question) for example in test}
-    kept = [example for example in train if normalize(example.question) not in questions]
+    kept = [e for e in train if questions.isdisjoint(map(normalize, e.questions))]
     return kept, len(train) - len(kept)
 
 

@@ -37,6 +37,11 @@ def draw_shots(
         return {}
     data = config.data
     clean = load_training(data, load_test(data, tokenizer).examples).train
+    if any(example.turns for example in clean):
+        raise InputError(
+            f"evaluation.shots {count}: the training set holds chats, which cannot stand before a question "
+            "as answered ones do; allowed there: 0"
+        )
     tasks = dict.fromkeys(example.task for example in scored)
     return {
         task: _draw([e for e in clean if e.task == task] or clean, count, config, tokenizer) for task in tasks

@@ -254,7 +254,7 @@ class Trainer:
         """
         started, cpu_started = time.perf_counter(), time.process_time()
         tokens = _tokens(batch.examples)
-        labels = tokens - sum(e.prompt_length for e in batch.examples)
+        labels = sum(e.labels for e in batch.examples)
         # A generator takes 63 bits; a seed may be any number, a time in milliseconds for example.
         seed = ((self.config.seed * 1_000_003 + step) * 1_009 + self.context.rank) % 2**63
         torch.manual_seed(seed)

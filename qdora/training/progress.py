@@ -128,10 +128,15 @@ def _duration(seconds: float) -> str:
 
 def data_lines(data: PreparedData, config: DataConfig) -> list[str]:
     """What a run says of its data before it trains."""
-    lines = [
-        f"{len(data.train)} training examples, {len(data.test)} test examples; "
-        f"{data.leaked} training examples removed because their question is a test question"
-    ]
+    lines = [f"{len(data.train)} training examples; no test set (data.test)"]
+    if config.test is not None:
+        lines = [
+            f"{len(data.train)} training examples, {len(data.test)} test examples; "
+            f"{data.leaked} training examples removed because their question is a test question"
+        ]
+    if any(e.gaps for e in data.train) or config.loss_on != "assistant":
+        share = sum(e.labels for e in data.train) / sum(len(e.input_ids) for e in data.train)
+        lines.append(f"{100 * share:.1f}% of the training tokens carry loss (data.loss_on)")
     if data.validation:
         lines.append(
             f"{len(data.validation)} validation examples left out of training; "

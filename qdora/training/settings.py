@@ -39,6 +39,9 @@ def agreed_settings(config: RunConfig, data: PreparedData, base: str | None) -> 
         **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
         "data.train": data.fingerprints["train"],
         "data.prompt": config.data.prompt,
+        # None where it is what runs have always done.
+        "data.loss_on": None if config.data.loss_on == "assistant" else config.data.loss_on,
+        "data.chat_template": config.data.chat_template,
         # Joining a step's sequences changes its rounding only; filling rows changes which they are.
         "data.max_length of filled rows (data.packing: stream)": Packing.of(
             config.data.packing, config.data.max_length

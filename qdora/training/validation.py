@@ -50,6 +50,7 @@ def hold_out(
             config.max_length,
             config.bad_rows,
             parse_special_tokens=config.parse_special_tokens,
+            loss_on=config.loss_on,
         )
         skipped += too_long
         if fitting:

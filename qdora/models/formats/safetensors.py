@@ -326,12 +326,20 @@ def write_settings(
     if generation_config is not None:
         generation_config.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
     if tokenizer is not None:
-        try:
-            tokenizer.save_pretrained(folder)
-        except OSError:
-            raise  # a full disk, say
-        except Exception as error:  # each class of tokenizers has errors of its own
-            raise InputError(f"{tokenizer.name_or_path}: its tokenizer cannot be saved: {error}") from error
+        save_tokenizer(folder, tokenizer)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer with its chat template, as `from_pretrained` takes it.
+
+    Raises: InputError: it cannot be saved.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise  # a full disk, say
+    except Exception as error:  # each class of tokenizers has errors of its own
+        raise InputError(f"{tokenizer.name_or_path}: its tokenizer cannot be saved: {error}") from error
 
 
 def cast_checked(name: str, tensor: torch.Tensor, dtype: torch.dtype, hint: str = "") -> torch.Tensor:

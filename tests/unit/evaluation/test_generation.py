@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qdora.data.padding import eos_token_ids
 from qdora.errors import InputError
-from qdora.evaluation.generation import Generation, eos_token_ids, generate
+from qdora.evaluation.generation import Generation, generate
 
 TEXTS = [
     "2+2=",
