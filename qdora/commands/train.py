@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from tabulate import tabulate
@@ -32,6 +32,7 @@ from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
 from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
 from qdora.models.sources import open_checkpoint
+from qdora.planner.check import refuse_what_cannot_fit
 from qdora.quant import Quantization
 from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.tasks import check_run
@@ -54,6 +55,9 @@ from qdora.training.metrics import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Observer: TypeAlias = "Callable[[PreTrainedModel, PreTrainedTokenizerBase, PreparedData], None]"
+"""Looks at a run's model, tokenizer and data."""
+
 # What may differ between a run and its continuation.  A longer run decays its rate more slowly from
 # where it goes on; what was done stays as it was.
 _FREE_TO_CHANGE = (
@@ -72,7 +76,13 @@ _FREE_TO_CHANGE = (
 
 
 def train(
-    config: RunConfig, resume: str | None = None, context: DistributedContext | None = None
+    config: RunConfig,
+    resume: str | None = None,
+    context: DistributedContext | None = None,
+    *,
+    check_memory: bool = True,
+    before: Observer | None = None,
+    after: Observer | None = None,
 ) -> RunDirectory:
     """Train as configured; nothing is written before everything has been checked.
 
@@ -80,6 +90,8 @@ def train(
         config: of the run.
         resume: None for a new run, `auto`, or a checkpoint folder.
         context: of the launch, when several runs share it.
+        check_memory: refuse a run whose worst batch does not fit by the planner's estimate.
+        before, after: get the loaded model before the first step and after the last; on all ranks.
     Raises: InputError: anything that the configuration or its files get wrong.
         InterruptedRunError: stopped on request, after a checkpoint.
     """
@@ -91,13 +103,19 @@ def train(
         micro_batch_size(config.training, context.world_size)
         check_layer_settings(config.training, context.device)
     with context.on_main_rank(directory.locked):
-        _train_locked(config, resume, context, directory)
+        _train_locked(config, resume, context, directory, check_memory, before, after)
         context.barrier()
     return directory
 
 
 def _train_locked(
-    config: RunConfig, resume: str | None, context: DistributedContext, directory: RunDirectory
+    config: RunConfig,
+    resume: str | None,
+    context: DistributedContext,
+    directory: RunDirectory,
+    check_memory: bool,
+    before: Observer | None,
+    after: Observer | None,
 ) -> None:
     with context.raise_on_all_ranks():
         if resume is None:
@@ -108,6 +126,8 @@ def _train_locked(
         checkpoint, tokenizer, data = read_inputs(config)
         shots = draw_shots(config, tokenizer, data.test) if config.evaluation.every else {}
     _say_data(data, config, context)
+    if check_memory:
+        refuse_what_cannot_fit(config, checkpoint, data.train, context)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
     context.refuse_disagreement(_input_digests(model, data))
     check_savable(model)
@@ -137,6 +157,9 @@ def _train_locked(
             missing = keep_until(directory.metrics_file, start)
             if missing:
                 context.say(f"{directory.metrics_file}: it lacks {missing} of the {start} steps done")
+    if before is not None:
+        before(model, tokenizer, data)
+        reset_peak_memory(context.device)
     _train(trainer, directory, config, settings, start, tokenizer, data, shots)
     steps: list[StepMetrics] = []
     with context.raise_on_all_ranks():
@@ -150,6 +173,8 @@ def _train_locked(
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
         print(_summary(directory, report, steps))
+    if after is not None:
+        after(model, tokenizer, data)
 
 
 def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase, PreparedData]:
