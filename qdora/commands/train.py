@@ -6,28 +6,24 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from tabulate import tabulate
 
 from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import adapt
-from qdora.adapters.gated import GATES
 from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
-from qdora.adapters.peft_io import CONFIG_FILE, check_savable, save_adapter
+from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.config import RunConfig
-from qdora.config_file import config_digest, dotted
+from qdora.config_file import config_digest
 from qdora.data.batches import BatchPlan, Packing
-from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
-from qdora.errors import InputError
-from qdora.evaluation.scores import write_scores
-from qdora.files import fsync, read_json, wrap_os_errors
+from qdora.evaluation.scores import Scores, write_scores
+from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
 from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
@@ -36,43 +32,33 @@ from qdora.planner.check import refuse_what_cannot_fit
 from qdora.quant import Quantization
 from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.tasks import check_run
-from qdora.tasks.prepare import PreparedData, prepare
+from qdora.tasks.prepare import PreparedData, Split, prepare
 from qdora.tasks.shots import draw_shots
 from qdora.training.attention import check_packing
-from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
+from qdora.training.best import ValidationState, save_best
+from qdora.training.checkpoint import CheckpointWriter
 from qdora.training.layers import check_layer_settings
 from qdora.training.loop import Callbacks, Trainer, count_steps, micro_batch_size
 from qdora.training.loss import check_output_layer
 from qdora.training.metrics import (
     StepMetrics,
-    TrainingBar,
+    ValidationMetrics,
     append_metrics,
     keep_until,
     read_metrics,
+    read_validations,
     reset_peak_memory,
 )
+from qdora.training.progress import TrainingBar, data_lines, summarize, trained_rows
+from qdora.training.resume import restore, restore_best
+from qdora.training.settings import agreed_settings, plain_values
+from qdora.training.validation import HeldOut, Validator, hold_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Observer: TypeAlias = "Callable[[PreTrainedModel, PreTrainedTokenizerBase, PreparedData], None]"
 """Looks at a run's model, tokenizer and data."""
-
-# What may differ between a run and its continuation.  A longer run decays its rate more slowly from
-# where it goes on; what was done stays as it was.
-_FREE_TO_CHANGE = (
-    "training.max_steps",
-    "training.epochs",
-    "training.save_every",
-    "training.keep_checkpoints",
-    "training.async_checkpoints",
-    # How the same step is computed: other processes or another GPU may need it otherwise.
-    "training.gradient_accumulation",
-    "training.gradient_checkpointing",
-    "training.checkpoint_every",
-    "training.offload_activations",
-    "training.compile",
-)
 
 
 def train(
@@ -124,8 +110,9 @@ def _train_locked(
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
-        shots = draw_shots(config, tokenizer, data.test) if config.evaluation.every else {}
-    _say_data(data, config, context)
+        held_out = _hold_out(config, checkpoint, tokenizer, data, context)
+    for line in data_lines(data, config.data):
+        context.say(line)
     if check_memory:
         refuse_what_cannot_fit(config, checkpoint, data.train, context)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
@@ -140,41 +127,78 @@ def _train_locked(
         data.pad_id,
         evaluate_every=config.evaluation.every,
         packing=_packing(config),
+        validate_every=config.evaluation.loss_every,
     )
     context.say(str(trainer.batch_sizes()))
-    settings = _settings(config, model, data)
-    start = _restore(trainer, directory, resume, settings)
+    settings = agreed_settings(config, data, base_fingerprint(model))
+    found = restore(trainer, directory, resume, settings)
+    done, validation = (found.step, found.validation) if found else (0, ValidationState())
     manifest = _manifest(config, model, data, report, context)
     with context.raise_on_all_ranks():
         if context.is_main:
             directory.clear_leftovers()
             if resume is None:
                 directory.clear()
-            if start == 0:
+            if found is None:
                 directory.start(config, manifest)
             else:
-                directory.record_resume(config, start)
-            missing = keep_until(directory.metrics_file, start)
+                directory.record_resume(config, found.step)
+            restore_best(directory, found, config)
+            missing = keep_until(directory.metrics_file, done, validation.step)
             if missing:
-                context.say(f"{directory.metrics_file}: it lacks {missing} of the {start} steps done")
+                context.say(f"{directory.metrics_file}: it lacks {missing} of the {done} steps done")
     if before is not None:
         before(model, tokenizer, data)
         reset_peak_memory(context.device)
-    _train(trainer, directory, config, settings, start, tokenizer, data, shots)
+    if config.training.trackers:
+        context.start_trackers(plain_values(config.model_dump(mode="json")))
+    checkpoints = CheckpointWriter(
+        directory.checkpoints,
+        settings,
+        context,
+        keep=config.training.keep_checkpoints,
+        full_tensors=context.fsdp is not None and context.fsdp.state_dict_type == "full",
+        in_background=config.training.async_checkpoints,
+    )
+    with TrainingBar(trainer.total_steps, done, shown=context.is_main) as bar, checkpoints:
+        run = _Run(trainer, directory, config, tokenizer, data, held_out, validation, checkpoints, bar)
+        run.train(done)
+    if config.training.trackers:
+        context.end()
     steps: list[StepMetrics] = []
+    validations: list[ValidationMetrics] = []
     with context.raise_on_all_ranks():
         if context.is_main:
-            from qdora.experiments.plots import plot_loss  # with matplotlib
+            from qdora.experiments.plots import plot_run  # with matplotlib
 
-            steps = read_metrics(directory.metrics_file)
+            steps, validations = read_metrics(lines := directory.metrics_file), read_validations(lines)
             trained = describe(config.model.quantization, config.adapter, config.training.mode)
-            plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")
+            plot_run(steps, validations, directory.loss_plot, f"{directory.path.name}: {trained}")
     # Last, since a run that has its adapter counts as finished.
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
-        print(_summary(directory, report, steps))
+        print(summarize(directory, steps, validations, trained_rows(directory, report)))
     if after is not None:
         after(model, tokenizer, data)
+
+
+def _hold_out(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    context: DistributedContext,
+) -> HeldOut:
+    """The validation examples whose loss is measured during training; none where it is not."""
+    if not config.evaluation.loss_every:
+        return {}
+    held_out, skipped = hold_out(config.data, tokenizer, data.validation)
+    if skipped:
+        context.say(f"{len(skipped)} validation examples have no part in the loss, the first: {skipped[0]}")
+    examples = [example for of_task in held_out.values() for example in of_task]
+    rows = embedding_rows(checkpoint.config)
+    check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in examples))
+    return held_out
 
 
 def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase, PreparedData]:
@@ -220,85 +244,118 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
         return _manifest(config, meta.model, data, report, context)
 
 
-def _train(
-    trainer: Trainer,
-    directory: RunDirectory,
-    config: RunConfig,
-    settings: Mapping[str, Any],
-    start: int,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    shots: Mapping[str, Sequence[Example]],
-) -> None:
-    context = trainer.context
-    if config.training.trackers:
-        context.start_trackers(_flat(config.model_dump(mode="json")))
-    checkpoints = CheckpointWriter(
-        directory.checkpoints,
-        settings,
-        context,
-        keep=config.training.keep_checkpoints,
-        full_tensors=context.fsdp is not None and context.fsdp.state_dict_type == "full",
-        in_background=config.training.async_checkpoints,
-    )
-    with TrainingBar(trainer.total_steps, start, shown=context.is_main) as bar, checkpoints:
+class _Run:
+    """The callbacks of a run: what happens after its steps."""
 
-        def log(metrics: StepMetrics) -> None:
-            append_metrics(directory.metrics_file, metrics)
-            bar.show(metrics)
-            context.track(dataclasses.asdict(metrics), step=metrics.step)
+    def __init__(
+        self,
+        trainer: Trainer,
+        directory: RunDirectory,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PreparedData,
+        held_out: HeldOut,
+        state: ValidationState,
+        checkpoints: CheckpointWriter,
+        bar: TrainingBar,
+    ) -> None:
+        self.trainer, self.context, self.directory, self.config = trainer, trainer.context, directory, config
+        self.tokenizer, self.data, self.checkpoints, self.bar = tokenizer, data, checkpoints, bar
+        by_answers = config.training.keep_best == "exact_match"
+        scored = [*(data.test if config.evaluation.every else ()), *(data.validation if by_answers else ())]
+        self.shots = draw_shots(config, tokenizer, scored) if scored else {}
+        self.validator = Validator(
+            trainer,
+            held_out,
+            state,
+            log=self.log_validation,
+            keep=self.keep_best,
+            score=self.exact_match if by_answers else None,
+        )
 
-        def save(step: int) -> None:
-            with context.raise_on_all_ranks(), wrap_os_errors(directory.metrics_file):
-                if context.is_main:
-                    fsync(directory.metrics_file)  # a checkpoint must not outlive the steps before it
-            epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
-            position = {"seed": config.training.seed, "epoch": epoch, "batch": batch}
-            checkpoints.save(
-                step, trainer.optimizer.state(), position, lambda folder: save_adapter(trainer.model, folder)
+    def train(self, start: int) -> None:
+        callbacks = Callbacks(log=self.log, validate=self.validate, save=self.save, evaluate=self.evaluate)
+        self.trainer.run(start, callbacks)
+
+    def log(self, metrics: StepMetrics) -> None:
+        append_metrics(self.directory.metrics_file, metrics)
+        self.bar.show(metrics)
+        self.context.track(dataclasses.asdict(metrics), step=metrics.step)
+
+    def log_validation(self, metrics: ValidationMetrics, is_best: bool) -> None:
+        append_metrics(self.directory.metrics_file, metrics)
+        self.bar.show_validation(metrics, is_best=is_best)
+        self.context.track(metrics.tracked(), step=metrics.step)
+
+    def validate(self, step: int) -> bool:
+        self.bar.working("validating")
+        stop = self.validator(step) and step < self.trainer.total_steps
+        if stop:
+            state = self.validator.state
+            self.bar.say(
+                f"step {step}: stopping early, the last {state.since} validations were no better than that "
+                f"after step {state.best_step} (training.patience)"
             )
+            with self.context.raise_on_all_ranks():
+                if self.context.is_main:
+                    self.directory.record(stopped_early=step)
+        return stop
 
-        def evaluate(step: int) -> None:
-            from qdora.evaluation.evaluate import evaluate_configured  # with transformers' generation
+    def keep_best(self, state: ValidationState) -> None:
+        measure = self.config.training.keep_best
+        if measure is None:
+            return
+        save_best(self.trainer.model, self.directory.best_adapter, self.context)
+        with self.context.raise_on_all_ranks():
+            if self.context.is_main:
+                self.directory.record(best=state.best(measure))
 
-            scores = evaluate_configured(
-                trainer.model, tokenizer, data.test, config, context, shots=shots, show_progress=False
-            )
-            if context.is_main:
-                for score in scores:
-                    write_scores(score, directory.evaluation / f"step-{step}")
-                    bar.say(f"step {step}: {score}")
-                    context.track({f"{score.task}/{score.metric}": score.score}, step=step)
+    def exact_match(self, step: int) -> float:
+        everything = self.config.evaluation.model_copy(update={"limit": None})
+        config = self.config.model_copy(update={"evaluation": everything})
+        scores = self._score(config, "validation", self.directory.validation / f"step-{step}")
+        return sum(score.correct for score in scores) / sum(score.total for score in scores)
 
-        trainer.run(start, Callbacks(log=log, save=save, evaluate=evaluate))
-    if config.training.trackers:
-        context.end()
+    def evaluate(self, step: int) -> None:
+        self.bar.working("evaluating")
+        for score in self._score(self.config, "test", self.directory.evaluation / f"step-{step}"):
+            self.bar.say(f"step {step}: {score}")
+            if self.context.is_main:
+                self.context.track({f"{score.task}/{score.metric}": score.score}, step=step)
 
+    def _score(self, config: RunConfig, split: Split, folder: Path) -> list[Scores]:
+        from qdora.evaluation.evaluate import evaluate_configured  # with transformers' generation
 
-def _restore(
-    trainer: Trainer, directory: RunDirectory, resume: str | None, settings: Mapping[str, Any]
-) -> int:
-    """Load the optimizer's state from a checkpoint; the steps already done."""
-    if resume is None:
-        return 0
-    context, state = trainer.context, trainer.optimizer.state()
-    if resume == "auto":
-        found = newest_usable(directory.checkpoints, state, settings, context, context.say)
-    else:
-        found = load_checkpoint(Path(resume), state, settings, context)
-    if found is None:
-        left = context.gather([[path.name for path in list_checkpoints(directory.checkpoints)]])[0]
-        if left:  # a first save would remove them, and the disk may only be away for the moment
-            raise InputError(
-                f"{directory.checkpoints}: none of its checkpoints ({', '.join(left)}) can be used; look at "
-                f"them, or start anew without --resume and with --set output.overwrite=true"
-            )
-        context.say(f"{directory.path}: no checkpoint; starting from the beginning")
-        return 0
-    trainer.optimizer.load_state(found.tensors)
-    writers = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
-    context.say(f"resuming after step {found.step}, written by {writers}")
-    return found.step
+        examples = self.data.validation if split == "validation" else self.data.test
+        scores = evaluate_configured(
+            self.trainer.model,
+            self.tokenizer,
+            examples,
+            config,
+            self.context,
+            shots=self.shots,
+            split=split,
+            show_progress=False,
+        )
+        if self.context.is_main:
+            for score in scores:
+                write_scores(score, folder)
+        return scores
+
+    def save(self, step: int) -> None:
+        trainer, metrics_file = self.trainer, self.directory.metrics_file
+        with self.context.raise_on_all_ranks(), wrap_os_errors(metrics_file):
+            if self.context.is_main:
+                fsync(metrics_file)  # a checkpoint must not outlive the steps before it
+        epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
+        self.checkpoints.save(
+            step,
+            trainer.optimizer.state(),
+            {"seed": self.config.training.seed, "epoch": epoch, "batch": batch},
+            lambda folder: save_adapter(trainer.model, folder),
+            validation=self.validator.state,
+            best=self.directory.best_adapter if self.config.training.keep_best else None,
+        )
 
 
 def _packing(config: RunConfig) -> Packing:
@@ -338,63 +395,3 @@ def _manifest(
         "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
     }
     return make_manifest(config, world_size=context.world_size, fields=fields)
-
-
-def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> dict[str, Any]:
-    """What a resumed run must agree on with the one that wrote a checkpoint."""
-    flat = _flat(config.model_dump(mode="json", include={"model", "adapter", "training"}))
-    return {
-        **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
-        "data.train": data.fingerprints["train"],
-        "data.prompt": config.data.prompt,
-        # Joining a step's sequences changes its rounding only; filling rows changes which they are.
-        "data.max_length of filled rows (data.packing: stream)": _packing(config).row_tokens,
-        # Where no text holds a special token it decides nothing.
-        "data.parse_special_tokens": config.data.parse_special_tokens if data.special_text else None,
-        "base": base_fingerprint(model),
-    }
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values by dotted key, as trackers take them."""
-    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in dotted(tree).items()}
-
-
-def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepMetrics]) -> str:
-    seconds = sum(m.seconds for m in steps)
-    rows = [
-        ("steps", len(steps)),
-        ("final loss", f"{steps[-1].loss:.4f}" if steps else "none"),
-        ("trainable parameters", f"{report.trainable:,} ({report.percentage:.2f}%)"),
-        ("tokens/s", f"{sum(m.tokens for m in steps) / seconds:,.0f}" if seconds else "none"),
-        ("peak memory", f"{max((m.peak_memory_bytes for m in steps), default=0) / 2**30:.2f} GiB"),
-        ("adapter", directory.adapter),
-        ("loss plot", directory.loss_plot),
-    ]
-    gates = list(read_json(directory.adapter / CONFIG_FILE).get(GATES, {}).values())
-    if gates:
-        spread = f"{min(gates):.4f} to {max(gates):.4f}, mean {sum(gates) / len(gates):.4f}"
-        rows.append(("gates", f"{spread}; each layer's in adapter/{CONFIG_FILE}"))
-    return tabulate(rows, tablefmt="plain")
-
-
-def _say_data(data: PreparedData, config: RunConfig, context: DistributedContext) -> None:
-    context.say(
-        f"{len(data.train)} training examples, {len(data.test)} test examples; "
-        f"{data.leaked} training examples removed because their question is a test question"
-    )
-    if data.validation:
-        context.say(
-            f"{len(data.validation)} validation examples left out of training; "
-            f"{data.leaked_validation} training examples removed because their question is one of theirs"
-        )
-    for row in data.skipped[:5]:
-        context.say(f"skipped {row}")
-    if len(data.skipped) > 5:
-        context.say(f"... {len(data.skipped)} rows skipped in all")
-    if data.special_text:
-        parsed = "that token" if config.data.parse_special_tokens else "ordinary text"
-        context.say(
-            f"examples with the text of a special token: {len(data.special_text)}, the first "
-            f"{data.special_text[0]}; it is read as {parsed} (data.parse_special_tokens)"
-        )

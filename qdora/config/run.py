@@ -66,6 +66,10 @@ class TrainingConfig(Section):
     """Steps between checkpoints. One is always written at the end, and when the run is stopped."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept."""
+    keep_best: Literal["loss", "exact_match"] | None = None
+    """Also keep the adapter of the best validation, by its loss or by generated answers."""
+    patience: Count | None = None
+    """Stop after so many validations in a row without a better one; null: never."""
     async_checkpoints: bool = False
     """Write checkpoints while the next steps compute, from a copy of the trained state in CPU memory
     (docs/run-directory.md). The last one, and that of a stopped run, are waited for."""
@@ -114,6 +118,8 @@ class EvaluationConfig(Section):
     every: Count | None = None
     """Steps between evaluations during training; none where not given. Their scores go to the terminal, the
     trackers and `evaluation/step-N/`."""
+    loss_every: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    """Steps between validations, which measure the loss on `data.validation`; 0 or null: none."""
     weights: EvaluationWeights = "auto"
     """What answers are computed with: `merged`, one dense matrix a layer in the compute dtype, beside the
     stored weights; `adapted`, weight and adapter as they are trained. `auto` merges where the free memory has
@@ -156,6 +162,22 @@ class RunConfig(Section):
         if self.training.mode != "full" or "adapter" in self.model_fields_set:
             return self
         return self.model_copy(update={"adapter": AdapterConfig(type="none", dora=False)})
+
+    @model_validator(mode="after")
+    def _validates_on_something(self) -> RunConfig:
+        training, every = self.training, self.evaluation.loss_every
+        for key, needs in (("keep_best", training.keep_best), ("patience", training.patience)):
+            if needs and not every:
+                raise ValueError(
+                    f"training.{key} {needs!r} is about validations during training, and there are none: "
+                    f"set evaluation.loss_every to the steps between them, or leave it out"
+                )
+        if every and self.data.validation is None:
+            raise ValueError(
+                f"evaluation.loss_every {every} measures the loss on data.validation, which is null: say "
+                f"what to leave out of training for it, or leave evaluation.loss_every out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _compiles_without_packing(self) -> RunConfig:
