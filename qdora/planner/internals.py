@@ -160,6 +160,7 @@ def _leave_process_groups() -> None:
         world[name].clear()
     _left.append(world["_world"])
     world["_world"] = distributed_c10d._World()
+    world["_world"].group_count = 0  # names are kept in caches: those of the next groups must be the same
     _unregister_all_process_groups()
 
 
