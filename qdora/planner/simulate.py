@@ -252,9 +252,15 @@ def layers_alike(architecture: Architecture, launch: Launch) -> bool:
     Raises: InputError: the adapter does not fit the model.
     """
     kinds = getattr(architecture.config.get_text_config(), "layer_types", None) or ()
+    adapter = launch.adapter
+    patterns = (*adapter.targets, *(adapter.magnitude_targets or ()))
+    patterns += (*adapter.rank_pattern, *adapter.alpha_pattern)
+    # A module's bare name means it in every layer: what the adapters add needs not be built to be compared.
+    named = all(pattern.isidentifier() for pattern in patterns)
+    model = architecture.build() if named else adapted_model(architecture, launch)
     signatures = [
         [(name, t.shape, t.dtype, t.requires_grad) for name, t in (*x.named_parameters(), *x.named_buffers())]
-        for x in decoder_layers(adapted_model(architecture, launch))
+        for x in decoder_layers(model)
     ]
     same = len(signatures) == architecture.depth and all(s == signatures[0] for s in signatures)
     return same and len(set(kinds)) < 2
