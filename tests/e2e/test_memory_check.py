@@ -47,7 +47,7 @@ def test_sharded_ranks_end_together(tmp_path, tiny_model_folder):
     a rank that waits for another that was refused."""
     config = write_config(tmp_path, tiny_tree(tmp_path, tiny_model_folder, max_steps=1))
     words = ["-c", PRETEND.format(600_000), "train", "--config", config]
-    for code, said in ends(fork_ranks([words] * 2, [tmp_path] * 2, **SHARDED), within=180):
+    for code, said in ends(fork_ranks([words] * 2, [tmp_path] * 2, **SHARDED), within=400):
         assert code == 2, said
         assert "the worst batch does not fit: 4 x " in said
         assert "585.94 KiB for each process are free" in said
