@@ -45,9 +45,9 @@ def test_a_batch_that_cannot_fit_is_refused_with_what_mends_it(
 def test_sharded_ranks_end_together(tmp_path, tiny_model_folder):
     """Catches: an estimate inside of a launch that ends in an assertion or hangs, one of the unsharded model,
     a rank that waits for another that was refused."""
-    config = write_config(tmp_path, tiny_tree(tmp_path, tiny_model_folder, max_steps=1))
-    words = ["-c", PRETEND.format(600_000), "train", "--config", config]
-    for code, said in ends(fork_ranks([words] * 2, [tmp_path] * 2, **SHARDED), within=400):
+    config = write_config(tmp_path, tiny_tree(tmp_path, tiny_model_folder, max_steps=1, batch_size=2))
+    words = ["-c", PRETEND.format(1000), "train", "--config", config]
+    for code, said in ends(fork_ranks([words] * 2, [tmp_path] * 2, **SHARDED), within=180):
         assert code == 2, said
-        assert "the worst batch does not fit: 4 x " in said
-        assert "585.94 KiB for each process are free" in said
+        assert "the worst batch does not fit: 1 x " in said
+        assert "1000 B for each process are free; no setting of the run alone mends that" in said
