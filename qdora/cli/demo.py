@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
-from qdora.commands.demo import check, demo
 from qdora.config_file import load_config
+from qdora.output import check_output
 from qdora.run import QUICKSTART
 
 
@@ -19,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Check the configuration and the folders; what is left to do."""
-    check(arguments)
+    check_output(Path(arguments.export), overwrite=True)
     config = load_config(arguments.config, arguments.set)
-    return lambda: demo(arguments, config)
+
+    def work() -> None:
+        from qdora.commands.demo import demo
+
+        demo(arguments, config)
+
+    return work

@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="continue the run in output.dir: its newest usable checkpoint, or the one given",
     )
+    parser.add_argument(
+        "--ignore-memory",
+        action="store_true",
+        help="start a run whose worst batch does not fit by the planner's estimate",
+    )
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -31,6 +36,6 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     def work() -> None:
         from qdora.commands.train import train
 
-        train(config, resume=arguments.resume)
+        train(config, resume=arguments.resume, check_memory=not arguments.ignore_memory)
 
     return work

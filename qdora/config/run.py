@@ -19,39 +19,51 @@ class TrainingConfig(Section):
 
     key = "training"
     mode: Literal["adapter", "full"] = "adapter"
-    """`full` trains every weight of an unquantized model; there is no adapter then."""
+    """`full` trains every weight, in the compute dtype; there is no adapter then."""
     max_steps: Count | None = None
     """Optimizer steps; give this or `epochs`."""
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training set; give this or `max_steps`."""
+    """Passes over the training set, fractions allowed, rounded up to full steps; give this or `max_steps`."""
     batch_size: Count = 16
-    """Sequences per optimizer step, over all processes and micro-batches."""
+    """Sequences per optimizer step, over all processes and micro-batches; with `data.packing: stream` rows of
+    `data.max_length` tokens. It must divide by `gradient_accumulation` times the number of processes."""
     gradient_accumulation: Count = 1
     """Micro-batches into which a process splits its share of the batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Largest rate, reached after the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after warm-up, down to 0 (`linear`, `cosine`)."""
+    """After warm-up: down to 0 on a line or half a cosine, or constant."""
     warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """Steps over which the rate rises linearly from 0."""
+    """Steps before the full rate: of N steps, step i (from 1) has i / (N + 1) of it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay, on A, B and the offsets of gate and magnitude."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's decay of the second moment. AdamW's epsilon is 1e-8 and has no key."""
     master_weights: bool = True
-    """Step float32 masters of 16-bit parameters; false: AdamW computes in their own dtype, moments too."""
+    """Step float32 masters of parameters in 16 bits. `false`: parameter, moments and the step are in their
+    own dtype, as in published bf16 training, and updates smaller than half a spacing are lost (docs/math.md).
+    Gradients are summed and clipped in float32 either way. Refused with `adapter.dtype: float32`, which has
+    no use for it."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null switches clipping off."""
     gradient_checkpointing: bool = False
     """Recompute decoder layers in backward instead of keeping their activations."""
     checkpoint_every: Count = 1
-    """`gradient_checkpointing`: recompute every k-th layer, from the first; the others keep activations."""
+    """With `gradient_checkpointing`: recompute every k-th layer, counted from the first; the others keep
+    their activations. 1 recomputes each, 4 a quarter of them."""
     offload_activations: bool = False
-    """`gradient_checkpointing`: keep the inputs of recomputed layers in CPU memory; GPU only."""
+    """With `gradient_checkpointing`: keep the inputs of recomputed layers in CPU memory, pinned, until
+    backward. GPU only."""
     compile: bool = False
-    """Compile the decoder layers with `torch.compile`."""
+    """Compile the decoder layers with `torch.compile` (docs/performance.md). The first step then compiles;
+    that needs a C++ compiler on a CPU, Triton and a C compiler on a GPU, and Python's headers. Not with
+    `data.packing`."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of A, of the data order and of dropout."""
     save_every: Count | None = None
-    """Steps between checkpoints; where not given, only at the end."""
+    """Steps between checkpoints. One is always written at the end, and when the run is stopped."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept."""
     keep_best: Literal["loss", "exact_match"] | None = None
@@ -59,9 +71,10 @@ class TrainingConfig(Section):
     patience: Count | None = None
     """Stop after so many validations in a row without a better one; null: never."""
     async_checkpoints: bool = False
-    """Write checkpoints while the next steps compute, from a copy of the trained state in CPU memory."""
+    """Write checkpoints while the next steps compute, from a copy of the trained state in CPU memory
+    (docs/run-directory.md). The last one, and that of a stopped run, are waited for."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml"], ...] = ()
-    """Experiment trackers, through accelerate."""
+    """Experiment trackers, through accelerate. The tracker's own package must be installed."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
@@ -87,25 +100,35 @@ class EvaluationConfig(Section):
     """Generation, ranking and scoring."""
 
     method: EvaluationMethod = "generate"
-    """`rank`: the options of a choice task by their likelihood, nothing is generated; `both`."""
+    """`generate`: answers are generated and read. `rank`: the options of a choice are ranked by their
+    likelihood, nothing is generated, and `likelihood` gives the headline score. `both`: the rankings stand
+    beside the generated answers, whose scorer keeps the headline. Answers that are no choice are refused with
+    the last two."""
     shots: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """Training examples that stand, with their answers, before every question."""
+    """Training examples that stand, with their completions, before every question: few-shot prompts."""
     shots_seed: Annotated[int, Field(ge=0)] = 0
     """Seed of their choice and order."""
     limit: Count | None = None
     """Score only the first so many test examples."""
     batch_size: Count = 32
-    """Prompts generated together, per process."""
+    """Sequences generated, or options ranked, together, per process. One that has ended leaves, and a waiting
+    prompt enters (docs/performance.md)."""
     max_new_tokens: Count = 256
     """Longest generated answer in tokens."""
     every: Count | None = None
-    """Steps between evaluations during training; none where not given."""
+    """Steps between evaluations during training; none where not given. Their scores go to the terminal, the
+    trackers and `evaluation/step-N/`."""
     loss_every: Annotated[int, Field(ge=0, le=MOST)] | None = None
     """Steps between validations, which measure the loss on `data.validation`; 0 or null: none."""
     weights: EvaluationWeights = "auto"
-    """`merged`: one dense matrix a layer, in the compute dtype; `adapted`: as they are trained."""
+    """What answers are computed with: `merged`, one dense matrix a layer in the compute dtype, beside the
+    stored weights; `adapted`, weight and adapter as they are trained. `auto` merges where the free memory has
+    room for the copies and the key-value cache, says so where it has not, and leaves 16-bit weights that are
+    not quantized as they are, since rounding could lose a small update. A sharded model is never merged. The
+    report says which it was."""
     quantization: QuantizationName | None = None
-    """`training.mode: full`: quantize the trained weights to this format before they are scored."""
+    """`training.mode: full` only: quantize the linear layers of what was trained to this format, in blocks of
+    64, before it is scored; `export` does the same, `export --quantize FORMAT` overrides it."""
 
 
 class OutputConfig(Section):
@@ -114,18 +137,24 @@ class OutputConfig(Section):
     dir: str
     """Run directory."""
     overwrite: bool = False
-    """Replace a run that is already there."""
+    """Replace a run or comparison that is already there. Only files that a run writes are removed."""
 
 
 class RunConfig(Section):
     """One training run."""
 
     model: ModelConfig
+    """See `model`."""
     adapter: AdapterConfig = AdapterConfig()
+    """See `adapter`."""
     data: DataConfig
+    """See `data`."""
     training: TrainingConfig
+    """See `training`."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """See `evaluation`."""
     output: OutputConfig
+    """See `output`."""
 
     @model_validator(mode="after")
     def _full_has_no_adapter(self) -> RunConfig:

@@ -84,12 +84,14 @@ class ArmConfig(Section):
     """One arm of a comparison: the settings in which it differs from the shared configuration."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    """Name in the report and in the run's folder; no two arms share one."""
     train: bool = True
-    """False: the base model is scored once with the arm's settings, and nothing is trained."""
+    """`false`: the base is scored with the arm's settings, and nothing is trained (docs/experiments.md)."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of the shared configuration by dotted key, as `--set` takes them."""
+    """Overrides by dotted key: any but `output`, `training.seed`, `evaluation.limit`, `data.validation` and
+    swept keys, which the comparison has. A section as a value replaces the section."""
     may_differ: tuple[str, ...] | None = None
-    """Keys or sections in which this arm may differ from the others; the keys of `set` where not given."""
+    """Keys or sections in which the arm may differ from others; those of `set` and `sweep` if not given."""
     sweep: Sweep | None = None
     """A grid of its own in place of the comparison's, with as many points."""
 
@@ -128,21 +130,24 @@ class CompareConfig(Section):
     """Arms trained under identical conditions."""
 
     base: str
-    """The run configuration shared by all arms, relative to this file."""
+    """The run configuration shared by all arms, relative to the comparison's file."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Overrides of the shared configuration, as `--set` takes them."""
+    """Overrides of the shared configuration for all arms: dotted key, value."""
     arms: tuple[ArmConfig, ...]
+    """The arms. The first one is the reference of every difference."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    """Each arm is trained once with each seed."""
+    """Each arm is trained once with each; replaces `training.seed`."""
     sweep: Sweep = Field(default_factory=dict)
-    """Grid of every trained arm; the point that is best on `data.validation` is trained with all seeds."""
+    """Values by dotted key: the grid of every trained arm, the product of all (docs/experiments.md)."""
     output: OutputConfig
+    """See `output`. Each run lies in `ARM-seedN` below `dir`, those of a grid in `grid/ARM/POINT-seedN`."""
     small: tuple[str, ...] = ()
-    """Overlays of `compare --small`, relative to this file; a later one comes on top."""
+    """Overlays of `compare --small`, relative to the comparison's file; see docs/configuration.md."""
     published: dict[str, dict[str, Annotated[float, Field(ge=0, le=100)]]] = Field(default_factory=dict)
-    """Published percent of exact match by arm and task, or `average`; shown beside the report's figures."""
+    """Published percent of exact match by arm and task, or `average` for the mean over tasks, shown beside
+    this comparison's figures: `{qdora: {boolq: 74.6}}`."""
     published_source: str | None = None
-    """Where they are published."""
+    """Where they are published; required with `published`."""
 
     @model_validator(mode="after")
     def _published_of_arms(self) -> CompareConfig:

@@ -19,9 +19,10 @@ class OverlayConfig(Section):
     """Settings on top of a comparison's own; what they do not name stays as it is."""
 
     set: dict[str, Any] = Field(default_factory=dict)
-    """On top of the comparison's `set`: an arm's own settings still come after."""
+    """Settings by dotted key on top of the comparison's `set`. An arm's own `set` comes after. A section as a
+    value replaces the keys in it."""
     arms: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """By a glob over arm names: settings on top of those arms' own."""
+    """Settings on top of those of the arms whose names a glob matches. One that matches none is an error."""
 
 
 def load_comparison(

@@ -65,6 +65,17 @@ def advise(architecture: Architecture, launch: Launch, now: Estimate, memory: in
         yield from _combined(architecture, launch, useful, memory)
 
 
+def mend(architecture: Architecture, launch: Launch, memory: int) -> Proposal | None:
+    """The mildest settings of the command line with which the same run fits; None where there are none."""
+    useful: list[Kind] = []
+    for kind in (_smaller_micro_batches, _checkpointing, _offload_activations):
+        proposal = first_that_fits(architecture, kind(launch), memory)
+        if proposal is not None and proposal.fits:
+            return proposal
+        useful += [] if proposal is None else [kind]
+    return next((p for p in _combined(architecture, launch, useful, memory) if p.fits), None)
+
+
 def first_that_fits(architecture: Architecture, changes: Iterator[Change], memory: int) -> Proposal | None:
     """Of changes from mild to strong: the mildest that fits, else the strongest; None of none.
 

@@ -6,6 +6,7 @@ one of them changes.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,8 +16,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import _unregister_all_process_groups
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed import distributed_c10d
 from torch.distributed._tools.mem_tracker import MemTracker, _UpdateType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
@@ -32,6 +35,7 @@ from qdora.adapters import tiles as adapted
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import parameter_groups
 from qdora.distributed.launch import FsdpSettings
+from qdora.errors import InputError
 from qdora.planner.report import Breakdown, Part
 from qdora.quant import QUANTIZATIONS
 from qdora.quant.base import TILE_BYTES
@@ -110,6 +114,54 @@ def fake_ranks(world_size: int, fsdp: FsdpSettings | None, device: str) -> Itera
             copies = property(lambda parameter: [shard.clone() for shard in inputs.fget(parameter)])
             stack.enter_context(replaced(FSDPParam, "all_gather_inputs", copies))
         yield DistributedContext(0, world_size, CPU, fsdp)
+
+
+def apart(work: Callable[[], R]) -> R:
+    """Do work outside of the launch that this process belongs to: in a forked process, in no process group.
+
+    Args:
+        work: uses no GPU; its result can be pickled.
+    Raises: InputError: `work` raised one.
+    """
+    if not dist.is_initialized():
+        return work()
+    forked = multiprocessing.get_context("fork")
+    receiver, sender = forked.Pipe(duplex=False)
+
+    def run() -> None:
+        torch.set_num_threads(1)  # of several, one survives a fork
+        _leave_process_groups()
+        try:
+            sender.send((work(), None))
+        except InputError as error:
+            sender.send((None, error))
+
+    process = forked.Process(target=run)
+    process.start()
+    sender.close()
+    result, error = receiver.recv()
+    process.join()
+    if error is not None:
+        raise error
+    done: R = result
+    return done
+
+
+_left: list[Any] = []
+"""Process groups of the parent, for as long as this process lives: their threads, which a destructor would
+wait for, are not in it."""
+
+
+def _leave_process_groups() -> None:
+    """Forget the process groups of a forked process' parent, so that it can make its own."""
+    world = vars(distributed_c10d)
+    for name in ("_pg_map", "_pg_names", "_pg_group_ranks", "_pg_backend_config"):
+        _left.append(dict(world[name]))
+        world[name].clear()
+    _left.append(world["_world"])
+    world["_world"] = distributed_c10d._World()
+    world["_world"].group_count = 0  # names are kept in caches: those of the next groups must be the same
+    _unregister_all_process_groups()
 
 
 class StepTracker(MemTracker):

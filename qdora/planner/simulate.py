@@ -31,6 +31,7 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.files import path_exists, read_json
 from qdora.models.build import build_architecture
+from qdora.models.formats import Checkpoint
 from qdora.models.formats.safetensors import read_config
 from qdora.models.load import compute_dtype
 from qdora.models.sources import PREFIX, is_hub_id, local_path, open_checkpoint
@@ -144,14 +145,29 @@ def find_architecture(
     Raises: InputError: no configuration found, or one that is not supported.
     """
     config, stored = _find_config(model, folder, configuration)
+    # There is no GPU to ask: bfloat16 is what every one since Ampere multiplies natively.
+    auto = model.dtype == "auto" and device == "cuda"
+    compute = torch.bfloat16 if auto else compute_dtype(model.dtype, torch.device("cpu"))
+    return _architecture(config, stored, model, compute)
+
+
+def architecture_of(checkpoint: Checkpoint, model: ModelConfig, compute: torch.dtype) -> Architecture:
+    """The architecture of an opened checkpoint, as a run with this `model` section loads it."""
+    return _architecture(checkpoint.config, _stored_dtype(checkpoint), model, compute)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return next(f.dtype for name in checkpoint.names() if len((f := checkpoint.info(name)).shape) > 1)
+
+
+def _architecture(
+    config: PreTrainedConfig, stored: torch.dtype, model: ModelConfig, compute: torch.dtype
+) -> Architecture:
     quantization = Quantization.of(model)
     stated = getattr(config, "quantization_config", None)
     if stated is not None and quantization.name != "none":
         double = bool(dict(stated).get("bnb_4bit_use_double_quant", False))
         quantization = replace(quantization, block_size=64, double_quantization=double)
-    # There is no GPU to ask: bfloat16 is what every one since Ampere multiplies natively.
-    auto = model.dtype == "auto" and device == "cuda"
-    compute = torch.bfloat16 if auto else compute_dtype(model.dtype, torch.device("cpu"))
     return Architecture(config, compute, stored, quantization)
 
 
@@ -164,8 +180,7 @@ def _find_config(
         return _read_folder(path)
     if model.path.startswith(PREFIX) or path_exists(path) or not is_hub_id(model.path):
         checkpoint = open_checkpoint(model.path, model.revision)
-        stored = next(f.dtype for name in checkpoint.names() if len((f := checkpoint.info(name)).shape) > 1)
-        return checkpoint.config, stored
+        return checkpoint.config, _stored_dtype(checkpoint)
     shipped = shipped_architectures(configuration)
     if model.path in shipped:
         return _read_folder(shipped[model.path])
@@ -237,9 +252,15 @@ def layers_alike(architecture: Architecture, launch: Launch) -> bool:
     Raises: InputError: the adapter does not fit the model.
     """
     kinds = getattr(architecture.config.get_text_config(), "layer_types", None) or ()
+    adapter = launch.adapter
+    patterns = (*adapter.targets, *(adapter.magnitude_targets or ()))
+    patterns += (*adapter.rank_pattern, *adapter.alpha_pattern)
+    # A module's bare name means it in every layer: what the adapters add needs not be built to be compared.
+    named = all(pattern.isidentifier() for pattern in patterns)
+    model = architecture.build() if named else adapted_model(architecture, launch)
     signatures = [
         [(name, t.shape, t.dtype, t.requires_grad) for name, t in (*x.named_parameters(), *x.named_buffers())]
-        for x in decoder_layers(adapted_model(architecture, launch))
+        for x in decoder_layers(model)
     ]
     same = len(signatures) == architecture.depth and all(s == signatures[0] for s in signatures)
     return same and len(set(kinds)) < 2

@@ -8,7 +8,11 @@ from collections.abc import Mapping, Sequence
 from tabulate import tabulate
 from tqdm import tqdm
 
+from qdora.adapters.gated import GATES
+from qdora.adapters.inject import InjectionReport
+from qdora.adapters.peft_io import CONFIG_FILE
 from qdora.config import DataConfig
+from qdora.files import read_json
 from qdora.run import RunDirectory
 from qdora.tasks.prepare import PreparedData
 from qdora.training.metrics import StepMetrics, ValidationMetrics
@@ -152,3 +156,13 @@ def data_lines(data: PreparedData, config: DataConfig) -> list[str]:
             f"{data.special_text[0]}; it is read as {parsed} (data.parse_special_tokens)"
         )
     return lines
+
+
+def trained_rows(directory: RunDirectory, report: InjectionReport) -> dict[str, str]:
+    """Rows of the last table about what was trained."""
+    rows = {"trainable parameters": f"{report.trainable:,} ({report.percentage:.2f}%)"}
+    gates = list(read_json(directory.adapter / CONFIG_FILE).get(GATES, {}).values())
+    if gates:
+        spread = f"{min(gates):.4f} to {max(gates):.4f}, mean {sum(gates) / len(gates):.4f}"
+        rows["gates"] = f"{spread}; each layer's in adapter/{CONFIG_FILE}"
+    return rows

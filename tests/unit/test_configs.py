@@ -20,7 +20,9 @@ from qdora.experiments import arms, overlay
 from qdora.experiments.arms import CompareConfig, covers, differences, expand
 from qdora.experiments.grid import grid_points
 from qdora.experiments.overlay import OverlayConfig, load_comparison
+from qdora.experiments.schema import schema_text
 from qdora.tasks import TASKS, check_data
+from tools import config_page
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -28,20 +30,6 @@ SECTIONS = {
     v
     for v in {**vars(schema), **vars(arms), **vars(overlay)}.values()
     if inspect.isclass(v) and issubclass(v, Section)
-}
-HEADINGS = {
-    "A run": schema.RunConfig,
-    "model": schema.ModelConfig,
-    "adapter": schema.AdapterConfig,
-    "data": schema.DataConfig,
-    "data.train and data.test": schema.DatasetConfig,
-    "data.train.columns and data.test.columns": schema.ColumnsConfig,
-    "training": schema.TrainingConfig,
-    "evaluation": schema.EvaluationConfig,
-    "output": schema.OutputConfig,
-    "A comparison": arms.CompareConfig,
-    "An arm of a comparison": arms.ArmConfig,
-    "An overlay": overlay.OverlayConfig,
 }
 
 
@@ -191,27 +179,54 @@ def test_the_commonsense_page_names_every_task():
     assert not [task for task, facts in TASKS.items() if facts.kind == "choice" and task not in page]
 
 
-def test_every_section_has_a_table():
-    """Catches: a new section without a place on the reference page."""
-    assert set(HEADINGS.values()) == SECTIONS - {Section}
+def test_the_reference_page_and_the_schemas_are_those_of_the_code():
+    """Catches: a key that the page or an editor does not know, or knows with another default or meaning; a
+    section without a table (`python -m tools.config_page` writes both anew)."""
+    page = config_page.PAGE.read_text()
+    assert page == config_page.page_text(page)
+    for kind, path in config_page.SCHEMAS.items():
+        assert path.read_text() == schema_text(kind)
+    assert set(re.findall(r"<!-- keys of (\w+) -->", page)) == set(config_page.sections())
+    assert set(config_page.sections().values()) == SECTIONS - {Section}
 
 
-@pytest.mark.parametrize(("heading", "section"), HEADINGS.items())
-def test_every_key_is_documented_under_its_section(heading, section):
-    """Catches: a key that the reference page lacks, has still, or gives another default."""
-    page = (ROOT / "docs" / "configuration.md").read_text()
-    table = page.split(f"\n## {heading}\n")[1].split("| key |")[1].split("\n\n")[0]
-    rows = {cells[1].strip(" `"): cells[3].strip() for cells in map(cells_of, table.splitlines()) if cells}
-    assert list(rows) == list(section.model_fields)
-    for key, field in section.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        if field.is_required():
-            assert rows[key] == "required", key
-        elif isinstance(default, (str, bool, int, float, type(None))):
-            plain = default if isinstance(default, str) else json.dumps(default)
-            assert rows[key] == f"`{plain}`", key
+def test_every_key_says_what_it_is():
+    """Catches: a key without a word in the page and in the editor."""
+    for name, section in config_page.sections().items():
+        silent = [key for key, field in section.model_fields.items() if not field.description]
+        assert not silent, (name, silent)
 
 
-def cells_of(line: str) -> list[str]:
-    """The cells of a table's row that begins with a key; none for another line."""
-    return line.split("|") if line.startswith("| `") else []
+SCHEMA_OF = {RunConfig: "run", CompareConfig: "compare", OverlayConfig: "overlay"}
+OURS = [path for path in CONFIGS if of_kind(path) is not None]
+
+
+@pytest.mark.parametrize("path", OURS, ids=name)
+def test_a_shipped_file_names_the_schema_that_it_follows(path):
+    """Catches: a file without completion, one with the schema of another kind, a path that leads nowhere; a
+    schema that refuses what the parser takes, or lets a misspelt key through."""
+    jsonschema = pytest.importorskip("jsonschema", reason="a package of the extra dev")
+    first = path.read_text().partition("\n")[0]
+    found = re.fullmatch(r"# yaml-language-server: \$schema=(\S+)", first)
+    assert found, first
+    kind = of_kind(path)
+    assert kind is not None
+    schema = (path.parent / found[1]).resolve()
+    assert schema == config_page.SCHEMAS[SCHEMA_OF[kind]]
+    validator = jsonschema.Draft202012Validator(json.loads(schema.read_text()))
+    tree = read_yaml(path)
+    assert not [error.message for error in validator.iter_errors(tree)]
+    for mistyped in misspelt(tree):
+        assert not validator.is_valid(mistyped), mistyped
+
+
+def misspelt(tree):
+    """The tree with a wrong letter in a key, once for each section and each list of dotted keys."""
+    yield {**tree, "outptu": {}}
+    for key in ("model", "training", "set"):
+        if tree.get(key):
+            first, *rest = tree[key].items()
+            yield {**tree, key: {first[0] + "x": first[1], **dict(rest)}}
+    if isinstance(tree.get("arms"), list):
+        first, *rest = tree["arms"]
+        yield {**tree, "arms": [{**first, "set": {"adapter.rr": 4}}, *rest]}
