@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,31 @@ from qdora.config.section import MOST, Count, Section
 
 EvaluationWeights = Literal["auto", "merged", "adapted"]
 EvaluationMethod = Literal["generate", "rank", "both"]
+OptimizerName = Literal[
+    "adamw",
+    "sgd",
+    "rmsprop",
+    "adafactor",
+    "adamw8bit",
+    "paged_adamw",
+    "paged_adamw8bit",
+    "kahan_adamw",
+    "stableadamw",
+    "radam",
+    "ranger",
+    "adan",
+    "lion",
+]
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "polynomial",
+    "cosine_with_minimum",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 
 
 class TrainingConfig(Section):
@@ -29,10 +54,18 @@ class TrainingConfig(Section):
     gradient_accumulation: Count = 1
     """Micro-batches into which a process splits its share of the batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after warm-up, down to 0 (`linear`, `cosine`)."""
+    schedule: ScheduleName = "linear"
+    """Learning rate after the warm-up; docs/training.md has each."""
+    schedule_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the schedule, by transformers' names."""
     warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """Steps over which the rate rises linearly from 0."""
+    """Steps over which the rate rises linearly from 0; give this or `warmup_ratio`."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The same as a fraction of all steps, rounded up."""
+    optimizer: OptimizerName = "adamw"
+    """Which optimizer; docs/training.md has each."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the optimizer that have no key of their own, by its library's names."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -67,6 +100,11 @@ class TrainingConfig(Section):
     def _one_length(self) -> TrainingConfig:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of training.max_steps and training.epochs")
+        if self.warmup_steps and self.warmup_ratio is not None:
+            raise ValueError(
+                f"training.warmup_steps {self.warmup_steps} and training.warmup_ratio {self.warmup_ratio} "
+                f"are both given; give one of them"
+            )
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"training.batch_size {self.batch_size} does not divide into "
