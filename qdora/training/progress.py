@@ -114,6 +114,7 @@ def summarize(
     rows.append(("loss plot", str(directory.loss_plot)))
     best_option = " [--best]" if best else ""
     rows.append(("score it", f"qdora evaluate --run {directory.path}{best_option}"))
+    rows.append(("ask it", f"qdora chat --run {directory.path}{best_option}"))
     rows.append(("export it", f"qdora export --run {directory.path}{best_option} --output DIR"))
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
