@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 
 from qdora.errors import InputError
-from qdora.run import add_target_arguments, resolve_target
+from qdora.run import add_best_argument, add_target_arguments, resolve_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_target_arguments(parser)
+    add_best_argument(parser)
     parser.add_argument("--base", action="store_true", help="each answer beside that of the base model")
     parser.add_argument("--system", metavar="TEXT", help="a system turn before all others")
     parser.add_argument(
@@ -37,7 +38,7 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], int]:
     _check_sampling(arguments)
     if arguments.max_new_tokens is not None:
         arguments.set.append(f"evaluation.max_new_tokens={arguments.max_new_tokens}")
-    target = resolve_target(arguments, data=None)
+    target = resolve_target(arguments, data=None, best=arguments.best)
     if arguments.base and target.adapter is None:
         raise InputError("--base: there is no adapter to leave out; name one with --adapter or --run")
 

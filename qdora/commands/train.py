@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,6 +21,7 @@ from qdora.config import RunConfig
 from qdora.config_file import config_digest
 from qdora.data.batches import BatchPlan, Packing
 from qdora.data.chat_templates import end_with_turns
+from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.scores import Scores, write_scores
@@ -44,8 +45,7 @@ from qdora.tasks.shots import draw_shots
 from qdora.training.attention import check_packing
 from qdora.training.best import ValidationState, save_best
 from qdora.training.checkpoint import CheckpointWriter
-from qdora.training.layers import check_layer_settings
-from qdora.training.loop import Callbacks, Trainer, count_steps, micro_batch_size
+from qdora.training.loop import Callbacks, Trainer, count_steps
 from qdora.training.loss import check_output_layer
 from qdora.training.metrics import (
     StepMetrics,
@@ -58,7 +58,7 @@ from qdora.training.metrics import (
 )
 from qdora.training.progress import TrainingBar, data_lines, summarize, trained_rows
 from qdora.training.resume import restore, restore_best
-from qdora.training.settings import agreed_settings, plain_values
+from qdora.training.settings import agreed_settings, check_settings, plain_values
 from qdora.training.validation import HeldOut, Validator, hold_out
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def train(
     directory = RunDirectory(config.output.dir)
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
     with context.raise_on_all_ranks():
-        micro_batch_size(config.training, context.world_size)
-        check_layer_settings(config.training, context.device)
+        check_settings(config.training, context)
     with context.on_main_rank(directory.locked):
         _train_locked(config, resume, context, directory, check_memory, before, after)
         context.barrier()
@@ -118,9 +117,12 @@ def _train_locked(
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
         config = rendered(config, data)
-        if config.training.keep_best == "exact_match":
+        by_answers = config.training.keep_best == "exact_match"
+        if by_answers:
             require_gold(data.validation, "validation")
         held_out = _hold_out(config, checkpoint, tokenizer, data, context)
+        scored = [*(data.test if config.evaluation.every else ()), *(data.validation if by_answers else ())]
+        shots = draw_shots(config, tokenizer, scored) if scored else {}
     for line in data_lines(data, config.data):
         context.say(line)
     if check_memory:
@@ -138,6 +140,7 @@ def _train_locked(
         evaluate_every=config.evaluation.every,
         packing=_packing(config),
         validate_every=config.evaluation.loss_every,
+        rate_ratio=config.adapter.rate_ratio,
     )
     context.say(str(trainer.batch_sizes()))
     settings = agreed_settings(config, data, base_fingerprint(model))
@@ -171,8 +174,8 @@ def _train_locked(
         in_background=config.training.async_checkpoints,
     )
     with TrainingBar(trainer.total_steps, done, shown=context.is_main) as bar, checkpoints:
-        run = _Run(trainer, directory, config, tokenizer, data, held_out, validation, checkpoints, bar)
-        run.train(done)
+        run = _Run(trainer, directory, config, tokenizer, data, shots, checkpoints, bar)
+        run.train(done, held_out, validation)
     if config.training.trackers:
         context.end()
     steps: list[StepMetrics] = []
@@ -243,8 +246,7 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     Raises: InputError: an adapter or format does not fit the model, or the batch not the number of ranks.
     """
     with context.raise_on_all_ranks():
-        micro_batch_size(config.training, context.world_size)
-        check_layer_settings(config.training, context.device)
+        check_settings(config.training, context)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
     meta, report = build_adapted(checkpoint, config.model, context, lambda model: _adapt(model, config))
     with context.raise_on_all_ranks():
@@ -269,26 +271,24 @@ class _Run:
         config: RunConfig,
         tokenizer: PreTrainedTokenizerBase,
         data: PreparedData,
-        held_out: HeldOut,
-        state: ValidationState,
+        shots: Mapping[str, Sequence[Example]],
         checkpoints: CheckpointWriter,
         bar: TrainingBar,
     ) -> None:
         self.trainer, self.context, self.directory, self.config = trainer, trainer.context, directory, config
-        self.tokenizer, self.data, self.checkpoints, self.bar = tokenizer, data, checkpoints, bar
-        by_answers = config.training.keep_best == "exact_match"
-        scored = [*(data.test if config.evaluation.every else ()), *(data.validation if by_answers else ())]
-        self.shots = draw_shots(config, tokenizer, scored) if scored else {}
+        self.tokenizer, self.data, self.shots = tokenizer, data, shots
+        self.checkpoints, self.bar = checkpoints, bar
+
+    def train(self, start: int, held_out: HeldOut, state: ValidationState) -> None:
+        by_answers = self.config.training.keep_best == "exact_match"
         self.validator = Validator(
-            trainer,
+            self.trainer,
             held_out,
             state,
             log=self.log_validation,
             keep=self.keep_best,
             score=self.exact_match if by_answers else None,
         )
-
-    def train(self, start: int) -> None:
         callbacks = Callbacks(log=self.log, validate=self.validate, save=self.save, evaluate=self.evaluate)
         self.trainer.run(start, callbacks)
 

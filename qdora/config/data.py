@@ -46,8 +46,8 @@ class DatasetConfig(Section):
     tasks: tuple[str, ...] = ()
     """`commonsense` only: the tasks to mix; all eight where empty."""
     format: FormatName | None = None
-    """`file` and `hub`: how a row holds a chat or a question; recognized from the columns where not given (see
-    Chats)."""
+    """`file` and `hub`: how a row holds a chat or a question; recognized from the columns where not given
+    (see Chats)."""
     columns: ColumnsConfig = ColumnsConfig()
     """`file` and `hub`: the columns."""
     answer_kind: AnswerKind = "numeric"
@@ -76,17 +76,17 @@ class DataConfig(Section):
     train: DatasetConfig
     """Training set."""
     test: DatasetConfig | None = None
-    """Test set. Its questions are removed from the training set. Without one a run trains, and `evaluate` needs
-    a file by `--data`, or `--split validation`."""
+    """Test set. Its questions are removed from the training set. Without one a run trains, and `evaluate`
+    needs a file by `--data`, or `--split validation`."""
     validation: Count | None = None
     """How many training examples are left out of training to be scored: the last ones that the source has,
     without test questions, whatever `train.limit` says (docs/experiments.md)."""
     prompt: PromptName = "question_answer"
-    """Template, the same in training and in evaluation; docs/data-formats.md has the texts. Rows that are chats
-    (see Chats) are rendered with `chat` by themselves; `alpaca` and `cloze` are refused for them."""
+    """Template, the same in training and in evaluation; docs/data-formats.md has the texts. Rows that are
+    chats (see Chats) are rendered with `chat` by themselves; `alpaca` and `cloze` are refused for them."""
     chat_template: str | None = None
-    """`llama3`, `chatml`, `plain`, or a Jinja file: the template of `chat`, in place of the tokenizer's own (see
-    Chats)."""
+    """`llama3`, `chatml`, `plain`, or a Jinja file: the template of `chat`, in place of the tokenizer's own
+    (see Chats)."""
     loss_on: LossOn = "assistant"
     """What is trained. `assistant`: the assistant turns of a chat, the completion of a question. `last`: of a
     chat its last assistant turn alone. `all`: the prompt too, of every task; published commonsense runs call

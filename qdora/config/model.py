@@ -86,9 +86,19 @@ class AdapterConfig(Section):
     dropout_placement: Literal["branch", "published"] = "branch"
     """`published`: with a magnitude, also drop the inputs of (s − 1) ∘ W x, as NVlabs' and PEFT's code do, at
     a second product with W. For reproductions."""
+    b_rate_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """`lora`, `gated_lora`: the learning rate of B over `training.learning_rate`, which A has (LoRA+,
+    docs/training.md)."""
+    magnitude_rate_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """The learning rate of the magnitude over `training.learning_rate`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Storage of A, B, VeRA's vectors and the offsets of gate and magnitude. Full fine-tuning stores what it
     trains in the compute dtype."""
+
+    def rate_ratio(self, parameter: str) -> float:
+        """The learning rate of a parameter, by its full name, over `training.learning_rate`."""
+        ratios = {"b_OR": self.b_rate_ratio, "offset_O": self.magnitude_rate_ratio}
+        return ratios.get(parameter.rpartition(".")[2], 1.0)
 
     @property
     def scale(self) -> float:
@@ -107,6 +117,11 @@ class AdapterConfig(Section):
                 f"adapter.type {self.type!r} has one rank for all layers and no alpha: "
                 "adapter.rank_pattern and adapter.alpha_pattern do not go with it"
             )
+        if not has_factors and self.b_rate_ratio != 1:
+            raise ValueError(
+                f"adapter.b_rate_ratio {self.b_rate_ratio:g} is about B of lora and gated_lora; adapter.type "
+                f"is {self.type!r}"
+            )
         if not has_factors and self.init != "kaiming":
             raise ValueError(f"adapter.init {self.init!r} is a start of lora; adapter.type is {self.type!r}")
         if self.init == "orthogonal" and any(r % 2 for r in (self.r, *self.rank_pattern.values())):
@@ -117,9 +132,15 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _has_the_magnitude_that_it_sets(self) -> AdapterConfig:
-        for key, default in (("magnitude", "trained"), ("magnitude_start", "quantized")):
+        defaults = {"magnitude": "trained", "magnitude_start": "quantized", "magnitude_rate_ratio": 1.0}
+        for key, default in defaults.items():
             if getattr(self, key) != default and not self.dora:
                 raise ValueError(f"adapter.{key} {getattr(self, key)!r} given, but adapter.dora is false")
+        if self.magnitude_rate_ratio != 1 and self.magnitude == "frozen":
+            raise ValueError(
+                f"adapter.magnitude_rate_ratio {self.magnitude_rate_ratio:g} is a rate of the magnitude, and "
+                f"adapter.magnitude is 'frozen'; allowed there: 1"
+            )
         if self.type == "none" and self.magnitude == "frozen":
             raise ValueError(
                 "adapter.type 'none' with adapter.magnitude 'frozen' trains nothing; choose adapter.type "

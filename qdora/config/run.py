@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,31 @@ from qdora.config.section import MOST, Count, Section
 
 EvaluationWeights = Literal["auto", "merged", "adapted"]
 EvaluationMethod = Literal["generate", "rank", "both"]
+OptimizerName = Literal[
+    "adamw",
+    "sgd",
+    "rmsprop",
+    "adafactor",
+    "adamw8bit",
+    "paged_adamw",
+    "paged_adamw8bit",
+    "kahan_adamw",
+    "stableadamw",
+    "radam",
+    "ranger",
+    "adan",
+    "lion",
+]
+ScheduleName = Literal[
+    "linear",
+    "cosine",
+    "constant",
+    "polynomial",
+    "cosine_with_minimum",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 
 
 class TrainingConfig(Section):
@@ -31,16 +56,26 @@ class TrainingConfig(Section):
     """Micro-batches into which a process splits its share of the batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Largest rate, reached after the warm-up."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """After warm-up: down to 0 on a line or half a cosine, or constant."""
+    schedule: ScheduleName = "linear"
+    """After warm-up: down to 0 on a line or half a cosine, constant, or one of transformers' schedules
+    (docs/training.md)."""
+    schedule_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the schedule, by transformers' names."""
     warmup_steps: Annotated[int, Field(ge=0, le=MOST)] = 0
     """Steps before the full rate: of N steps, step i (from 1) has i / (N + 1) of it."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The same as a fraction of all steps, rounded up. Not beside `warmup_steps`."""
+    optimizer: OptimizerName = "adamw"
+    """Which one, and from which library: docs/training.md."""
+    optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the optimizer that have no key of their own, by its library's names: `{eps: 1e-6}`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decoupled weight decay, on A, B and the offsets of gate and magnitude."""
+    """The optimizer's weight decay (AdamW's is decoupled), on A, B and the offsets of gate and magnitude."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's decay of the first moment."""
+    """Adam's decay of the first moment. Refused with an optimizer that is not of Adam's kind."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """AdamW's decay of the second moment. AdamW's epsilon is 1e-8 and has no key."""
+    """Adam's decay of the second moment, likewise. AdamW's epsilon is 1e-8 unless `optimizer_options` has
+    it."""
     master_weights: bool = True
     """Step float32 masters of parameters in 16 bits. `false`: parameter, moments and the step are in their
     own dtype, as in published bf16 training, and updates smaller than half a spacing are lost (docs/math.md).
@@ -80,6 +115,11 @@ class TrainingConfig(Section):
     def _one_length(self) -> TrainingConfig:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of training.max_steps and training.epochs")
+        if self.warmup_steps and self.warmup_ratio is not None:
+            raise ValueError(
+                f"training.warmup_steps {self.warmup_steps} and training.warmup_ratio {self.warmup_ratio} "
+                f"are both given; give one of them"
+            )
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"training.batch_size {self.batch_size} does not divide into "

@@ -36,7 +36,8 @@ from qdora.training.attention import check_packing, training_attention
 from qdora.training.layers import prepare_layers
 from qdora.training.loss import check_output_layer, completion_loss
 from qdora.training.metrics import StepMetrics, peak_memory
-from qdora.training.optimizer import AdapterOptimizer, learning_rate, local_shard
+from qdora.training.optimizer import AdapterOptimizer, local_shard
+from qdora.training.schedule import learning_rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +57,10 @@ def _nothing(_: object) -> None:
 
 def _go_on(_: int) -> bool:
     return False
+
+
+def _same_rate(_: str) -> float:
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ class Trainer:
         evaluate_every: steps between evaluations; None for none.
         validate_every: steps between validations; None for none.
         packing: how examples share the rows of a micro-batch.
+        rate_ratio: as for `AdapterOptimizer`.
     Raises: InputError: the batch does not divide over the ranks, or the model's output layer, or joining
         sequences for its attention, is not supported.
     """
@@ -116,6 +122,7 @@ class Trainer:
         evaluate_every: int | None = None,
         packing: Packing = NO_PACKING,
         validate_every: int | None = None,
+        rate_ratio: Callable[[str], float] = _same_rate,
     ) -> None:
         check_output_layer(model)
         if packing.joined:
@@ -130,7 +137,7 @@ class Trainer:
         self.parameters: dict[str, nn.Parameter] = {
             name: p for name, p in model.named_parameters() if p.requires_grad
         }
-        self.optimizer = AdapterOptimizer(self.parameters, config, trained_storage(model))
+        self.optimizer = AdapterOptimizer(self.parameters, config, trained_storage(model), rate_ratio)
         self.loss = as_forward(model, completion_loss)
         self._adapted = list(adapted_layers(model).values())
         on_cpu = context.is_main and context.device.type == "cpu"

@@ -98,13 +98,13 @@ def summarize(
         losses = [m.validation_loss for m in validations]
         lowest = min(validations, key=lambda m: m.validation_loss)
         rows.append(("validation loss", f"{losses[0]:.4f} → {losses[-1]:.4f}"))
-        rows.append(("  lowest", f"{lowest.validation_loss:.4f} after step {lowest.step}"))
+        rows.append(("lowest validation loss", f"{lowest.validation_loss:.4f} after step {lowest.step}"))
         found = [
             (m.validation_exact_match, -m.step) for m in validations if m.validation_exact_match is not None
         ]
         if found:
             highest, step = max(found)
-            rows.append(("  highest exact match", f"{highest:.1%} after step {-step}"))
+            rows.append(("highest exact match", f"{highest:.1%} after step {-step}"))
     rows += others.items()
     if steps:
         rows.append(("tokens/s", f"{sum(m.tokens for m in steps) / seconds:,.0f}"))
@@ -118,6 +118,7 @@ def summarize(
     rows.append(("loss plot", str(directory.loss_plot)))
     best_option = " [--best]" if best else ""
     rows.append(("score it", f"qdora evaluate --run {directory.path}{best_option}"))
+    rows.append(("ask it", f"qdora chat --run {directory.path}{best_option}"))
     rows.append(("export it", f"qdora export --run {directory.path}{best_option} --output DIR"))
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 

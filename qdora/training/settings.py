@@ -1,14 +1,19 @@
-"""What a resumed run must agree on with the one that wrote its checkpoint."""
+"""What the training settings ask of a launch, and what a resumed run must agree on with its checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from qdora.config import RunConfig
+from qdora.config import RunConfig, TrainingConfig
 from qdora.config_file import dotted
 from qdora.data.batches import Packing
+from qdora.distributed.context import DistributedContext
 from qdora.tasks.prepare import PreparedData
+from qdora.training.layers import check_layer_settings
+from qdora.training.loop import micro_batch_size
+from qdora.training.optimizers import check_optimizer
+from qdora.training.schedule import check_schedule
 
 # What may differ between a run and its continuation.  A longer run decays its rate more slowly from
 # where it goes on; what was done stays as it was.
@@ -28,6 +33,25 @@ _FREE_TO_CHANGE = (
 )
 
 
+# They came after the first checkpoints; what had no key then was this.
+_LATER = {
+    "adapter.b_rate_ratio": 1.0,
+    "adapter.magnitude_rate_ratio": 1.0,
+    "training.optimizer": "adamw",
+}
+
+
+def check_settings(config: TrainingConfig, context: DistributedContext) -> None:
+    """Refuse what these ranks cannot do, before a weight is read.
+
+    Raises: InputError: the key, what came and what is allowed.
+    """
+    micro_batch_size(config, context.world_size)
+    check_layer_settings(config, context.device)
+    check_optimizer(config, context.device, sharded=context.fsdp is not None)
+    check_schedule(config)
+
+
 def agreed_settings(config: RunConfig, data: PreparedData, base: str | None) -> dict[str, Any]:
     """The settings that a checkpoint records.
 
@@ -36,7 +60,9 @@ def agreed_settings(config: RunConfig, data: PreparedData, base: str | None) -> 
     """
     flat = plain_values(config.model_dump(mode="json", include={"model", "adapter", "training"}))
     return {
-        **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
+        **{
+            k: v for k, v in flat.items() if k not in _FREE_TO_CHANGE and not (k in _LATER and v == _LATER[k])
+        },
         "data.train": data.fingerprints["train"],
         "data.prompt": config.data.prompt,
         # None where it is what runs have always done.

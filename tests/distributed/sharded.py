@@ -129,6 +129,15 @@ CASES = {
     "head": Case("awkward", FLOAT32 | {"method": "qdora", "targets": ("q_proj", "lm_head")}),
     "wide": Case("wide", training={"max_steps": 1}),
     "wide dense": Case("wide", {"method": "dora"}, {"max_steps": 1}),
+    "sgd": Case(
+        "awkward", FLOAT32, {"optimizer": "sgd", "optimizer_options": {"momentum": 0.9}, "learning_rate": 0.1}
+    ),
+    "rmsprop": Case("awkward", FLOAT32, {"optimizer": "rmsprop", "max_steps": 4, "learning_rate": 5e-4}),
+    "kahan_adamw": Case("awkward", FLOAT32, {"optimizer": "kahan_adamw"}),
+    "radam": Case("awkward", FLOAT32, {"optimizer": "radam"}),
+    "ranger": Case("awkward", FLOAT32, {"optimizer": "ranger", "optimizer_options": {"k": 2}}),
+    "adan": Case("awkward", FLOAT32, {"optimizer": "adan"}),
+    "lion": Case("awkward", FLOAT32, {"optimizer": "lion", "learning_rate": 1e-4}),
     "full": Case(adapter={"method": "full"}),
     "full awkward": Case("awkward", {"method": "full"}),
 }

@@ -19,7 +19,8 @@ from qdora.training import loss as loss_module
 from qdora.training.checkpoint import list_checkpoints, newest_usable
 from qdora.training.loop import Callbacks, DivergedError, Trainer
 from qdora.training.loss import completion_loss
-from qdora.training.optimizer import AdapterOptimizer, learning_rate
+from qdora.training.optimizer import AdapterOptimizer
+from qdora.training.schedule import learning_rate
 from tests.golden.curves import examples
 from tests.tiny import cpu_context, tiny_tokenizer
 
