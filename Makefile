@@ -29,7 +29,7 @@ test: check
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
-	@echo "open site/index.html"
+	@echo "open site/index.html; to search in it: python3 -m http.server -d site"
 
 clean:
 	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
