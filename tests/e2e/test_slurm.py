@@ -21,7 +21,8 @@ BATCH = ROOT / "configs" / "slurm" / "train.sbatch"
 STEPS = 60
 
 # What Slurm's commands do here: `srun` starts a task on each node, `scancel --signal` signals the tasks, and
-# not the batch shell, `scontrol` names the nodes and puts the job back into the queue.
+# not the batch shell, `scontrol` names the nodes and puts the job back into the queue, which would end ranks that
+# still run: here it refuses then.
 SLURM = {
     "srun": """
         for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & echo $! >> "$STATE/tasks"; done
@@ -34,7 +35,10 @@ SLURM = {
     "scontrol": """
         case "$1 $2" in
             "show hostnames") echo localhost ;;
-            "requeue $SLURM_JOB_ID") touch "$STATE/requeued" ;;
+            "requeue $SLURM_JOB_ID")
+                for task in $(cat "$STATE/tasks"); do ! kill -0 "$task" 2>/dev/null || exit 1; done
+                touch "$STATE/requeued"
+                ;;
             *) exit 1 ;;
         esac
     """,
