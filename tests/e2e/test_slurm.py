@@ -21,8 +21,8 @@ BATCH = ROOT / "configs" / "slurm" / "train.sbatch"
 STEPS = 60
 
 # What Slurm's commands do here: `srun` starts a task on each node, `scancel --signal` signals the tasks, and
-# not the batch shell, `scontrol` names the nodes and puts the job back into the queue, which would end ranks that
-# still run: here it refuses then.
+# not the batch shell, `scontrol` names the nodes and puts the job back into the queue. That would end ranks
+# that still run, so here it is refused then.
 SLURM = {
     "srun": """
         for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & echo $! >> "$STATE/tasks"; done
