@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 RUN := $(VENV)/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check docs clean
 
 setup: $(VENV)/.ready
 
@@ -27,5 +27,9 @@ check: setup
 test: check
 	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist loadfile
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+	@echo "open site/index.html; to search in it: python3 -m http.server -d site"
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
