@@ -14,7 +14,7 @@ from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.export.write import DTYPES, merge_and_export, merged_onto, verify_export
 from qdora.models.formats.safetensors import write_settings
-from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device
+from qdora.models.load import adapter_tokenizer, load_with_adapter, resolve_device
 from qdora.models.sources import open_checkpoint
 from qdora.output import check_output, locked
 from qdora.quant import Quantization
@@ -45,7 +45,7 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
     check_output(output, arguments.overwrite)
     settings = target.config.model
     checkpoint = open_checkpoint(settings.path, settings.revision)
-    tokenizer = required_tokenizer(checkpoint)
+    tokenizer = adapter_tokenizer(checkpoint, adapter)
     dtype = arguments.dtype
     with TemporaryDirectory() as trial:  # what cannot be saved is known before the weights are loaded
         generation_config = checkpoint.generation_config()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tabulate import tabulate
 
+from qdora.adapters.adapt import Adapted, adapt, with_tokens
 from qdora.adapters.base import describe
-from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.full import adapt
 from qdora.adapters.gated import GATES
-from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
-from qdora.adapters.peft_io import CONFIG_FILE, check_savable, save_adapter
+from qdora.adapters.inject import InjectionReport
+from qdora.adapters.peft_io import check_savable, save_adapter
+from qdora.adapters.saved import CONFIG_FILE, SavedAdapter
+from qdora.adapters.tokens import add_special_tokens
 from qdora.config import RunConfig
-from qdora.config_file import config_digest, dotted
-from qdora.data.batches import BatchPlan, Packing
+from qdora.config_file import check_config, config_digest
 from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
@@ -30,17 +29,24 @@ from qdora.evaluation.scores import write_scores
 from qdora.files import fsync, read_json, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
-from qdora.models.load import build_adapted, compute_dtype, load_model, required_tokenizer
+from qdora.models.load import (
+    build_adapted,
+    load_model,
+    put_saved,
+    refuse_sharded_base,
+    required_tokenizer,
+)
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
-from qdora.run import RunDirectory, make_manifest, package_versions
+from qdora.run import RunDirectory, package_versions
 from qdora.tasks import check_run
 from qdora.tasks.prepare import PreparedData, prepare
 from qdora.tasks.shots import draw_shots
 from qdora.training.attention import check_packing
 from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
+from qdora.training.identity import flat_values, input_digests, packing_of, resume_settings, run_manifest
 from qdora.training.layers import check_layer_settings
-from qdora.training.loop import Callbacks, Trainer, count_steps, micro_batch_size
+from qdora.training.loop import Callbacks, Trainer, micro_batch_size
 from qdora.training.loss import check_output_layer
 from qdora.training.metrics import (
     StepMetrics,
@@ -53,22 +59,6 @@ from qdora.training.metrics import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# What may differ between a run and its continuation.  A longer run decays its rate more slowly from
-# where it goes on; what was done stays as it was.
-_FREE_TO_CHANGE = (
-    "training.max_steps",
-    "training.epochs",
-    "training.save_every",
-    "training.keep_checkpoints",
-    "training.async_checkpoints",
-    # How the same step is computed: other processes or another GPU may need it otherwise.
-    "training.gradient_accumulation",
-    "training.gradient_checkpointing",
-    "training.checkpoint_every",
-    "training.offload_activations",
-    "training.compile",
-)
 
 
 def train(
@@ -84,12 +74,15 @@ def train(
         InterruptedRunError: stopped on request, after a checkpoint.
     """
     check_run(config)
+    _refuse_start_in_output(config)
     context = context or DistributedContext.from_launch(config.training.trackers, config.output.dir)
     directory = RunDirectory(config.output.dir)
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
     with context.raise_on_all_ranks():
         micro_batch_size(config.training, context.world_size)
         check_layer_settings(config.training, context.device)
+        if context.fsdp is not None and config.adapter.trainable_tokens is not None:
+            raise InputError("adapter.trainable_tokens does not go with FSDP, which divides the tables' rows")
     with context.on_main_rank(directory.locked):
         _train_locked(config, resume, context, directory)
         context.barrier()
@@ -108,8 +101,17 @@ def _train_locked(
         checkpoint, tokenizer, data = read_inputs(config)
         shots = draw_shots(config, tokenizer, data.test) if config.evaluation.every else {}
     _say_data(data, config, context)
-    model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
-    context.refuse_disagreement(_input_digests(model, data))
+    model, adapted = load_model(
+        checkpoint, config.model, context, lambda model: _adapt(model, config, context)
+    )
+    report, base, config = adapted.report, adapted.start, _in_force(config, adapted)
+    context.refuse_disagreement(input_digests(model, data, base))
+    if base is not None:
+        put_saved(model, base, context)
+        _say_start(base, model, context)
+    with context.raise_on_all_ranks():
+        report = with_tokens(model, report, config.adapter, _trained_ids(tokenizer, checkpoint, config))
+        adapted = dataclasses.replace(adapted, report=report)
     check_savable(model)
     context.say(str(report))
     trainer = Trainer(
@@ -119,12 +121,12 @@ def _train_locked(
         context,
         data.pad_id,
         evaluate_every=config.evaluation.every,
-        packing=_packing(config),
+        packing=packing_of(config),
     )
     context.say(str(trainer.batch_sizes()))
-    settings = _settings(config, model, data)
+    settings = resume_settings(config, model, data, base)
     start = _restore(trainer, directory, resume, settings)
-    manifest = _manifest(config, model, data, report, context)
+    manifest = run_manifest(config, model, data, adapted, context)
     with context.raise_on_all_ranks():
         if context.is_main:
             directory.clear_leftovers()
@@ -137,6 +139,7 @@ def _train_locked(
             missing = keep_until(directory.metrics_file, start)
             if missing:
                 context.say(f"{directory.metrics_file}: it lacks {missing} of the {start} steps done")
+    del adapted, base  # with the tensors that were read
     _train(trainer, directory, config, settings, start, tokenizer, data, shots)
     steps: list[StepMetrics] = []
     with context.raise_on_all_ranks():
@@ -147,7 +150,7 @@ def _train_locked(
             trained = describe(config.model.quantization, config.adapter, config.training.mode)
             plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")
     # Last, since a run that has its adapter counts as finished.
-    save_adapter(model, directory.adapter if context.is_main else None)
+    _save(model, tokenizer, config, directory.adapter if context.is_main else None)
     if context.is_main:
         print(_summary(directory, report, steps))
 
@@ -161,7 +164,9 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     tokenizer = required_tokenizer(checkpoint)
     context_length = getattr(checkpoint.config, "max_position_embeddings", None)
-    data, rows = prepare(config.data, tokenizer, context_length), embedding_rows(checkpoint.config)
+    ids = _trained_ids(tokenizer, checkpoint, config)
+    rows = max([embedding_rows(checkpoint.config), *(i + 1 for i in ids)])
+    data = prepare(config.data, tokenizer, context_length)
     padding = fit_padding(tokenizer, rows)
     if padding is not None and os.environ.get("RANK", "0") == "0":
         print(padding, file=sys.stderr)
@@ -182,17 +187,24 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
         micro_batch_size(config.training, context.world_size)
         check_layer_settings(config.training, context.device)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    meta, report = build_adapted(checkpoint, config.model, context, lambda model: _adapt(model, config))
+    meta, adapted = build_adapted(
+        checkpoint, config.model, context, lambda model: _adapt(model, config, context)
+    )
+    config = _in_force(config, adapted)
     with context.raise_on_all_ranks():
+        if config.adapter.trainable_tokens is not None:
+            ids = _trained_ids(required_tokenizer(checkpoint), checkpoint, config)
+            report = with_tokens(meta.model, adapted.report, config.adapter, ids)
+            adapted = dataclasses.replace(adapted, report=report)
         check_savable(meta.model)
         check_output_layer(meta.model)
-        if _packing(config).joined:
+        if packing_of(config).joined:
             check_packing(meta.model.config)
         if config.evaluation.quantization is not None:
             # Whether that format holds every layer must not be found out after the training.
             checkpoint = open_checkpoint(config.model.path, config.model.revision)
             build_model(checkpoint, torch.float32, Quantization(config.evaluation.quantization))
-        return _manifest(config, meta.model, data, report, context)
+        return run_manifest(config, meta.model, data, adapted, context)
 
 
 def _train(
@@ -207,7 +219,7 @@ def _train(
 ) -> None:
     context = trainer.context
     if config.training.trackers:
-        context.start_trackers(_flat(config.model_dump(mode="json")))
+        context.start_trackers(flat_values(config.model_dump(mode="json")))
     checkpoints = CheckpointWriter(
         directory.checkpoints,
         settings,
@@ -230,7 +242,10 @@ def _train(
             epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
             position = {"seed": config.training.seed, "epoch": epoch, "batch": batch}
             checkpoints.save(
-                step, trainer.optimizer.state(), position, lambda folder: save_adapter(trainer.model, folder)
+                step,
+                trainer.optimizer.state(),
+                position,
+                lambda folder: _save(trainer.model, tokenizer, config, folder),
             )
 
         def evaluate(step: int) -> None:
@@ -248,6 +263,23 @@ def _train(
         trainer.run(start, Callbacks(log=log, save=save, evaluate=evaluate))
     if config.training.trackers:
         context.end()
+
+
+def _save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path | None
+) -> None:
+    """The adapter, and beside it a tokenizer that has tokens of its own."""
+    if folder is not None and config.adapter.trainable_tokens is not None:
+        with wrap_os_errors(folder):
+            tokenizer.save_pretrained(folder)
+    save_adapter(model, folder)  # last: with its weights it counts as complete
+
+
+def _trained_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, config: RunConfig) -> list[int]:
+    """Ids of `adapter.trainable_tokens`, which are added to the tokenizer where it lacks them."""
+    return add_special_tokens(
+        tokenizer, config.adapter.trainable_tokens or (), embedding_rows(checkpoint.config)
+    )
 
 
 def _restore(
@@ -276,63 +308,43 @@ def _restore(
     return found.step
 
 
-def _packing(config: RunConfig) -> Packing:
-    return Packing.of(config.data.packing, config.data.max_length)
+def _adapt(model: PreTrainedModel, config: RunConfig, context: DistributedContext) -> Adapted:
+    adapted = adapt(model, config.adapter, config.training.mode, seed=config.training.seed)
+    if adapted.start is not None:
+        refuse_sharded_base(adapted.start, context)
+        _in_force(config, adapted)
+    return adapted
 
 
-def _adapt(model: PreTrainedModel, config: RunConfig) -> InjectionReport:
-    return adapt(model, config.adapter, config.training.mode, seed=config.training.seed)
+def _in_force(config: RunConfig, adapted: Adapted) -> RunConfig:
+    """The configuration with the settings of the adapter that the run goes on from.
+
+    Raises: InputError: another section does not go with those.
+    """
+    if adapted.start is None:
+        return config
+    tree = config.model_dump(mode="json") | {"adapter": adapted.config.model_dump(mode="json")}
+    return check_config(tree, RunConfig, f"adapter.from {config.adapter.from_}")
 
 
-def _input_digests(model: PreTrainedModel, data: PreparedData) -> dict[str, str]:
-    """Short digests of what every rank must have read the same, each from its own disk."""
-    named = {f"the {part} data": value[:16] for part, value in data.fingerprints.items()}
-    return {**named, "the base model": str(base_fingerprint(model))[:16]}
+def _refuse_start_in_output(config: RunConfig) -> None:
+    """Refuse to go on from an adapter below the folder that this run clears."""
+    start, output = config.adapter.from_, Path(config.output.dir).resolve()
+    if start is not None and Path(start).resolve().is_relative_to(output):
+        raise InputError(
+            f"adapter.from {start} is in output.dir {config.output.dir}, which this run would replace; "
+            f"choose another output.dir (a run that was interrupted goes on with --resume)"
+        )
 
 
-def _manifest(
-    config: RunConfig,
-    model: PreTrainedModel,
-    data: PreparedData,
-    report: InjectionReport,
-    context: DistributedContext,
-) -> dict[str, Any]:
-    training, lengths = config.training, [len(example.input_ids) for example in data.train]
-    rows = _packing(config).row_tokens
-    order = hashlib.sha256(
-        repr((training.seed, training.batch_size, lengths, *([] if rows is None else [rows]))).encode()
-    )
-    plan = BatchPlan(lengths, training.batch_size, training.seed, rows)
-    fields = {
-        "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
-        "data": data.counts(),
-        "trainable_parameters": report.trainable,
-        "initial_a": initial_update_fingerprint(model),
-        "batch_order": order.hexdigest(),
-        "steps": count_steps(training, plan.steps_per_epoch),
-        "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
-    }
-    return make_manifest(config, world_size=context.world_size, fields=fields)
-
-
-def _settings(config: RunConfig, model: PreTrainedModel, data: PreparedData) -> dict[str, Any]:
-    """What a resumed run must agree on with the one that wrote a checkpoint."""
-    flat = _flat(config.model_dump(mode="json", include={"model", "adapter", "training"}))
-    return {
-        **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
-        "data.train": data.fingerprints["train"],
-        "data.prompt": config.data.prompt,
-        # Joining a step's sequences changes its rounding only; filling rows changes which they are.
-        "data.max_length of filled rows (data.packing: stream)": _packing(config).row_tokens,
-        # Where no text holds a special token it decides nothing.
-        "data.parse_special_tokens": config.data.parse_special_tokens if data.special_text else None,
-        "base": base_fingerprint(model),
-    }
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values by dotted key, as trackers take them."""
-    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in dotted(tree).items()}
+def _say_start(start: SavedAdapter, model: PreTrainedModel, context: DistributedContext) -> None:
+    context.say(f"going on from the adapter in {start.directory}")
+    named = start.settings.get("base_model_name_or_path")
+    if start.fingerprint is None and named not in (None, model.config.name_or_path):
+        context.say(
+            f"it names {named!r} as its base, this run has {model.config.name_or_path!r}; the shapes of its "
+            f"layers fit, and nothing else is known of that base"
+        )
 
 
 def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepMetrics]) -> str:

@@ -45,7 +45,9 @@ class AdapterConfig(Section):
     """
 
     key = "adapter"
-    several = ("targets", "magnitude_targets")
+    several = ("targets", "magnitude_targets", "trainable_tokens")
+    from_: str | None = Field(default=None, alias="from")
+    """Folder of an adapter to go on from, ours or PEFT's; what it is made of is taken from it."""
     type: UpdateType = "lora"
     """Low-rank update of the weight; `none` trains the magnitude alone."""
     dora: bool = True
@@ -77,7 +79,9 @@ class AdapterConfig(Section):
     dropout_placement: Literal["branch", "published"] = "branch"
     """`published`: with a magnitude, also drop the inputs of (s - 1) W x, at a second base product."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage of A, B, VeRA's vectors and the offsets of the gate and the magnitude."""
+    """Storage of A, B, VeRA's vectors and the offsets of the gate, the magnitude and tokens' rows."""
+    trainable_tokens: tuple[str, ...] | None = None
+    """Tokens whose rows of the embedding and output layer are trained; the tokenizer gets those it lacks."""
 
     @property
     def scale(self) -> float:
@@ -88,6 +92,8 @@ class AdapterConfig(Section):
     def _consistent(self) -> AdapterConfig:
         if not self.targets:
             raise ValueError("adapter.targets is empty; name at least one layer, for example q_proj")
+        if self.trainable_tokens is not None and not all(self.trainable_tokens or [""]):
+            raise ValueError("adapter.trainable_tokens is empty, or has an empty token; leave it out")
         if self.magnitude_targets == ():
             raise ValueError("adapter.magnitude_targets is empty; leave it out, or set adapter.dora: false")
         has_factors = self.type in ("lora", "gated_lora")
@@ -102,6 +108,15 @@ class AdapterConfig(Section):
             raise ValueError("adapter.init 'orthogonal' halves the rank: adapter.r must be even")
         if self.magnitude_targets is not None and not self.dora:
             raise ValueError("adapter.magnitude_targets given, but adapter.dora is false")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_once(self) -> AdapterConfig:
+        if self.from_ is not None and self.magnitude_start == "original":
+            raise ValueError(
+                "adapter.magnitude_start 'original' does not go with adapter.from, whose magnitude is the "
+                "start; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

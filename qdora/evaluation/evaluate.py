@@ -30,7 +30,7 @@ from qdora.evaluation.groups import Decoding, Group, check_group, group_by_task
 from qdora.evaluation.likelihood import rank, ranked_options, score_options
 from qdora.evaluation.scores import Prediction, Scores, locked_reports, summarize, write_scores
 from qdora.evaluation.weights import evaluation_weights
-from qdora.models.load import load_with_adapter, required_tokenizer
+from qdora.models.load import adapter_rows, adapter_tokenizer, load_with_adapter
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.tasks import check_run
@@ -130,7 +130,8 @@ def load_for_evaluation(
     with context.raise_on_all_ranks():
         check_run(config)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
-        tokenizer, rows = required_tokenizer(checkpoint), embedding_rows(checkpoint.config)
+        tokenizer = adapter_tokenizer(checkpoint, adapter)
+        rows = adapter_rows(adapter, embedding_rows(checkpoint.config))
         padding = fit_padding(tokenizer, rows)
         found = load_split(config.data, tokenizer, split)
         examples = [example for example in found.examples if task in (None, example.task)]

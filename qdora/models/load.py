@@ -22,13 +22,17 @@ from qdora.adapters.full import quantize_layers
 from qdora.adapters.inject import adapted_layers, refuse_lost_original, refuse_overflow
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.magnitude import original_norms
-from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, read_saved
+from qdora.adapters.peft_io import assign_saved, check_base, inject_saved
+from qdora.adapters.saved import CONFIG_FILE, SavedAdapter, read_saved
+from qdora.adapters.tokens import SETTING
 from qdora.config import DtypeName, ModelConfig, QuantizationName
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.errors import InputError
+from qdora.files import read_json
 from qdora.models.build import MetaModel, build_model
 from qdora.models.formats import Checkpoint
+from qdora.models.formats.safetensors import read_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
@@ -147,22 +151,57 @@ def load_with_adapter(
     """
     with context.raise_on_all_ranks():
         saved = None if adapter is None else read_saved(adapter)
-        if saved is not None and context.fsdp is not None and (saved.is_full or saved.changes_base):
-            what = "a fully trained model" if saved.is_full else "an adapter that started from full weights"
-            raise InputError(f"{adapter}: {what} does not go onto a sharded base; use it without FSDP")
+        if saved is not None:
+            refuse_sharded_base(saved, context)
     injected = None if saved is None or saved.is_full else saved
     model, _ = load_model(
         checkpoint, settings, context, lambda m: None if injected is None else inject_saved(m, injected)
     )
+    if saved is not None:
+        put_saved(model, saved, context)
     with context.raise_on_all_ranks():
-        if saved is not None:
-            check_base(model, saved)
-            assign_saved(model, saved)
-            if context.fsdp is None:
-                refuse_overflow(model, str(saved.directory))
         if quantize is not None:
             quantize_layers(model, quantize)
     return model
+
+
+def refuse_sharded_base(saved: SavedAdapter, context: DistributedContext) -> None:
+    """Raises: InputError: an adapter that changes the base's full weights, which no rank has under FSDP."""
+    if context.fsdp is not None and (saved.is_full or saved.changes_base or saved.has_tokens):
+        what = "a fully trained model" if saved.is_full else "an adapter that started from full weights"
+        what = "an adapter with trained rows of tokens" if saved.has_tokens else what
+        raise InputError(f"{saved.directory}: {what} does not go onto a sharded base; use it without FSDP")
+
+
+def put_saved(model: PreTrainedModel, saved: SavedAdapter, context: DistributedContext) -> None:
+    """Write a saved adapter's values onto the loaded base that was injected for it; a collective.
+
+    Raises: InputError: the adapter was made for another base, or its norms overflow.
+    """
+    with context.raise_on_all_ranks():
+        check_base(model, saved)
+        assign_saved(model, saved)
+        if context.fsdp is None:
+            refuse_overflow(model, str(saved.directory))
+
+
+def adapter_tokenizer(checkpoint: Checkpoint, adapter: Path | None) -> PreTrainedTokenizerBase:
+    """The tokenizer that an adapter was saved with, else the model's.
+
+    Raises: InputError: as `required_tokenizer`.
+    """
+    if adapter is None or not (adapter / "tokenizer_config.json").is_file():
+        return required_tokenizer(checkpoint)
+    return read_tokenizer(adapter)
+
+
+def adapter_rows(adapter: Path | None, rows: int) -> int:
+    """Rows of the embedding with those that an adapter adds to the `rows` of its base."""
+    if adapter is None or not (adapter / CONFIG_FILE).is_file():
+        return rows
+    named = read_json(adapter / CONFIG_FILE).get(SETTING) or {}
+    ids = [i for of_layer in (named.values() if isinstance(named, dict) else [named]) for i in of_layer]
+    return max([rows, *(i + 1 for i in ids if isinstance(i, int))])
 
 
 def required_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -195,8 +195,9 @@ def test_every_key_is_documented_under_its_section(heading, section):
     page = (ROOT / "docs" / "configuration.md").read_text()
     table = page.split(f"\n## {heading}\n")[1].split("| key |")[1].split("\n\n")[0]
     rows = {cells[1].strip(" `"): cells[3].strip() for cells in map(cells_of, table.splitlines()) if cells}
-    assert list(rows) == list(section.model_fields)
-    for key, field in section.model_fields.items():
+    fields = {field.alias or name: field for name, field in section.model_fields.items()}
+    assert list(rows) == list(fields)
+    for key, field in fields.items():
         default = field.get_default(call_default_factory=True)
         if field.is_required():
             assert rows[key] == "required", key

@@ -105,14 +105,7 @@ class SafetensorsFolder(Checkpoint):
         """As `Checkpoint.tokenizer`."""
         if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
             return None
-        try:
-            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
-            tokenizer("a text")  # settings of a wrong type fail no earlier
-        except Exception as error:
-            raise InputError(f"{self.path}: its tokenizer cannot be used: {error}") from error
-        return tokenizer
+        return read_tokenizer(self.path)
 
     def generation_config(self) -> GenerationConfig | None:
         """As `Checkpoint.generation_config`."""
@@ -376,3 +369,18 @@ def _collect_shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dic
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Raises: InputError: it cannot be used.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer("a text")  # settings of a wrong type fail no earlier
+    except Exception as error:
+        raise InputError(f"{folder}: its tokenizer cannot be used: {error}") from error
+    return tokenizer
