@@ -76,6 +76,17 @@ def check_config(tree: dict[str, Any], kind: type[C], origin: str) -> C:
         raise InputError(f"{origin}: a value is not plain YAML ({error})") from None
 
 
+def parse_config(text: str, kind: type[C], origin: str) -> C:
+    """Read a text as `load_config` reads a file.
+
+    Raises: InputError: as `load_config`.
+    """
+    tree = _parse(text, f"{origin}: not")
+    if not isinstance(tree, dict):
+        raise InputError(f"{origin}: expected a mapping of sections, got {type(tree).__name__}")
+    return check_config(tree, kind, origin)
+
+
 def dump_config(config: Section) -> str:
     """The fully resolved configuration as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -37,11 +37,14 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
         self.adapter = self.path / "adapter"
+        self.best_adapter = self.path / "adapter-best"
         self.checkpoints = self.path / "checkpoints"
         self.evaluation = self.path / "evaluation"
         self.base_evaluation = self.path / "evaluation-base"
         self.validation = self.path / "evaluation-validation"
         self.base_validation = self.path / "evaluation-base-validation"
+        self.best_evaluation = self.path / "evaluation-best"
+        self.best_validation = self.path / "evaluation-best-validation"
         self.analysis = self.path / "analysis"
 
     def holds_run(self) -> bool:
@@ -85,7 +88,8 @@ class RunDirectory:
     def _written(self) -> tuple[Path, ...]:
         """Everything of a run. A kill while it is removed in this order leaves what `--resume` takes."""
         scores = (self.evaluation, self.base_evaluation, self.validation, self.base_validation)
-        results = (self.adapter, *scores, self.analysis, self.loss_plot)
+        of_best = (self.best_adapter, self.best_evaluation, self.best_validation)
+        results = (self.adapter, *of_best, *scores, self.analysis, self.loss_plot)
         return (*results, self.checkpoints, self.metrics_file, self.manifest_file, self.config_file)
 
     def start(self, config: RunConfig, manifest: dict[str, Any]) -> None:
@@ -99,8 +103,18 @@ class RunDirectory:
         Raises: InputError: the manifest is missing or not JSON.
         """
         manifest = self.manifest()
+        manifest.pop("stopped_early", None)
         resumed = [*manifest.get("resumed", []), {"step": step, "started": _now(), "command": _command()}]
         self.start(config, manifest | {"resumed": resumed})
+
+    def record(self, **fields: Any) -> None:
+        """Put fields that are known while a run trains into its manifest, one that is None out of it.
+
+        Raises: InputError: the manifest is missing or not JSON.
+        """
+        manifest = {key: value for key, value in self.manifest().items() if key not in fields}
+        known = {key: value for key, value in fields.items() if value is not None}
+        write_json(self.manifest_file, manifest | known)
 
     def config(self) -> RunConfig:
         """The configuration in force.
@@ -134,12 +148,28 @@ class RunDirectory:
 
         Raises: InputError: the run has none; its newest checkpoint is named where there is one.
         """
-        if (self.adapter / "adapter_model.safetensors").is_file():
+        if _holds_adapter(self.adapter):
             return self.adapter
         found = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdigit()]
         newest = max(found, key=lambda path: int(path.name[5:]), default=None)
         hint = f"; its newest checkpoint is {newest}" if newest else ""
         raise InputError(f"{self.path}: the run has no adapter, it was not finished{hint}")
+
+    def kept_adapter(self) -> Path:
+        """Folder of the best adapter.
+
+        Raises: InputError: the run has none.
+        """
+        if not _holds_adapter(self.best_adapter):
+            raise InputError(
+                f"--best: {self.path} has no adapter-best; a run keeps it with training.keep_best: loss or "
+                f"exact_match"
+            )
+        return self.best_adapter
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / "adapter_model.safetensors").is_file()
 
 
 def newest_run(root: str | Path = "runs") -> RunDirectory:
@@ -247,13 +277,14 @@ class Target:
     directory: RunDirectory | None
 
     def locked(self) -> AbstractContextManager[None]:
-        """Keep other processes from training the run whose own adapter is used; others may use it too.
+        """Keep other processes from training the run whose adapter is used; others may use it too.
 
         Raises: InputError: another process trains it.
         """
-        if self.directory is None or self.adapter != self.directory.adapter:
+        run = self.directory
+        if run is None or self.adapter not in (run.adapter, run.best_adapter):
             return nullcontext()
-        return locked(self.directory.path / LOCK, f"--run {self.directory.path}", shared=True)
+        return locked(run.path / LOCK, f"--run {run.path}", shared=True)
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
@@ -264,15 +295,32 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
 
 
-def resolve_target(arguments: argparse.Namespace, *, data: str | None, base_only: bool = False) -> Target:
+def add_best_argument(parser: argparse.ArgumentParser) -> None:
+    """The option that names the best adapter of a run, beside those of `add_target_arguments`."""
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="the run's adapter-best, of its best validation (training.keep_best)",
+    )
+
+
+def resolve_target(
+    arguments: argparse.Namespace, *, data: str | None, base_only: bool = False, best: bool = False
+) -> Target:
     """The named run, else the named model with an adapter and a data file, else the newest run.
 
     Args:
         data: a data file to score on; None where the command needs none.
         base_only: leave the adapter out.
+        best: the run's best adapter instead of its last one.
     Raises: InputError: there is no run, or it has no adapter, or an override is wrong.
     """
     directory = RunDirectory(arguments.run) if arguments.run else None
+    if best:
+        others = {"--adapter": arguments.adapter, "--base-only": base_only}
+        others |= {"--model without --run": arguments.model and not arguments.run}
+        for option in (name for name, given in others.items() if given):
+            raise InputError(f"--best is an adapter of a run; it does not go with {option}")
     if directory is None and not arguments.model:
         directory = newest_run()
         if os.environ.get("RANK", "0") == "0":
@@ -288,7 +336,7 @@ def resolve_target(arguments: argparse.Namespace, *, data: str | None, base_only
     if arguments.adapter and not base_only:
         adapter = Path(arguments.adapter)
     elif directory is not None and not base_only:
-        adapter = directory.finished_adapter()
+        adapter = directory.kept_adapter() if best else directory.finished_adapter()
     return Target(config, adapter, directory)
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-_COMMANDS = ("train", "evaluate", "export", "compare")
+_COMMANDS = ("train", "evaluate", "export", "compare", "chat")
 PRELOADED = (
     *(f"qdora.{half}.{name}" for half in ("cli", "commands") for name in _COMMANDS),
     "qdora.experiments.plots",
@@ -83,10 +85,57 @@ class Forked:
         self._process.kill()
 
 
+class InTerminal:
+    """A Python process as `Forked`, in a terminal of its own; a context manager, which ends it.
+
+    Args:
+        words, cwd, env: as of `Forked`.
+    """
+
+    def __init__(self, words: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
+        self._ours, self._theirs = os.openpty()
+        arguments = (list(words), str(cwd), dict(env), os.ttyname(self._theirs))
+        self._process = server().Process(target=_run_in_terminal, args=arguments)
+        self._process.start()
+
+    def __enter__(self) -> InTerminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        os.close(self._ours)
+        os.close(self._theirs)
+
+    def type(self, text: str) -> None:
+        """As from the keyboard; control characters are what their keys are."""
+        os.write(self._ours, text.encode())
+
+    def read_until(self, end: str, timeout: float = 60) -> str:
+        """What the terminal shows from here on up to `end`, line ends as `\\n`."""
+        shown, deadline = b"", time.monotonic() + timeout
+        while end.encode() not in shown.replace(b"\r\n", b"\n"):
+            left = deadline - time.monotonic()
+            if left < 0 or not select.select([self._ours], [], [], left)[0]:
+                raise AssertionError(f"no {end!r} after {timeout} s, but {shown[-2000:]!r}")
+            # One byte at a time, so that nothing behind `end` is lost.
+            shown += os.read(self._ours, 1)
+        return shown.replace(b"\r\n", b"\n").decode(errors="replace")
+
+    def wait(self, timeout: float = 60) -> int | None:
+        """The exit code; None where it runs on."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+
 def _run(words: list[str], cwd: str, environment: dict[str, str], output: str) -> None:
     handle = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    _begin(words, cwd, environment)
+
+
+def _begin(words: list[str], cwd: str, environment: dict[str, str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
@@ -101,3 +150,12 @@ def _run(words: list[str], cwd: str, environment: dict[str, str], output: str) -
     else:
         sys.argv = words
         runpy.run_path(first, run_name="__main__")
+
+
+def _run_in_terminal(words: list[str], cwd: str, environment: dict[str, str], terminal: str) -> None:
+    os.setsid()
+    handle = os.open(terminal, os.O_RDWR)  # the first one that a session opens is its terminal
+    for standard in range(3):
+        os.dup2(handle, standard)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    _begin(words, cwd, environment)

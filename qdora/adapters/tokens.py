@@ -34,6 +34,7 @@ class TokenRows(AdapterModule):
     Attributes:
         ids: of the tokens.
         initial_KI: float32, frozen.
+        base_rows: of the table before it grew.
         offset_KI: parameter, zero at the start.
         enabled: False leaves the table as it is.
     """
@@ -45,9 +46,10 @@ class TokenRows(AdapterModule):
     def __init__(self, ids: Sequence[int], initial_KI: torch.Tensor, rows: int, storage: torch.dtype) -> None:
         super().__init__()
         self.ids, self.storage, self.enabled = tuple(ids), storage, True
+        self.base_rows = rows
         device = initial_KI.device
         ids_K = torch.tensor(self.ids)
-        slot_V = torch.full((rows,), -1)
+        slot_V = torch.full((max(rows, max(ids) + 1),), -1)
         slot_V[ids_K] = torch.arange(len(self.ids))
         self.register_buffer("ids_K", ids_K.to(device), persistent=False)
         self.register_buffer("slot_V", slot_V.to(device), persistent=False)
@@ -82,6 +84,8 @@ class TokenRows(AdapterModule):
         if self.enabled:
             bias_K = None if bias_V is None else bias_V[self.ids_K]
             y_NV.index_copy_(-1, self.ids_K, F.linear(x_NI, self.rows(x_NI.dtype), bias_K))
+        else:
+            y_NV[..., self.base_rows :] = -torch.inf  # tokens that the base does not have
 
     def embed(self, ids: torch.Tensor, rows_of_table: torch.Tensor, scale: Any = None) -> torch.Tensor:
         """The embedding of ids (...): the trained rows in place of the table's (..., I)."""
@@ -116,7 +120,8 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerBase, names: Collection[str
         raise InputError(f"adapter.trainable_tokens: {', '.join(names)}: a token is named twice")
     vocabulary = tokenizer.get_vocab()
     tokenizer.add_tokens([name for name in names if name not in vocabulary], special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(list(names))
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[name] for name in names]
     return sorted({*ids, *range(rows, max(ids, default=0) + 1)})
 
 
@@ -141,7 +146,7 @@ def train_tokens(model: nn.Module, ids: Sequence[int], storage: torch.dtype) -> 
     for layer in (embedding,) if output is None else (embedding, output):
         table_VI = layer.weight.detach()
         if not (tied and previous is not None):
-            previous = TokenRows(ids, _start(table_VI, ids), size, storage)
+            previous = TokenRows(ids, _start(table_VI, ids), vocabulary, storage)
             total += previous.offset_KI.numel()
             if size > vocabulary:
                 grown_VI = torch.cat([table_VI, table_VI.new_zeros(size - vocabulary, table_VI.shape[1])])

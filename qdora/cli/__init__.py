@@ -20,9 +20,11 @@ from qdora.resources import choose_threads
 from qdora.signals import StopSignal, end, leave, raise_on_signals
 
 COMMANDS = {
+    "init": "write a starter configuration that fits",
     "train": "train an adapter as configured",
     "evaluate": "score a run, a model or an adapter by exact match",
     "export": "merge an adapter and write fp16 or bf16 weights",
+    "chat": "ask a run, a model or an adapter",
     "compare": "train arms under identical conditions and report",
     "analyze": "what training changed in weights, ranks for layers, fewer bits and entries",
     "estimate": "what a run takes on each GPU, found without one",
@@ -30,7 +32,7 @@ COMMANDS = {
     "demo": "train, score and export the shipped quickstart",
 }
 
-_COMPUTING = ("train", "evaluate", "export", "compare", "analyze", "benchmark", "demo")
+_COMPUTING = ("train", "evaluate", "export", "chat", "compare", "analyze", "benchmark", "demo")
 
 _LONGEST_SENTENCE = 2000
 

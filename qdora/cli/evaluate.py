@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Callable
 
 from qdora.errors import InputError
-from qdora.run import Target, add_target_arguments, resolve_target
+from qdora.run import Target, add_best_argument, add_target_arguments, resolve_target
 from qdora.tasks import check_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_target_arguments(parser)
+    add_best_argument(parser)
     parser.add_argument("--data", help="json, jsonl, csv or parquet file with questions and answers")
     parser.add_argument("--task", help="only this task of the set")
     parser.add_argument(
@@ -39,7 +40,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         raise InputError("without --run, name a data file with --data")
     if arguments.split == "validation" and arguments.data:
         raise InputError("--data names a test set; with --split validation leave it out")
-    target = resolve_target(arguments, data=arguments.data, base_only=arguments.base_only)
+    target = resolve_target(
+        arguments, data=arguments.data, base_only=arguments.base_only, best=arguments.best
+    )
     check_run(target.config)
     if arguments.split == "validation":
         _check_validation(target)

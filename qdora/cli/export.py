@@ -8,7 +8,7 @@ from typing import get_args
 
 from qdora.config import QuantizationName
 from qdora.errors import InputError
-from qdora.run import add_target_arguments, resolve_target
+from qdora.run import add_best_argument, add_target_arguments, resolve_target
 
 DTYPES = ("bf16", "fp16")
 """Keys of `qdora.export.write.DTYPES`."""
@@ -17,6 +17,7 @@ DTYPES = ("bf16", "fp16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     add_target_arguments(parser)
+    add_best_argument(parser)
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--dtype", default="fp16", choices=DTYPES, help="of the written weights")
     parser.add_argument(
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Find the adapter; what is left to do."""
-    target = resolve_target(arguments, data=None)
+    target = resolve_target(arguments, data=None, best=arguments.best)
     adapter = target.adapter
     if adapter is None:
         raise InputError("name an adapter with --adapter, or a run with --run")

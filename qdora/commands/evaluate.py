@@ -39,10 +39,12 @@ def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None
         return Path(arguments.output)
     if target.directory is None or arguments.data:
         return None  # a run's own reports are about its own test set
-    directory, base_only = target.directory, arguments.base_only
-    if arguments.split == "validation":
-        return directory.base_validation if base_only else directory.validation
-    return directory.base_evaluation if base_only else directory.evaluation
+    directory, on_validation = target.directory, arguments.split == "validation"
+    if arguments.base_only:
+        return directory.base_validation if on_validation else directory.base_evaluation
+    if target.adapter == directory.best_adapter:
+        return directory.best_validation if on_validation else directory.best_evaluation
+    return directory.validation if on_validation else directory.evaluation
 
 
 def _table(scores: list[Scores]) -> str:

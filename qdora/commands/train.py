@@ -5,27 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tabulate import tabulate
 
-from qdora.adapters.adapt import Adapted, adapt, with_tokens
+from qdora.adapters.adapt import with_tokens
 from qdora.adapters.base import describe
+from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.gated import GATES
 from qdora.adapters.inject import InjectionReport
-from qdora.adapters.peft_io import check_savable, save_adapter
-from qdora.adapters.saved import CONFIG_FILE, SavedAdapter
-from qdora.adapters.tokens import add_special_tokens
+from qdora.adapters.peft_io import check_savable
+from qdora.adapters.saved import CONFIG_FILE
 from qdora.config import RunConfig
-from qdora.config_file import check_config, config_digest
-from qdora.data.rows import Example
-from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
+from qdora.config_file import config_digest
+from qdora.data.vocabulary import check_ids, check_questions, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.evaluation.scores import write_scores
+from qdora.evaluation.scores import Scores, write_scores
 from qdora.files import fsync, read_json, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
@@ -33,32 +30,39 @@ from qdora.models.load import (
     build_adapted,
     load_model,
     put_saved,
-    refuse_sharded_base,
     required_tokenizer,
 )
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.run import RunDirectory, package_versions
 from qdora.tasks import check_run
-from qdora.tasks.prepare import PreparedData, prepare
+from qdora.tasks.prepare import PreparedData, Split, prepare
 from qdora.tasks.shots import draw_shots
 from qdora.training.attention import check_packing
-from qdora.training.checkpoint import CheckpointWriter, list_checkpoints, load_checkpoint, newest_usable
-from qdora.training.identity import flat_values, input_digests, packing_of, resume_settings, run_manifest
+from qdora.training.best import ValidationState, save_best
+from qdora.training.checkpoint import CheckpointWriter
+from qdora.training.identity import input_digests, packing_of, run_manifest
 from qdora.training.layers import check_layer_settings
 from qdora.training.loop import Callbacks, Trainer, micro_batch_size
 from qdora.training.loss import check_output_layer
 from qdora.training.metrics import (
     StepMetrics,
-    TrainingBar,
+    ValidationMetrics,
     append_metrics,
     keep_until,
     read_metrics,
+    read_validations,
     reset_peak_memory,
 )
+from qdora.training.progress import TrainingBar, data_lines, summarize
+from qdora.training.resume import restore, restore_best
+from qdora.training.settings import agreed_settings, plain_values
+from qdora.training.start import adapt_run, in_force, refuse_start_in_output, say_start
+from qdora.training.tokens import save_adapter_and_tokens, table_rows, trained_ids
+from qdora.training.validation import HeldOut, Validator, hold_out
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def train(
@@ -74,7 +78,7 @@ def train(
         InterruptedRunError: stopped on request, after a checkpoint.
     """
     check_run(config)
-    _refuse_start_in_output(config)
+    refuse_start_in_output(config)
     context = context or DistributedContext.from_launch(config.training.trackers, config.output.dir)
     directory = RunDirectory(config.output.dir)
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
@@ -99,18 +103,20 @@ def _train_locked(
     with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
-        shots = draw_shots(config, tokenizer, data.test) if config.evaluation.every else {}
-    _say_data(data, config, context)
+        held_out = _hold_out(config, checkpoint, tokenizer, data, context)
+    for line in data_lines(data, config.data):
+        context.say(line)
     model, adapted = load_model(
-        checkpoint, config.model, context, lambda model: _adapt(model, config, context)
+        checkpoint, config.model, context, lambda model: adapt_run(model, config, context)
     )
-    report, base, config = adapted.report, adapted.start, _in_force(config, adapted)
+    base, config = adapted.start, in_force(config, adapted)
     context.refuse_disagreement(input_digests(model, data, base))
     if base is not None:
         put_saved(model, base, context)
-        _say_start(base, model, context)
+        say_start(base, model, context)
     with context.raise_on_all_ranks():
-        report = with_tokens(model, report, config.adapter, _trained_ids(tokenizer, checkpoint, config))
+        ids = trained_ids(tokenizer, checkpoint, config)
+        report = with_tokens(model, adapted.report, config.adapter, ids)
         adapted = dataclasses.replace(adapted, report=report)
     check_savable(model)
     context.say(str(report))
@@ -122,37 +128,74 @@ def _train_locked(
         data.pad_id,
         evaluate_every=config.evaluation.every,
         packing=packing_of(config),
+        validate_every=config.evaluation.loss_every,
     )
     context.say(str(trainer.batch_sizes()))
-    settings = resume_settings(config, model, data, base)
-    start = _restore(trainer, directory, resume, settings)
+    settings = agreed_settings(config, data, base_fingerprint(model), base.digest if base else None)
+    found = restore(trainer, directory, resume, settings)
+    done, validation = (found.step, found.validation) if found else (0, ValidationState())
     manifest = run_manifest(config, model, data, adapted, context)
+    del adapted, base  # with the tensors that were read
     with context.raise_on_all_ranks():
         if context.is_main:
             directory.clear_leftovers()
             if resume is None:
                 directory.clear()
-            if start == 0:
+            if found is None:
                 directory.start(config, manifest)
             else:
-                directory.record_resume(config, start)
-            missing = keep_until(directory.metrics_file, start)
+                directory.record_resume(config, found.step)
+            restore_best(directory, found, config)
+            missing = keep_until(directory.metrics_file, done, validation.step)
             if missing:
-                context.say(f"{directory.metrics_file}: it lacks {missing} of the {start} steps done")
-    del adapted, base  # with the tensors that were read
-    _train(trainer, directory, config, settings, start, tokenizer, data, shots)
+                context.say(f"{directory.metrics_file}: it lacks {missing} of the {done} steps done")
+    if config.training.trackers:
+        context.start_trackers(plain_values(config.model_dump(mode="json")))
+    checkpoints = CheckpointWriter(
+        directory.checkpoints,
+        settings,
+        context,
+        keep=config.training.keep_checkpoints,
+        full_tensors=context.fsdp is not None and context.fsdp.state_dict_type == "full",
+        in_background=config.training.async_checkpoints,
+    )
+    with TrainingBar(trainer.total_steps, done, shown=context.is_main) as bar, checkpoints:
+        run = _Run(trainer, directory, config, tokenizer, data, held_out, validation, checkpoints, bar)
+        run.train(done)
+    if config.training.trackers:
+        context.end()
     steps: list[StepMetrics] = []
+    validations: list[ValidationMetrics] = []
     with context.raise_on_all_ranks():
         if context.is_main:
-            from qdora.experiments.plots import plot_loss  # with matplotlib
+            from qdora.experiments.plots import plot_run  # with matplotlib
 
-            steps = read_metrics(directory.metrics_file)
+            steps, validations = read_metrics(lines := directory.metrics_file), read_validations(lines)
             trained = describe(config.model.quantization, config.adapter, config.training.mode)
-            plot_loss({trained: steps}, directory.loss_plot, f"Training loss, {directory.path.name}")
+            plot_run(steps, validations, directory.loss_plot, f"{directory.path.name}: {trained}")
     # Last, since a run that has its adapter counts as finished.
-    _save(model, tokenizer, config, directory.adapter if context.is_main else None)
+    save_adapter_and_tokens(model, tokenizer, config, directory.adapter if context.is_main else None)
     if context.is_main:
-        print(_summary(directory, report, steps))
+        print(summarize(directory, steps, validations, _trained_rows(directory, report)))
+
+
+def _hold_out(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    context: DistributedContext,
+) -> HeldOut:
+    """The validation examples whose loss is measured during training; none where it is not."""
+    if not config.evaluation.loss_every:
+        return {}
+    held_out, skipped = hold_out(config.data, tokenizer, data.validation)
+    if skipped:
+        context.say(f"{len(skipped)} validation examples have no part in the loss, the first: {skipped[0]}")
+    examples = [example for of_task in held_out.values() for example in of_task]
+    rows = table_rows(tokenizer, checkpoint, config)
+    check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in examples))
+    return held_out
 
 
 def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase, PreparedData]:
@@ -164,8 +207,7 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     tokenizer = required_tokenizer(checkpoint)
     context_length = getattr(checkpoint.config, "max_position_embeddings", None)
-    ids = _trained_ids(tokenizer, checkpoint, config)
-    rows = max([embedding_rows(checkpoint.config), *(i + 1 for i in ids)])
+    rows = table_rows(tokenizer, checkpoint, config)
     data = prepare(config.data, tokenizer, context_length)
     padding = fit_padding(tokenizer, rows)
     if padding is not None and os.environ.get("RANK", "0") == "0":
@@ -188,12 +230,12 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
         check_layer_settings(config.training, context.device)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
     meta, adapted = build_adapted(
-        checkpoint, config.model, context, lambda model: _adapt(model, config, context)
+        checkpoint, config.model, context, lambda model: adapt_run(model, config, context)
     )
-    config = _in_force(config, adapted)
+    config = in_force(config, adapted)
     with context.raise_on_all_ranks():
         if config.adapter.trainable_tokens is not None:
-            ids = _trained_ids(required_tokenizer(checkpoint), checkpoint, config)
+            ids = trained_ids(required_tokenizer(checkpoint), checkpoint, config)
             report = with_tokens(meta.model, adapted.report, config.adapter, ids)
             adapted = dataclasses.replace(adapted, report=report)
         check_savable(meta.model)
@@ -207,181 +249,128 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
         return run_manifest(config, meta.model, data, adapted, context)
 
 
-def _train(
-    trainer: Trainer,
-    directory: RunDirectory,
-    config: RunConfig,
-    settings: Mapping[str, Any],
-    start: int,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    shots: Mapping[str, Sequence[Example]],
-) -> None:
-    context = trainer.context
-    if config.training.trackers:
-        context.start_trackers(flat_values(config.model_dump(mode="json")))
-    checkpoints = CheckpointWriter(
-        directory.checkpoints,
-        settings,
-        context,
-        keep=config.training.keep_checkpoints,
-        full_tensors=context.fsdp is not None and context.fsdp.state_dict_type == "full",
-        in_background=config.training.async_checkpoints,
-    )
-    with TrainingBar(trainer.total_steps, start, shown=context.is_main) as bar, checkpoints:
+class _Run:
+    """The callbacks of a run: what happens after its steps."""
 
-        def log(metrics: StepMetrics) -> None:
-            append_metrics(directory.metrics_file, metrics)
-            bar.show(metrics)
-            context.track(dataclasses.asdict(metrics), step=metrics.step)
+    def __init__(
+        self,
+        trainer: Trainer,
+        directory: RunDirectory,
+        config: RunConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        data: PreparedData,
+        held_out: HeldOut,
+        state: ValidationState,
+        checkpoints: CheckpointWriter,
+        bar: TrainingBar,
+    ) -> None:
+        self.trainer, self.context, self.directory, self.config = trainer, trainer.context, directory, config
+        self.tokenizer, self.data, self.checkpoints, self.bar = tokenizer, data, checkpoints, bar
+        by_answers = config.training.keep_best == "exact_match"
+        scored = [*(data.test if config.evaluation.every else ()), *(data.validation if by_answers else ())]
+        self.shots = draw_shots(config, tokenizer, scored) if scored else {}
+        self.validator = Validator(
+            trainer,
+            held_out,
+            state,
+            log=self.log_validation,
+            keep=self.keep_best,
+            score=self.exact_match if by_answers else None,
+        )
 
-        def save(step: int) -> None:
-            with context.raise_on_all_ranks(), wrap_os_errors(directory.metrics_file):
-                if context.is_main:
-                    fsync(directory.metrics_file)  # a checkpoint must not outlive the steps before it
-            epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
-            position = {"seed": config.training.seed, "epoch": epoch, "batch": batch}
-            checkpoints.save(
-                step,
-                trainer.optimizer.state(),
-                position,
-                lambda folder: _save(trainer.model, tokenizer, config, folder),
+    def train(self, start: int) -> None:
+        callbacks = Callbacks(log=self.log, validate=self.validate, save=self.save, evaluate=self.evaluate)
+        self.trainer.run(start, callbacks)
+
+    def log(self, metrics: StepMetrics) -> None:
+        append_metrics(self.directory.metrics_file, metrics)
+        self.bar.show(metrics)
+        self.context.track(dataclasses.asdict(metrics), step=metrics.step)
+
+    def log_validation(self, metrics: ValidationMetrics, is_best: bool) -> None:
+        append_metrics(self.directory.metrics_file, metrics)
+        self.bar.show_validation(metrics, is_best=is_best)
+        self.context.track(metrics.tracked(), step=metrics.step)
+
+    def validate(self, step: int) -> bool:
+        self.bar.working("validating")
+        stop = self.validator(step) and step < self.trainer.total_steps
+        if stop:
+            state = self.validator.state
+            self.bar.say(
+                f"step {step}: stopping early, the last {state.since} validations were no better than that "
+                f"after step {state.best_step} (training.patience)"
             )
+            with self.context.raise_on_all_ranks():
+                if self.context.is_main:
+                    self.directory.record(stopped_early=step)
+        return stop
 
-        def evaluate(step: int) -> None:
-            from qdora.evaluation.evaluate import evaluate_configured  # with transformers' generation
+    def keep_best(self, state: ValidationState) -> None:
+        measure = self.config.training.keep_best
+        if measure is None:
+            return
+        save_best(self.save_adapter, self.directory.best_adapter, self.context)
+        with self.context.raise_on_all_ranks():
+            if self.context.is_main:
+                self.directory.record(best=state.best(measure))
 
-            scores = evaluate_configured(
-                trainer.model, tokenizer, data.test, config, context, shots=shots, show_progress=False
-            )
-            if context.is_main:
-                for score in scores:
-                    write_scores(score, directory.evaluation / f"step-{step}")
-                    bar.say(f"step {step}: {score}")
-                    context.track({f"{score.task}/{score.metric}": score.score}, step=step)
+    def exact_match(self, step: int) -> float:
+        everything = self.config.evaluation.model_copy(update={"limit": None})
+        config = self.config.model_copy(update={"evaluation": everything})
+        scores = self._score(config, "validation", self.directory.validation / f"step-{step}")
+        return sum(score.correct for score in scores) / sum(score.total for score in scores)
 
-        trainer.run(start, Callbacks(log=log, save=save, evaluate=evaluate))
-    if config.training.trackers:
-        context.end()
+    def evaluate(self, step: int) -> None:
+        self.bar.working("evaluating")
+        for score in self._score(self.config, "test", self.directory.evaluation / f"step-{step}"):
+            self.bar.say(f"step {step}: {score}")
+            if self.context.is_main:
+                self.context.track({f"{score.task}/{score.metric}": score.score}, step=step)
 
+    def _score(self, config: RunConfig, split: Split, folder: Path) -> list[Scores]:
+        from qdora.evaluation.evaluate import evaluate_configured  # with transformers' generation
 
-def _save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, folder: Path | None
-) -> None:
-    """The adapter, and beside it a tokenizer that has tokens of its own."""
-    if folder is not None and config.adapter.trainable_tokens is not None:
-        with wrap_os_errors(folder):
-            tokenizer.save_pretrained(folder)
-    save_adapter(model, folder)  # last: with its weights it counts as complete
+        examples = self.data.validation if split == "validation" else self.data.test
+        scores = evaluate_configured(
+            self.trainer.model,
+            self.tokenizer,
+            examples,
+            config,
+            self.context,
+            shots=self.shots,
+            split=split,
+            show_progress=False,
+        )
+        if self.context.is_main:
+            for score in scores:
+                write_scores(score, folder)
+        return scores
 
+    def save_adapter(self, folder: Path | None) -> None:
+        save_adapter_and_tokens(self.trainer.model, self.tokenizer, self.config, folder)
 
-def _trained_ids(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, config: RunConfig) -> list[int]:
-    """Ids of `adapter.trainable_tokens`, which are added to the tokenizer where it lacks them."""
-    return add_special_tokens(
-        tokenizer, config.adapter.trainable_tokens or (), embedding_rows(checkpoint.config)
-    )
-
-
-def _restore(
-    trainer: Trainer, directory: RunDirectory, resume: str | None, settings: Mapping[str, Any]
-) -> int:
-    """Load the optimizer's state from a checkpoint; the steps already done."""
-    if resume is None:
-        return 0
-    context, state = trainer.context, trainer.optimizer.state()
-    if resume == "auto":
-        found = newest_usable(directory.checkpoints, state, settings, context, context.say)
-    else:
-        found = load_checkpoint(Path(resume), state, settings, context)
-    if found is None:
-        left = context.gather([[path.name for path in list_checkpoints(directory.checkpoints)]])[0]
-        if left:  # a first save would remove them, and the disk may only be away for the moment
-            raise InputError(
-                f"{directory.checkpoints}: none of its checkpoints ({', '.join(left)}) can be used; look at "
-                f"them, or start anew without --resume and with --set output.overwrite=true"
-            )
-        context.say(f"{directory.path}: no checkpoint; starting from the beginning")
-        return 0
-    trainer.optimizer.load_state(found.tensors)
-    writers = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
-    context.say(f"resuming after step {found.step}, written by {writers}")
-    return found.step
-
-
-def _adapt(model: PreTrainedModel, config: RunConfig, context: DistributedContext) -> Adapted:
-    adapted = adapt(model, config.adapter, config.training.mode, seed=config.training.seed)
-    if adapted.start is not None:
-        refuse_sharded_base(adapted.start, context)
-        _in_force(config, adapted)
-    return adapted
-
-
-def _in_force(config: RunConfig, adapted: Adapted) -> RunConfig:
-    """The configuration with the settings of the adapter that the run goes on from.
-
-    Raises: InputError: another section does not go with those.
-    """
-    if adapted.start is None:
-        return config
-    tree = config.model_dump(mode="json") | {"adapter": adapted.config.model_dump(mode="json")}
-    return check_config(tree, RunConfig, f"adapter.from {config.adapter.from_}")
-
-
-def _refuse_start_in_output(config: RunConfig) -> None:
-    """Refuse to go on from an adapter below the folder that this run clears."""
-    start, output = config.adapter.from_, Path(config.output.dir).resolve()
-    if start is not None and Path(start).resolve().is_relative_to(output):
-        raise InputError(
-            f"adapter.from {start} is in output.dir {config.output.dir}, which this run would replace; "
-            f"choose another output.dir (a run that was interrupted goes on with --resume)"
+    def save(self, step: int) -> None:
+        trainer, metrics_file = self.trainer, self.directory.metrics_file
+        with self.context.raise_on_all_ranks(), wrap_os_errors(metrics_file):
+            if self.context.is_main:
+                fsync(metrics_file)  # a checkpoint must not outlive the steps before it
+        epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
+        self.checkpoints.save(
+            step,
+            trainer.optimizer.state(),
+            {"seed": self.config.training.seed, "epoch": epoch, "batch": batch},
+            self.save_adapter,
+            validation=self.validator.state,
+            best=self.directory.best_adapter if self.config.training.keep_best else None,
         )
 
 
-def _say_start(start: SavedAdapter, model: PreTrainedModel, context: DistributedContext) -> None:
-    context.say(f"going on from the adapter in {start.directory}")
-    named = start.settings.get("base_model_name_or_path")
-    if start.fingerprint is None and named not in (None, model.config.name_or_path):
-        context.say(
-            f"it names {named!r} as its base, this run has {model.config.name_or_path!r}; the shapes of its "
-            f"layers fit, and nothing else is known of that base"
-        )
-
-
-def _summary(directory: RunDirectory, report: InjectionReport, steps: list[StepMetrics]) -> str:
-    seconds = sum(m.seconds for m in steps)
-    rows = [
-        ("steps", len(steps)),
-        ("final loss", f"{steps[-1].loss:.4f}" if steps else "none"),
-        ("trainable parameters", f"{report.trainable:,} ({report.percentage:.2f}%)"),
-        ("tokens/s", f"{sum(m.tokens for m in steps) / seconds:,.0f}" if seconds else "none"),
-        ("peak memory", f"{max((m.peak_memory_bytes for m in steps), default=0) / 2**30:.2f} GiB"),
-        ("adapter", directory.adapter),
-        ("loss plot", directory.loss_plot),
-    ]
+def _trained_rows(directory: RunDirectory, report: InjectionReport) -> dict[str, str]:
+    """Rows of the last table about what was trained."""
+    rows = {"trainable parameters": f"{report.trainable:,} ({report.percentage:.2f}%)"}
     gates = list(read_json(directory.adapter / CONFIG_FILE).get(GATES, {}).values())
     if gates:
         spread = f"{min(gates):.4f} to {max(gates):.4f}, mean {sum(gates) / len(gates):.4f}"
-        rows.append(("gates", f"{spread}; each layer's in adapter/{CONFIG_FILE}"))
-    return tabulate(rows, tablefmt="plain")
-
-
-def _say_data(data: PreparedData, config: RunConfig, context: DistributedContext) -> None:
-    context.say(
-        f"{len(data.train)} training examples, {len(data.test)} test examples; "
-        f"{data.leaked} training examples removed because their question is a test question"
-    )
-    if data.validation:
-        context.say(
-            f"{len(data.validation)} validation examples left out of training; "
-            f"{data.leaked_validation} training examples removed because their question is one of theirs"
-        )
-    for row in data.skipped[:5]:
-        context.say(f"skipped {row}")
-    if len(data.skipped) > 5:
-        context.say(f"... {len(data.skipped)} rows skipped in all")
-    if data.special_text:
-        parsed = "that token" if config.data.parse_special_tokens else "ordinary text"
-        context.say(
-            f"examples with the text of a special token: {len(data.special_text)}, the first "
-            f"{data.special_text[0]}; it is read as {parsed} (data.parse_special_tokens)"
-        )
+        rows["gates"] = f"{spread}; each layer's in adapter/{CONFIG_FILE}"
+    return rows

@@ -54,6 +54,10 @@ class TrainingConfig(Section):
     """Steps between checkpoints; where not given, only at the end."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept."""
+    keep_best: Literal["loss", "exact_match"] | None = None
+    """Also keep the adapter of the best validation, by its loss or by generated answers."""
+    patience: Count | None = None
+    """Stop after so many validations in a row without a better one; null: never."""
     async_checkpoints: bool = False
     """Write checkpoints while the next steps compute, from a copy of the trained state in CPU memory."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml"], ...] = ()
@@ -96,6 +100,8 @@ class EvaluationConfig(Section):
     """Longest generated answer in tokens."""
     every: Count | None = None
     """Steps between evaluations during training; none where not given."""
+    loss_every: Annotated[int, Field(ge=0, le=MOST)] | None = None
+    """Steps between validations, which measure the loss on `data.validation`; 0 or null: none."""
     weights: EvaluationWeights = "auto"
     """`merged`: one dense matrix a layer, in the compute dtype; `adapted`: as they are trained."""
     quantization: QuantizationName | None = None
@@ -127,6 +133,22 @@ class RunConfig(Section):
         if self.training.mode != "full" or "adapter" in self.model_fields_set:
             return self
         return self.model_copy(update={"adapter": AdapterConfig(type="none", dora=False)})
+
+    @model_validator(mode="after")
+    def _validates_on_something(self) -> RunConfig:
+        training, every = self.training, self.evaluation.loss_every
+        for key, needs in (("keep_best", training.keep_best), ("patience", training.patience)):
+            if needs and not every:
+                raise ValueError(
+                    f"training.{key} {needs!r} is about validations during training, and there are none: "
+                    f"set evaluation.loss_every to the steps between them, or leave it out"
+                )
+        if every and self.data.validation is None:
+            raise ValueError(
+                f"evaluation.loss_every {every} measures the loss on data.validation, which is null: say "
+                f"what to leave out of training for it, or leave evaluation.loss_every out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _compiles_without_packing(self) -> RunConfig:

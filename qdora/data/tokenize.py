@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Message = dict[str, str]
+"""A turn of a chat: its `role` (`system`, `user`, `assistant`) and its `content`."""
+
 
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
@@ -200,19 +203,31 @@ def _chat_ids(
     parse_special_tokens: bool,
     shots: Sequence[Shot],
 ) -> list[list[int]]:
-    if not tokenizer.chat_template:
-        others = ", ".join(name for name, template in PROMPTS.items() if template.text is not None)
-        raise InputError(f"prompt 'chat': this tokenizer has no chat template; use one of: {others}")
-
     turns = [
         {"role": role, "content": text}
         for shot in shots
         for role, text in zip(("user", "assistant"), shot, strict=True)
     ]
+    chats = [[*turns, {"role": "user", "content": question}] for question in questions]
+    return chat_prompt_ids(tokenizer, chats, parse_special_tokens=parse_special_tokens)
 
-    def encode(questions: list[str], as_text: bool) -> list[list[int]]:
+
+def chat_prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]], *, parse_special_tokens: bool
+) -> list[list[int]]:
+    """For each chat, by the tokenizer's own template, the ids after which the model writes its next turn.
+
+    Args:
+        parse_special_tokens: whether the text of a special token in a turn is that token.
+    Raises: InputError: as `prompt_ids` for `chat`; the template refuses the roles of the turns.
+    """
+    if not tokenizer.chat_template:
+        others = ", ".join(name for name, template in PROMPTS.items() if template.text is not None)
+        raise InputError(f"prompt 'chat': this tokenizer has no chat template; use one of: {others}")
+
+    def encode(chats: list[Sequence[Message]], as_text: bool) -> list[list[int]]:
         encoded = tokenizer.apply_chat_template(
-            [[*turns, {"role": "user", "content": question}] for question in questions],
+            [list(chat) for chat in chats],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
@@ -222,11 +237,10 @@ def _chat_ids(
         return cast("list[list[int]]", encoded)
 
     # Beside special tokens a template may write other added ones, such as Gemma's <start_of_turn>.
-    shown = "\n".join(turn["content"] for turn in turns)
-    texts = [f"{question}\n{shown}" for question in questions]
+    texts = ["\n".join(turn["content"] for turn in chat) for chat in chats]
     marked = _marked(tokenizer, texts, parse_special_tokens, added=True)
     try:
-        return _by_mark(questions, marked, encode)
+        return _by_mark(chats, marked, encode)
     except TemplateError as error:
         raise InputError(f"prompt 'chat': the tokenizer's chat template fails: {error}") from error
     except ValueError as error:  # a token that cannot be text

@@ -166,7 +166,7 @@ def _in_batches(
         eos_token_id=list(eos_ids) or None,
     )
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    with _generation_config(model, config):
+    with used_generation_config(model, config):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             outputs = _generate_batch(model, [prompts[i] for i in indices], pad_id, synced, watch)
@@ -218,7 +218,7 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def used_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """This generation config in the block; then that of before.
 
     Passing it to `generate` is not enough: it takes what is None there from the model's own.

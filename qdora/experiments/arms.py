@@ -244,13 +244,16 @@ class ArmRun:
 
     @property
     def is_trained(self) -> bool:
-        """Whether its directory has the adapter and the metrics of all steps."""
+        """Whether its directory has the adapter and the metrics of all steps that it was to make."""
         try:
             self.directory.finished_adapter()
             done = read_metrics(self.directory.metrics_file)
+            stopped = (
+                self.directory.manifest().get("stopped_early") if self.config.training.patience else None
+            )
         except InputError:
             return False
-        return len(done) == int(self.manifest["steps"])
+        return len(done) == int(stopped or self.manifest["steps"])
 
 
 def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:

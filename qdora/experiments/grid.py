@@ -71,3 +71,30 @@ def choose(points: Sequence[GridPoint]) -> list[GridPoint]:
         if point.arm not in best or point.correct > best[point.arm].correct:
             best[point.arm] = point
     return [replace(point, chosen=point is best[point.arm]) for point in points]
+
+
+def edges(points: Sequence[GridPoint]) -> dict[str, list[str]]:
+    """By arm, the swept keys whose chosen number is the smallest or the largest: a better one may lie beyond.
+
+    Args:
+        points: of all arms, chosen ones marked.
+    """
+    found: dict[str, list[str]] = {}
+    for chosen in (point for point in points if point.chosen):
+        settings = [point.settings for point in points if point.arm == chosen.arm]
+        for key, value in chosen.settings.items():
+            numbers = [number for each in settings if (number := _number(each[key])) is not None]
+            comparable = len(numbers) == len(settings) and len(set(numbers)) > 1
+            if comparable and _number(value) in (min(numbers), max(numbers)):
+                found.setdefault(chosen.arm, []).append(key)
+    return found
+
+
+def _number(value: object) -> float | None:
+    """A number, also as YAML leaves `1e-3`: a text.  None of anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

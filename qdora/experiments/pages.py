@@ -172,12 +172,19 @@ def markdown(report: Mapping[str, Any]) -> str:
                 point["arm"],
                 ", ".join(f"{key} {_text(value)}" for key, value in point["settings"].items()),
                 _percents(point),
-                "chosen" if point["chosen"] else "",
+                ", ".join(["chosen", *(f"{key} at the edge" for key in point["at_edge"])])
+                if point["chosen"]
+                else "",
             ]
             for point in report["grid"]
         ]
         headers = ["arm", "settings", "validation exact match % [95%]", ""]
         lines += ["", "## Grids", "", _table(rows, headers)]
+        if any(point["at_edge"] for point in report["grid"]):
+            lines += [
+                "",
+                "At the edge: the smallest or largest value was chosen, and a better one may lie beyond.",
+            ]
     rows = [[name, *map(_or_none, of.values())] for name, of in report["data"].items()]
     fields = next(iter(report["data"].values()))
     headers = ["arm", *(field.replace("_", " ") for field in fields)]

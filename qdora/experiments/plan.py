@@ -301,7 +301,7 @@ def _seconds_left(item: Item, times: MeasuredTimes, *, resume: bool) -> float | 
         questions = 0
     steps = max(run.manifest["steps"] for run in item.runs) if item.trains else 0
     if alone and item.trains:
-        steps -= len(read_metrics(run.directory.metrics_file))
+        steps = 0 if run.is_trained else steps - len(read_metrics(run.directory.metrics_file))
     total = 0.0
     for count, each in (steps, times.of_step(item.arm)), (questions, times.of_question(item.arm)):
         if count and each is None:

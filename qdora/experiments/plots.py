@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from qdora.experiments.arms import AVERAGE, ArmRun
 from qdora.files import write_file
-from qdora.training.metrics import StepMetrics
+from qdora.training.metrics import StepMetrics, ValidationMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,18 +68,49 @@ class Interval:
     filled: bool = True
 
 
-def plot_loss(curves: Mapping[str, Sequence[StepMetrics]], path: Path, title: str) -> None:
-    """Loss over steps, one line a run, the raw values faint behind their running mean.
+def plot_run(
+    steps: Sequence[StepMetrics], validations: Sequence[ValidationMetrics], path: Path, title: str
+) -> None:
+    """Losses of training and validation, learning rate and gradient norm over the steps of one run.
 
     Args:
-        curves: steps of each run, by name; none where nothing was trained.
+        steps: none where nothing was trained.
+        validations: none where nothing was validated.
         path: PNG to write.
-        title: above the axes.
+        title: above the losses.
     """
-    with _figure(7, 4) as figure:
-        axes = figure.subplots()
-        draw_loss(axes, curves)
-        axes.set_title(title, fontsize=11)
+    with _figure(7, 6.4) as figure:
+        upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+        draw_loss(upper, {"training": steps})
+        if validations:
+            lowest = min(validations, key=lambda m: m.validation_loss)
+            numbers = [m.step for m in validations]
+            losses = [m.validation_loss for m in validations]
+            upper.plot(numbers, losses, "o-", color=_COLORS[1], markersize=4, label="validation")
+            named = f"lowest, after step {lowest.step}"
+            upper.plot(
+                lowest.step,
+                lowest.validation_loss,
+                "o",
+                color=_COLORS[1],
+                mfc="none",
+                markersize=11,
+                label=named,
+            )
+            upper.legend(frameon=False, fontsize=8)
+        upper.set_title(title, fontsize=11)
+        upper.set_xlabel("")
+        numbers = [m.step for m in steps]
+        middle.plot(numbers, [m.lr for m in steps], color=_COLORS[0], linewidth=1.4)
+        middle.set_ylabel("learning rate")
+        middle.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        lower.plot(numbers, [m.grad_norm for m in steps], color=_COLORS[0], linewidth=1)
+        lower.set_ylabel("gradient norm")
+        lower.set_xlabel("optimizer step")
+        for axes in (middle, lower):
+            axes.set_ylim(bottom=0)
+            axes.grid()
+        figure.align_ylabels()
         _write_png(figure, path)
 
 
@@ -131,9 +162,12 @@ def figures(runs: Sequence[ArmRun], report: Mapping[str, Any]) -> dict[str, str]
 
 
 def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]], *, log: bool = False) -> None:
-    """As `plot_loss`, into given axes; the seeds of an arm have one color and one entry of the legend.
+    """Loss over steps, one line a run, the raw values faint behind their running mean.
+
+    The seeds of an arm have one color and one entry of the legend.
 
     Args:
+        curves: steps of each run, by name; none where nothing was trained.
         log: a logarithmic axis where the loss falls by a factor of 4 or more, so that ends are told apart.
     """
     order = list(dict.fromkeys(_arm(name) for name in curves))

@@ -19,7 +19,7 @@ from qdora.experiments.arms import (
     check_conditions,
     differences,
 )
-from qdora.experiments.grid import GridPoint
+from qdora.experiments.grid import GridPoint, edges
 from qdora.experiments.pages import answers_table, html, markdown, tables
 from qdora.experiments.statistics import Answers, Difference, difference, estimate, holm, verdict
 from qdora.files import write_json, write_text
@@ -82,6 +82,7 @@ def build_report(
     settings = differences([of_arm[0].config for of_arm in arms.values()])
     compared = _compare(arms, reference.arm, measures)
     results = {name: _results(of_arm, measures, compared[name]) for name, of_arm in arms.items()}
+    at_edge = edges(grid)
     return {
         "title": _title(list(arms)),
         "reference": reference.arm,
@@ -102,7 +103,7 @@ def build_report(
         },
         "arms": {name: {**_costs(of_arm), **results[name]} for name, of_arm in arms.items()},
         "published": _published(published or {}, published_source, results),
-        "grid": [_grid_point(point) for point in grid],
+        "grid": [_grid_point(point, at_edge) for point in grid],
         "data": _data({name: of_arm[0].manifest["data"] for name, of_arm in arms.items()}),
         "disagreements": {scores.task: _disagreements(runs, scores.task) for scores in reference.scores},
         "manifest": _manifest(trained),
@@ -291,7 +292,7 @@ def _published(
     return {"source": source, "scores": rows} if rows else {}
 
 
-def _grid_point(point: GridPoint) -> dict[str, Any]:
+def _grid_point(point: GridPoint, at_edge: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     return {
         "arm": point.arm,
         "settings": dict(point.settings),
@@ -300,6 +301,7 @@ def _grid_point(point: GridPoint) -> dict[str, Any]:
         "score": point.correct / point.total,
         "interval": list(wilson_interval(point.correct, point.total)),
         "chosen": point.chosen,
+        "at_edge": list(at_edge.get(point.arm, ())) if point.chosen else [],
         "directory": point.directory,
     }
 

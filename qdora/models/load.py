@@ -190,9 +190,8 @@ def adapter_tokenizer(checkpoint: Checkpoint, adapter: Path | None) -> PreTraine
 
     Raises: InputError: as `required_tokenizer`.
     """
-    if adapter is None or not (adapter / "tokenizer_config.json").is_file():
-        return required_tokenizer(checkpoint)
-    return read_tokenizer(adapter)
+    own = None if adapter is None else read_tokenizer(adapter)
+    return required_tokenizer(checkpoint) if own is None else own
 
 
 def adapter_rows(adapter: Path | None, rows: int) -> int:

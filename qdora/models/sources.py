@@ -9,6 +9,7 @@ import sys
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,7 +27,15 @@ from qdora.errors import InputError, nearest, suggest
 from qdora.files import file_digest, path_exists, staging_directory, write_json
 from qdora.models.formats import Checkpoint
 from qdora.models.formats.gguf import GGUFFile
-from qdora.models.formats.safetensors import SafetensorsFolder, cast_checked, write_model_folder
+from qdora.models.formats.safetensors import (
+    SafetensorsFolder,
+    cast_checked,
+    read_tokenizer,
+    write_model_folder,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PREFIX = "pypi:"
 _PROVENANCE_FILE = "provenance.json"
@@ -221,6 +230,26 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
         hint = f"nor is there a folder of that name here{_sibling_hint(path)}"
         raise InputError(f"model {_explain_hub(path_or_id, revision, error)}; {hint}") from error
     return SafetensorsFolder.open(Path(folder), path_or_id)
+
+
+def fetch_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase | None:
+    """A base model's tokenizer, without its weights where it is on the hub; None where it has none.
+
+    Raises: InputError: as `open_checkpoint`; a tokenizer that cannot be used.
+    """
+    path = local_path(path_or_id)
+    if path_or_id.startswith(PREFIX):
+        return read_tokenizer(ensure_packaged(path_or_id))
+    if path.is_dir():
+        return read_tokenizer(path)
+    if path_exists(path) or not is_hub_id(path_or_id):
+        return open_checkpoint(path_or_id).tokenizer()
+    files = [name for name in _ALLOWED if not name.endswith(".safetensors")]
+    try:
+        folder = snapshot_download(path_or_id, allow_patterns=files)
+    except Exception as error:  # network libraries raise errors of their own through this call
+        raise InputError(f"model {_explain_hub(path_or_id, None, error)}") from error
+    return read_tokenizer(Path(folder))
 
 
 def local_path(path_or_id: str) -> Path:

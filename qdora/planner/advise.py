@@ -55,7 +55,7 @@ def advise(architecture: Architecture, launch: Launch, now: Estimate, memory: in
     enough = False
     useful: list[Kind] = []
     for kind in _KINDS:
-        proposal = _first_that_fits(architecture, kind(launch), memory)
+        proposal = first_that_fits(architecture, kind(launch), memory)
         if proposal is not None and proposal.estimate.peak.total < now.peak.total:
             enough = enough or (proposal.fits and proposal.change.same_run)
             if proposal.change.same_run and kind is not _more_gpus:
@@ -65,7 +65,7 @@ def advise(architecture: Architecture, launch: Launch, now: Estimate, memory: in
         yield from _combined(architecture, launch, useful, memory)
 
 
-def _first_that_fits(architecture: Architecture, changes: Iterator[Change], memory: int) -> Proposal | None:
+def first_that_fits(architecture: Architecture, changes: Iterator[Change], memory: int) -> Proposal | None:
     """Of changes from mild to strong: the mildest that fits, else the strongest; None of none.
 
     None as well of a change that training refuses: an init that FSDP does not know, say.
@@ -96,7 +96,7 @@ def _combined(
     """One change after the other on top of the ones before, until it fits."""
     settings: list[str] = []
     for kind in kinds:
-        proposal = _first_that_fits(architecture, kind(launch), memory)
+        proposal = first_that_fits(architecture, kind(launch), memory)
         if proposal is None:
             continue
         launch = proposal.change.launch

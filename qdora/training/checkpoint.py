@@ -1,8 +1,9 @@
 """Training checkpoints: written atomically, verified before use, resumed on any number of ranks.
 
 A checkpoint is `checkpoints/step-N/`: state-R.safetensors (rank R's shards of the float32 parameters and of
-both moments), state.json (metadata: step, position, settings, SHA-256 of every other file) and adapter/ in
-PEFT's format.  Data order and dropout follow from seed, step and rank, so no generator's state is needed.
+both moments), state.json (metadata: step, position, settings, SHA-256 of every other file), adapter/ and,
+where the run keeps it, adapter-best/ in PEFT's format.  Data order and dropout follow from seed, step and
+rank, so no generator's state is needed.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import distributed as dist
 
@@ -31,10 +33,13 @@ from qdora.files import (
     temporary_directory,
     wrap_os_errors,
 )
+from qdora.training.best import ValidationState, copy_best
 from qdora.training.checkpoint_storage import ShardReader, Shards, local_shards, write_shards
 
 METADATA = "state.json"
+BEST = "adapter-best"
 FORMAT = 3
+_VALIDATION: TypeAdapter[ValidationState] = TypeAdapter(ValidationState)
 
 T = TypeVar("T")
 
@@ -44,13 +49,17 @@ class SavedState:
     """A verified checkpoint.
 
     Attributes:
+        folder: of the checkpoint.
         step: optimizer steps done.
         world_size: how many ranks wrote it.
+        validation: what came of the validations before it.
         tensors: the optimizer's state on the CPU; of a DTensor this rank's local shard.
     """
 
+    folder: Path
     step: int
     world_size: int
+    validation: ValidationState
     tensors: dict[str, torch.Tensor]
 
 
@@ -84,7 +93,7 @@ def load_checkpoint(
 
     _refuse_other_shapes(folder, _agree(folder, context, verify), like)
     tensors = _agree(folder, context, lambda: reader.read(like))
-    return SavedState(metadata["step"], metadata["processes"], tensors)
+    return SavedState(folder, metadata["step"], metadata["processes"], metadata["validation"], tensors)
 
 
 def newest_usable(
@@ -131,6 +140,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
     checked = {
         "step": int(metadata["step"]),
         "processes": int(metadata["processes"]),
+        "validation": _VALIDATION.validate_json(json.dumps(metadata.get("validation", {})), strict=True),
         "settings": dict(metadata["settings"]),
         "sha256": {str(name): str(digest) for name, digest in metadata["sha256"].items()},
     }
@@ -215,6 +225,8 @@ class CheckpointWriter:
         tensors: Mapping[str, torch.Tensor],
         position: Mapping[str, int],
         save_adapter: Callable[[Path | None], None],
+        validation: ValidationState | None = None,
+        best: Path | None = None,
     ) -> None:
         """Write a checkpoint; a collective.
 
@@ -224,6 +236,8 @@ class CheckpointWriter:
             position: further metadata of the step.
             save_adapter: writes the adapter into the folder that the main rank passes; the other ranks pass
                 None, and contribute their shards.
+            validation: what came of the validations so far; None where there are none.
+            best: folder of the best adapter, where there is one; it is copied.
         Raises: InputError: no space left, or the folder cannot be written, on any rank.
         """
         self.finish()
@@ -238,11 +252,14 @@ class CheckpointWriter:
             "step": step,
             **position,
             "processes": self.context.world_size,
+            **({} if validation is None else {"validation": asdict(validation)}),
             "settings": self.settings,
         }
         with self._removed_on_error(folder):
             with self.context.raise_on_all_ranks():
                 save_adapter(folder / "adapter" if self.context.is_main else None)
+                if self.context.is_main and best is not None:
+                    copy_best(best, folder / BEST)
             shards = local_shards(
                 tensors, main=self.context.is_main, full=self.full_tensors, copy=self._thread is not None
             )
@@ -299,7 +316,7 @@ class CheckpointWriter:
     def _publish(self, folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
         final = self.directory / f"step-{metadata['step']}"
         with wrap_os_errors(final):
-            for path in (folder / "adapter").rglob("*"):
+            for path in folder.glob("adapter*/**/*"):
                 if path.is_file():
                     digests[path.relative_to(folder).as_posix()] = file_digest(path)
             text = json.dumps(metadata | {"sha256": dict(sorted(digests.items()))}, indent=2)

@@ -1,9 +1,8 @@
-"""What a run is: its manifest, and what ranks and a resumed run must agree on."""
+"""What a run is: its manifest, and what its ranks must agree on."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qdora.adapters.adapt import Adapted
@@ -11,7 +10,6 @@ from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.inject import initial_update_fingerprint
 from qdora.adapters.saved import SavedAdapter
 from qdora.config import RunConfig
-from qdora.config_file import dotted
 from qdora.data.batches import BatchPlan, Packing
 from qdora.distributed.context import DistributedContext
 from qdora.models.load import compute_dtype
@@ -21,22 +19,6 @@ from qdora.training.loop import count_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# What may differ between a run and its continuation.  A longer run decays its rate more slowly from
-# where it goes on; what was done stays as it was.
-_FREE_TO_CHANGE = (
-    "training.max_steps",
-    "training.epochs",
-    "training.save_every",
-    "training.keep_checkpoints",
-    "training.async_checkpoints",
-    # How the same step is computed: other processes or another GPU may need it otherwise.
-    "training.gradient_accumulation",
-    "training.gradient_checkpointing",
-    "training.checkpoint_every",
-    "training.offload_activations",
-    "training.compile",
-)
 
 
 def packing_of(config: RunConfig) -> Packing:
@@ -84,27 +66,3 @@ def run_manifest(
             "base_model": start.settings.get("base_model_name_or_path"),
         }
     return make_manifest(config, world_size=context.world_size, fields=fields)
-
-
-def resume_settings(
-    config: RunConfig, model: PreTrainedModel, data: PreparedData, start: SavedAdapter | None
-) -> dict[str, Any]:
-    """What a resumed run must agree on with the one that wrote a checkpoint."""
-    flat = flat_values(config.model_dump(mode="json", include={"model", "adapter", "training"}))
-    return {
-        **{key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE},
-        "data.train": data.fingerprints["train"],
-        "data.prompt": config.data.prompt,
-        # Joining a step's sequences changes its rounding only; filling rows changes which they are.
-        "data.max_length of filled rows (data.packing: stream)": packing_of(config).row_tokens,
-        # Where no text holds a special token it decides nothing.
-        "data.parse_special_tokens": config.data.parse_special_tokens if data.special_text else None,
-        "base": base_fingerprint(model),
-        # What it holds, wherever it is: of a magnitude the frozen part is read from it again.
-        "adapter.from": None if start is None else start.digest,
-    }
-
-
-def flat_values(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values by dotted key, as trackers take them."""
-    return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in dotted(tree).items()}

@@ -54,18 +54,25 @@ def _nothing(_: object) -> None:
     pass
 
 
+def _go_on(_: int) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Callbacks:
     """What the loop calls after steps; by default nothing.
 
     Attributes:
         log: after every step, on the main rank.
+        validate: before the first step, after `validate_every` steps and the last, with the steps done;
+            whether to stop, the same on all ranks; a collective.
         save: after `save_every` steps, the last step and a stop, with the steps done; a collective.
         evaluate: after `evaluate_every` steps but the last, with the steps done, and once more where a run
             goes on from there; a collective.
     """
 
     log: Callable[[StepMetrics], None] = _nothing
+    validate: Callable[[int], bool] = _go_on
     save: Callable[[int], None] = _nothing
     evaluate: Callable[[int], None] = _nothing
 
@@ -93,6 +100,7 @@ class Trainer:
         context: the ranks over which each batch is divided.
         pad_id: token of padding.
         evaluate_every: steps between evaluations; None for none.
+        validate_every: steps between validations; None for none.
         packing: how examples share the rows of a micro-batch.
     Raises: InputError: the batch does not divide over the ranks, or the model's output layer, or joining
         sequences for its attention, is not supported.
@@ -107,6 +115,7 @@ class Trainer:
         pad_id: int,
         evaluate_every: int | None = None,
         packing: Packing = NO_PACKING,
+        validate_every: int | None = None,
     ) -> None:
         check_output_layer(model)
         if packing.joined:
@@ -114,7 +123,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(config, context.world_size)
         self.model, self.examples, self.config = model, examples, config
         self.context, self.pad_id, self.evaluate_every = context, pad_id, evaluate_every
-        self.packing = packing
+        self.packing, self.validate_every = packing, validate_every
         self._lengths = [len(e.input_ids) for e in examples]
         self.plan = BatchPlan(self._lengths, config.batch_size, config.seed, packing.row_tokens)
         self.total_steps = count_steps(config, self.plan.steps_per_epoch)
@@ -129,7 +138,7 @@ class Trainer:
         prepare_layers(model, config, context.fsdp, context.device)
 
     def run(self, start: int, callbacks: Callbacks) -> None:
-        """Train from step `start` (steps already done) to the end.
+        """Train from step `start` (steps already done) to the end, or to where a validation stops it.
 
         Raises: DivergedError: a loss is not finite, or a parameter that would be saved.
             InterruptedRunError: asked to stop; a checkpoint was written.
@@ -142,7 +151,8 @@ class Trainer:
                 following = ahead.submit(self.prepare, start)
             if start:
                 self._evaluate(start, callbacks)  # a kill or a stop may have come before it
-            for step in range(start, self.total_steps):
+            stopped = self._validate(start, callbacks)
+            for step in range(start, start if stopped else self.total_steps):
                 batch = following.result()
                 if step + 1 < self.total_steps:
                     following = ahead.submit(self.prepare, step + 1)
@@ -159,11 +169,25 @@ class Trainer:
                         f"continue with --resume",
                         128 + signal_number,
                     )
+                # Before the checkpoint, which has what the validation came to.
+                last = self._validate(done, callbacks) or last
                 if last or (self.config.save_every and done % self.config.save_every == 0):
                     self._refuse_divergence(done)
                     callbacks.save(done)
+                if last:
+                    break
                 self._evaluate(done, callbacks)
         self.model.eval()
+
+    def _validate(self, done: int, callbacks: Callbacks) -> bool:
+        """Whether training stops here."""
+        every = self.validate_every
+        if not every or (done % every and done < self.total_steps):
+            return False
+        self._refuse_divergence(done)
+        stop = callbacks.validate(done)
+        self.model.train()
+        return stop
 
     def _evaluate(self, done: int, callbacks: Callbacks) -> None:
         if self.evaluate_every and done % self.evaluate_every == 0 and done < self.total_steps:
@@ -192,6 +216,10 @@ class Trainer:
     def prepare(self, step: int) -> StepBatch:
         """The batch of optimizer step `step`, counted from 0; it follows from the step alone."""
         rows = [[self.examples[i] for i in row] for row in self.plan.rows(step)]
+        return StepBatch([example for row in rows for example in row], self.batches(rows))
+
+    def batches(self, rows: list[list[TokenizedExample]]) -> list[Batch]:
+        """This rank's micro-batches of rows that all ranks share, on the CPU."""
         batches = [self._collate(chunk) for chunk in self._own_chunks(rows)]
         if self.context.fsdp is not None:
             # Forward and backward of a sharded model are collectives: every rank runs as many of them.
@@ -200,7 +228,7 @@ class Trainer:
             batches += [without_labels(shortest)] * (most - len(batches))
         if self.context.device.type == "cuda":
             batches = [batch.pinned() for batch in batches]
-        return StepBatch([example for row in rows for example in row], batches)
+        return batches
 
     def _own_chunks(self, rows: list[list[TokenizedExample]]) -> list[list[list[TokenizedExample]]]:
         """This rank's rows, divided into micro-batches."""

@@ -55,7 +55,8 @@ def completion_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     hidden_NI = hidden_BTI.flatten(0, 1).index_select(0, batch.labelled_N)
     head = model.get_output_embeddings()
     with gathered(head) as logits_of:
-        trained = [p for p in head.parameters() if p.requires_grad]
+        # Without gradients none is computed for a trained output layer either.
+        trained = [p for p in head.parameters() if p.requires_grad and torch.is_grad_enabled()]
         loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden_NI, batch.targets_N, logits_of, head.out_features, *trained
         )

@@ -1,4 +1,4 @@
-"""Numbers of an optimizer step: measured, written to metrics.jsonl, read back, shown on a progress bar."""
+"""Numbers of optimizer steps and of validations: measured, written to metrics.jsonl, read back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import gc
 import json
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from tqdm import tqdm
 
 from qdora.errors import InputError
 from qdora.files import wrap_os_errors, write_text
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl.
+    """The line of metrics.jsonl for an optimizer step.
 
     Attributes:
         step: counted from 1.
@@ -51,10 +50,51 @@ class StepMetrics:
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
 
-_LINE = TypeAdapter(StepMetrics)
+@dataclass(frozen=True)
+class ValidationMetrics:
+    """The line of metrics.jsonl for a validation.
+
+    Attributes:
+        step: optimizer steps done before it; 0 before training.
+        validation_loss: mean over the completion tokens of all validation examples, nats.
+        seconds: duration of the validation.
+        validation_losses: the same of each task, where there are several.
+        validation_exact_match: fraction of the examples that are answered correctly; None where none is.
+    """
+
+    step: int
+    validation_loss: float
+    seconds: float
+    validation_losses: dict[str, float] = field(default_factory=dict)
+    validation_exact_match: float | None = None
+
+    def line(self) -> str:
+        """As JSON, with a newline; what was not measured is left out."""
+        values = dataclasses.asdict(self)
+        return json.dumps({key: value for key, value in values.items() if value not in (None, {})}) + "\n"
+
+    def tracked(self) -> dict[str, float]:
+        """Numbers by name, as trackers take them."""
+        values = {"validation_loss": self.validation_loss}
+        if self.validation_exact_match is not None:
+            values["validation_exact_match"] = self.validation_exact_match
+        return values | {f"validation_loss/{task}": loss for task, loss in self.validation_losses.items()}
+
+    def __str__(self) -> str:
+        text = f"validation loss {self.validation_loss:.4f}"
+        if self.validation_losses:
+            text += f" ({', '.join(f'{task} {loss:.4f}' for task, loss in self.validation_losses.items())})"
+        if self.validation_exact_match is not None:
+            text += f", exact match {self.validation_exact_match:.1%}"
+        return text
 
 
-def append_metrics(path: Path, metrics: StepMetrics) -> None:
+T = TypeVar("T")
+_STEP: TypeAdapter[StepMetrics] = TypeAdapter(StepMetrics)
+_VALIDATION: TypeAdapter[ValidationMetrics] = TypeAdapter(ValidationMetrics)
+
+
+def append_metrics(path: Path, metrics: StepMetrics | ValidationMetrics) -> None:
     """Append one line to metrics.jsonl.
 
     Raises: InputError: the device is full, or the file cannot be written.
@@ -68,28 +108,45 @@ def read_metrics(path: Path) -> list[StepMetrics]:
 
     Raises: InputError: the file cannot be read.
     """
+    return _read(path, _STEP)
+
+
+def read_validations(path: Path) -> list[ValidationMetrics]:
+    """The validations of a run, oldest first; damaged lines are left out.
+
+    Raises: InputError: the file cannot be read.
+    """
+    return _read(path, _VALIDATION)
+
+
+def _read(path: Path, kind: TypeAdapter[T]) -> list[T]:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    steps = []
+    found = []
     for line in lines:
         with contextlib.suppress(ValidationError):
-            steps.append(_LINE.validate_json(line, strict=True))
-    return steps
+            found.append(kind.validate_json(line, strict=True))
+    return found
 
 
-def keep_until(path: Path, step: int) -> int:
+def keep_until(path: Path, step: int, validated: int = -1) -> int:
     """Drop the lines after `step`: a resumed run writes them again.
 
-    Returns: how many lines up to it are missing.
+    Args:
+        validated: the step of the last validation that counts; -1 for none.
+    Returns: how many steps up to it are missing.
     """
-    kept = {m.step: m for m in read_metrics(path) if m.step <= step}
+    steps = {m.step: m for m in read_metrics(path) if m.step <= step}
+    validations = {m.step: m for m in read_validations(path) if m.step <= validated}
     if path.exists():
-        write_text(path, "".join(m.line() for m in kept.values()))
-    return step - len(kept)
+        lines = [(m.step, 0, m.line()) for m in steps.values()]
+        lines += [(m.step, 1, m.line()) for m in validations.values()]
+        write_text(path, "".join(line for *_, line in sorted(lines)))
+    return step - len(steps)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -117,37 +174,3 @@ def reset_peak_memory(device: torch.device) -> None:
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-class TrainingBar:
-    """Steps done, loss, tokens per second and time left, on standard error of the main rank."""
-
-    def __init__(self, total_steps: int, start: int, *, shown: bool) -> None:
-        # A log file wants a line now and then, a terminal a live bar.
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start,
-            desc="Training",
-            unit="step",
-            disable=not shown,
-            mininterval=interval,
-        )
-
-    def __enter__(self) -> TrainingBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def show(self, metrics: StepMetrics) -> None:
-        """Advance by one step."""
-        self._bar.set_postfix_str(
-            f"loss {metrics.loss:.4f}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False
-        )
-        self._bar.update()
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if not self._bar.disable:
-            self._bar.write(text, file=sys.stderr)

@@ -103,8 +103,6 @@ class SafetensorsFolder(Checkpoint):
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """As `Checkpoint.tokenizer`."""
-        if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
-            return None
         return read_tokenizer(self.path)
 
     def generation_config(self) -> GenerationConfig | None:
@@ -119,6 +117,23 @@ class SafetensorsFolder(Checkpoint):
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be used: {error}") from None
         return generation
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder; None where there is none.
+
+    Raises: InputError: it cannot be used.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer("a text")  # settings of a wrong type fail no earlier
+    except Exception as error:
+        raise InputError(f"{folder}: its tokenizer cannot be used: {error}") from error
+    return tokenizer
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -369,18 +384,3 @@ def _collect_shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dic
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
-
-    Raises: InputError: it cannot be used.
-    """
-    try:
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer("a text")  # settings of a wrong type fail no earlier
-    except Exception as error:
-        raise InputError(f"{folder}: its tokenizer cannot be used: {error}") from error
-    return tokenizer

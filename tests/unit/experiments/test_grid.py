@@ -9,7 +9,7 @@ import pytest
 from qdora.config_file import check_config
 from qdora.errors import InputError
 from qdora.experiments.arms import ArmRun, CompareConfig, expand
-from qdora.experiments.grid import GridPoint, choose, grid_points, point_name
+from qdora.experiments.grid import GridPoint, choose, edges, grid_points, point_name
 
 from .runs import run_tree
 
@@ -57,6 +57,20 @@ def test_the_best_point_of_each_arm_is_chosen_and_of_equals_the_first():
     chosen = choose(points(("a", 3), ("a", 5), ("b", 9), ("a", 5), ("b", 2)))
     assert [point.chosen for point in chosen] == [False, True, True, False, False]
     assert [point.correct for point in chosen] == [3, 5, 9, 5, 2]
+
+
+def test_a_choice_at_the_edge_of_its_numbers_is_seen():
+    """Catches: the largest of the grid taken for its best without a word; rates compared as texts, where 3e-3
+    stands before 3e-4; an inner value, a word or the only value of a key called an edge."""
+    rates = ["1e-3", "3e-3", "3e-4"]
+    settings = [{"training.learning_rate": rate, "adapter.init": "kaiming", "adapter.r": 8} for rate in rates]
+    arms = {"large": 1, "inner": 0, "small": 2}
+    grid = [
+        GridPoint(arm, s, 0, 9, i == best, "") for arm, best in arms.items() for i, s in enumerate(settings)
+    ]
+    assert edges(grid) == {"large": ["training.learning_rate"], "small": ["training.learning_rate"]}
+    words = [GridPoint("a", {"adapter.init": word}, 0, 9, word == "pissa", "") for word in ("olora", "pissa")]
+    assert edges(words) == {}
 
 
 def test_every_point_is_a_run_of_every_trained_arm():

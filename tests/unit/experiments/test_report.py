@@ -235,7 +235,8 @@ def test_disagreements_are_counted_and_listed_without_text(tmp_path):
 
 
 def test_grid_and_published_figures(tmp_path):
-    """Catches: the chosen point not marked, a grid left out; published figures of another arm or task."""
+    """Catches: the chosen point not marked, or not that it is the grid's largest; a grid left out; published
+    figures of another arm or task."""
     grid = [
         GridPoint("b", {"training.learning_rate": 1e-4}, 5, 20, chosen=False, directory="g/1"),
         GridPoint("b", {"training.learning_rate": 1e-3}, 9, 20, chosen=True, directory="g/2"),
@@ -255,11 +256,13 @@ def test_grid_and_published_figures(tmp_path):
         {"arm": "b", "task": "average", "published": 50.0, "ours": None, "difference": None},
     ]
     page = (tmp_path / "report.md").read_text()
-    assert re.search(r"training.learning_rate 0.001 +\| 45.0 \[.*\] +\| chosen", page)
+    assert re.search(r"training.learning_rate 0.001 +\| 45.0 \[.*\] +\| chosen, .*rate at the edge", page)
+    assert "may lie beyond" in page
     assert not re.search(r"training.learning_rate 0.0001 +\| 25.0 \[.*\] +\| chosen", page)
     html = (tmp_path / "report.html").read_text()
     assert "A paper, &lt;table&gt; 1" in html
     assert "chosen" in html
+    assert "training.learning_rate at the edge" in html
 
 
 def test_one_manifest_for_what_all_runs_share():
