@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+_MANY = 12
+"""Keys of one mapping from which on a table has one row for all of them."""
+
 _PLAIN = re.compile(r"[A-Za-z0-9._=,+-]{1,120}")
 
 
@@ -46,6 +49,37 @@ def show_settings(settings: Mapping[str, Any], separator: str = ", ") -> str:
     """Settings as `key=value`, values that are not text in JSON."""
     shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     return separator.join(f"{key}={value}" for key, value in shown.items())
+
+
+def condensed(rows: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Rows of a table of settings by dotted key; those of a mapping over layers are made one.
+
+    Args:
+        rows: values as text, a column an arm.
+    """
+    mappings: dict[str, list[str]] = {}
+    for key in rows:
+        mappings.setdefault(".".join(key.split(".")[:2]), []).append(key)
+    found: dict[str, list[str]] = {}
+    for key, values in rows.items():
+        mapping = ".".join(key.split(".")[:2])
+        if len(mappings[mapping]) < _MANY:
+            found[key] = list(values)
+        elif mapping not in found:
+            found[mapping] = [
+                _span(column) for column in zip(*(rows[one] for one in mappings[mapping]), strict=True)
+            ]
+    return found
+
+
+def _span(values: Sequence[str]) -> str:
+    """`210 values, 1 to 44`; a value that all have, itself."""
+    if len(set(values)) == 1:
+        return values[0]
+    numbers = [number for value in values if (number := _number(value)) is not None]
+    return (
+        f"{len(numbers)} values, {min(numbers):g} to {max(numbers):g}" if numbers else f"{len(values)} values"
+    )
 
 
 def point_name(settings: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from qdora.evaluation.scores import wilson_interval
 from qdora.experiments.arms import AVERAGE, OF_TRAINING, ArmRun, covers
+from qdora.experiments.grid import condensed
 
 _SHOWN = {
     "base.fingerprint": "base",
@@ -297,15 +298,14 @@ def _same(report: Mapping[str, Any]) -> list[str]:
 
 def _settings(report: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The settings in which arms differ, by key and arm; none of training where nothing is trained."""
-    return {
-        key: {
-            name: ""
-            if covers(OF_TRAINING, key) and "final_loss" not in report["arms"][name]
-            else _text(value)
+    rows = {
+        key: [
+            "" if covers(OF_TRAINING, key) and "final_loss" not in report["arms"][name] else _text(value)
             for name, value in values.items()
-        }
+        ]
         for key, values in report["differences"].items()
     }
+    return {key: dict(zip(report["arms"], values, strict=True)) for key, values in condensed(rows).items()}
 
 
 def _percents(entry: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from qdora.config_file import dotted
 from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import CONDITIONS, OF_TRAINING, ArmRun, CompareConfig, covers, differences
-from qdora.experiments.grid import show_settings
+from qdora.experiments.grid import condensed, show_settings
 from qdora.training.metrics import read_metrics
 
 
@@ -211,7 +211,8 @@ def _settings_table(config: CompareConfig, shown: Sequence[ArmRun]) -> str:
         _settings(config.sweep_of(arm), run, keys) for arm, run in zip(config.arms, shown, strict=True)
     ]
     rows = [["trained", *("yes" if run.train else "no, base model" for run in shown)]]
-    rows += [[key, *(column[key] for column in columns)] for key in keys]
+    settings = condensed({key: [column[key] for column in columns] for key in keys})
+    rows += [[key, *values] for key, values in settings.items()]
     return tabulate(rows, ["", *(run.arm for run in shown)], tablefmt="github", disable_numparse=True)
 
 

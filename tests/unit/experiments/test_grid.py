@@ -9,7 +9,7 @@ import pytest
 from qdora.config_file import check_config
 from qdora.errors import InputError
 from qdora.experiments.arms import ArmRun, CompareConfig, expand
-from qdora.experiments.grid import GridPoint, choose, edges, grid_points, point_name
+from qdora.experiments.grid import GridPoint, choose, condensed, edges, grid_points, point_name
 
 from .runs import run_tree
 
@@ -71,6 +71,18 @@ def test_a_choice_at_the_edge_of_its_numbers_is_seen():
     assert edges(grid) == {"large": ["training.learning_rate"], "small": ["training.learning_rate"]}
     words = [GridPoint("a", {"adapter.init": word}, 0, 9, word == "pissa", "") for word in ("olora", "pissa")]
     assert edges(words) == {}
+
+
+def test_a_mapping_over_layers_is_one_row_of_a_table():
+    """Catches: hundreds of rows before the first score; a few keys of a section hidden in one."""
+    layers = {f"adapter.rank_pattern.layers.{i}.q_proj": ["null", str(i + 2)] for i in range(30)}
+    rows = {"adapter.r": ["8", "8"], **layers, "data.train.limit": ["1", "2"], "data.train.seed": ["0", "1"]}
+    assert condensed(rows) == {
+        "adapter.r": ["8", "8"],
+        "adapter.rank_pattern": ["null", "30 values, 2 to 31"],
+        "data.train.limit": ["1", "2"],
+        "data.train.seed": ["0", "1"],
+    }
 
 
 def test_every_point_is_a_run_of_every_trained_arm():
