@@ -46,7 +46,8 @@ def table(kind: type[Section]) -> str:
     """The keys of a section."""
     tree = kind.model_json_schema()
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in kind.model_fields.items():
+    for python_name, field in kind.model_fields.items():
+        name = field.alias or python_name
         found = tree["properties"][name]
         default = "required"
         if not field.is_required():

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from qdora.adapters.full import adapt
+from qdora.adapters.adapt import adapt
 from qdora.commands.train import read_inputs
 from qdora.config import PackingName, RunConfig
 from qdora.config_file import load_config

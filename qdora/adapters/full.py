@@ -13,26 +13,14 @@ from qdora.adapters.inject import (
     InjectionReport,
     count_parameters,
     decoder_linears,
-    inject,
     linear_layers,
 )
 from qdora.adapters.layer import AdaptedLinear
-from qdora.config import AdapterConfig
 from qdora.errors import InputError
 from qdora.quant import Quantization
 
 _STORAGE = "_qdora_full_storage"
 """Attribute of a fully trained model: dtype of its parameters where they are not sharded."""
-
-
-def adapt(model: nn.Module, adapter: AdapterConfig, mode: str, *, seed: int = 0) -> InjectionReport:
-    """Make trainable what a run trains, in place: every parameter in `training.mode` full, else an adapter.
-
-    Args:
-        seed: of the adapter's random values.
-    Raises: InputError: as `train_everything` or `inject`.
-    """
-    return train_everything(model) if mode == "full" else inject(model, adapter, seed=seed)
 
 
 def train_everything(model: nn.Module) -> InjectionReport:

@@ -17,6 +17,7 @@ from qdora.adapters import UPDATES
 from qdora.adapters.fingerprint import combine, tensor_digest
 from qdora.adapters.init import layer_seed
 from qdora.adapters.layer import AdaptedLinear, refuse_large_rank
+from qdora.adapters.tokens import TokenRows, token_rows
 from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
 from qdora.quant import Quantization
@@ -200,7 +201,8 @@ def unmerge_adapters(model: nn.Module) -> None:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The base model for a while, for example as a reference or as the baseline of an evaluation."""
-    layers = [layer for layer in adapted_layers(model).values() if layer.enabled]
+    parts: list[AdaptedLinear | TokenRows] = [*adapted_layers(model).values(), *token_rows(model).values()]
+    layers = [part for part in parts if part.enabled]
     for layer in layers:
         layer.enabled = False
     try:

@@ -331,7 +331,8 @@ class AdaptedLinear(nn.Module):
 class OutputLinear(nn.Linear):
     """A model's output layer without an adapter: `nn.Linear`, but a 16-bit weight takes wider inputs.
 
-    It is widened tile by tile, as a frozen weight is; no copy of its size is made.
+    It is widened tile by tile, as a frozen weight is; no copy of its size is made.  A submodule `token_rows`
+    has rows that are trained.
     """
 
     adoptable = True
@@ -355,6 +356,9 @@ class OutputLinear(nn.Linear):
             y_NO = F.linear(x_NI, same[0], self.bias)
         else:
             y_NO = adapted_product(x_NI, DenseWeight(self.weight), bias_O=self.bias)
+        rows: Any = self._modules.get("token_rows")
+        if rows is not None:
+            rows.replace_logits(x_NI, y_NO, self.bias)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
 

@@ -17,6 +17,7 @@ READ = (
     {"peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     | {"r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern"}
     | {"init_lora_weights", "projection_prng_key", "save_projection", "vera_dropout"}
+    | {"trainable_token_indices"}
     | {"adapter_type", "dora", "magnitude_modules", "qdora_method", "ungated"}  # of our own adapters
 )
 """Settings that are read."""
@@ -40,7 +41,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "layer_replication": (None,),
     "lora_bias": (False,),
-    "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None,),

@@ -14,7 +14,8 @@ import torch
 
 from qdora.adapters.inject import adapted_layers
 from qdora.adapters.layer import AdaptedLinear
-from qdora.adapters.peft_io import SavedAdapter, assign_saved, check_base, inject_saved, read_saved
+from qdora.adapters.peft_io import assign_saved, check_base, inject_saved
+from qdora.adapters.saved import SavedAdapter, read_saved
 from qdora.config import ModelConfig
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError

@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qdora.adapters.inject import adapters_off
-from qdora.adapters.peft_io import read_saved
+from qdora.adapters.saved import read_saved
 from qdora.config import RunConfig
 from qdora.data.vocabulary import embedding_rows, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError, suggest
 from qdora.evaluation.chat import Chat, Decoding
 from qdora.evaluation.weights import evaluation_weights
-from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device
+from qdora.models.load import adapter_rows, load_with_adapter, required_tokenizer, resolve_device
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.run import Target
@@ -77,7 +77,7 @@ def _load(
     config, adapter = target.config, target.adapter
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     tokenizer = required_tokenizer(checkpoint, config.data.chat_template, adapter=adapter)
-    fit_padding(tokenizer, embedding_rows(checkpoint.config))
+    fit_padding(tokenizer, adapter_rows(adapter, embedding_rows(checkpoint.config)))
     if target.directory is None and not any(s.startswith("data.prompt=") for s in arguments.set):
         prompt = "chat" if tokenizer.chat_template else config.data.prompt
         config = config.model_copy(update={"data": config.data.model_copy(update={"prompt": prompt})})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,17 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from qdora.adapters.adapt import with_tokens
 from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.adapters.full import adapt
-from qdora.adapters.inject import InjectionReport, initial_update_fingerprint
-from qdora.adapters.peft_io import check_savable, save_adapter
+from qdora.adapters.peft_io import check_savable
 from qdora.config import RunConfig
 from qdora.config_file import config_digest
-from qdora.data.batches import BatchPlan, Packing
-from qdora.data.chat_templates import end_with_turns
+from qdora.data.chat_templates import end_with_turns, use_chat_template
 from qdora.data.rows import Example
-from qdora.data.vocabulary import check_ids, check_questions, embedding_rows, fit_padding
+from qdora.data.vocabulary import check_ids, check_questions, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.scores import Scores, write_scores
 from qdora.files import fsync, wrap_os_errors
@@ -30,22 +27,22 @@ from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
 from qdora.models.load import (
     build_adapted,
-    compute_dtype,
     load_model,
+    put_saved,
     required_tokenizer,
-    save_beside_adapter,
 )
 from qdora.models.sources import open_checkpoint
 from qdora.planner.check import refuse_what_cannot_fit
 from qdora.quant import Quantization
-from qdora.run import RunDirectory, make_manifest, package_versions
+from qdora.run import RunDirectory, package_versions
 from qdora.tasks import check_run
 from qdora.tasks.prepare import PreparedData, Split, prepare, rendered, require_gold
 from qdora.tasks.shots import draw_shots
 from qdora.training.attention import check_packing
 from qdora.training.best import ValidationState, save_best
 from qdora.training.checkpoint import CheckpointWriter
-from qdora.training.loop import Callbacks, Trainer, count_steps
+from qdora.training.identity import input_digests, packing_of, run_manifest
+from qdora.training.loop import Callbacks, Trainer
 from qdora.training.loss import check_output_layer
 from qdora.training.metrics import (
     StepMetrics,
@@ -59,6 +56,8 @@ from qdora.training.metrics import (
 from qdora.training.progress import TrainingBar, data_lines, summarize, trained_rows
 from qdora.training.resume import restore, restore_best
 from qdora.training.settings import agreed_settings, check_settings, plain_values
+from qdora.training.start import adapt_run, in_force, refuse_start_in_output, say_start
+from qdora.training.tokens import save_adapter_and_tokenizer, table_rows, trained_ids
 from qdora.training.validation import HeldOut, Validator, hold_out
 
 if TYPE_CHECKING:
@@ -89,11 +88,12 @@ def train(
         InterruptedRunError: stopped on request, after a checkpoint.
     """
     check_run(config)
+    refuse_start_in_output(config)
     context = context or DistributedContext.from_launch(config.training.trackers, config.output.dir)
     directory = RunDirectory(config.output.dir)
     context.refuse_disagreement({"the configuration": config_digest(config), **package_versions()})
     with context.raise_on_all_ranks():
-        check_settings(config.training, context)
+        check_settings(config, context)
     with context.on_main_rank(directory.locked):
         _train_locked(config, resume, context, directory, check_memory, before, after)
         context.barrier()
@@ -127,8 +127,18 @@ def _train_locked(
         context.say(line)
     if check_memory:
         refuse_what_cannot_fit(config, checkpoint, data.train, context)
-    model, report = load_model(checkpoint, config.model, context, lambda model: _adapt(model, config))
-    context.refuse_disagreement(_input_digests(model, data))
+    model, adapted = load_model(
+        checkpoint, config.model, context, lambda model: adapt_run(model, config, context)
+    )
+    base, config = adapted.start, in_force(config, adapted)
+    context.refuse_disagreement(input_digests(model, data, base))
+    if base is not None:
+        put_saved(model, base, context)
+        say_start(base, model, context)
+    with context.raise_on_all_ranks():
+        ids = trained_ids(tokenizer, checkpoint, config)
+        report = with_tokens(model, adapted.report, config.adapter, ids)
+        adapted = dataclasses.replace(adapted, report=report)
     check_savable(model)
     context.say(str(report))
     trainer = Trainer(
@@ -138,15 +148,16 @@ def _train_locked(
         context,
         data.pad_id,
         evaluate_every=config.evaluation.every,
-        packing=_packing(config),
+        packing=packing_of(config),
         validate_every=config.evaluation.loss_every,
         rate_ratio=config.adapter.rate_ratio,
     )
     context.say(str(trainer.batch_sizes()))
-    settings = agreed_settings(config, data, base_fingerprint(model))
+    settings = agreed_settings(config, data, base_fingerprint(model), base.digest if base else None)
     found = restore(trainer, directory, resume, settings)
     done, validation = (found.step, found.validation) if found else (0, ValidationState())
-    manifest = _manifest(config, model, data, report, context)
+    manifest = run_manifest(config, model, data, adapted, context)
+    del adapted, base  # with the tensors that were read
     with context.raise_on_all_ranks():
         if context.is_main:
             directory.clear_leftovers()
@@ -187,10 +198,8 @@ def _train_locked(
             steps, validations = read_metrics(lines := directory.metrics_file), read_validations(lines)
             trained = describe(config.model.quantization, config.adapter, config.training.mode)
             plot_run(steps, validations, directory.loss_plot, f"{directory.path.name}: {trained}")
-            if data.keeps_template:
-                save_beside_adapter(directory.adapter, tokenizer)
     # Last, since a run that has its adapter counts as finished.
-    save_adapter(model, directory.adapter if context.is_main else None)
+    run.save_adapter(directory.adapter if context.is_main else None)
     if context.is_main:
         print(summarize(directory, steps, validations, trained_rows(directory, report)))
     if after is not None:
@@ -211,7 +220,7 @@ def _hold_out(
     if skipped:
         context.say(f"{len(skipped)} validation examples have no part in the loss, the first: {skipped[0]}")
     examples = [example for of_task in held_out.values() for example in of_task]
-    rows = embedding_rows(checkpoint.config)
+    rows = table_rows(tokenizer, checkpoint, config)
     check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in examples))
     return held_out
 
@@ -224,9 +233,12 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     check_run(config)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     said: list[str | None] = []
-    tokenizer = required_tokenizer(checkpoint, config.data.chat_template, say=said.append)
+    tokenizer = required_tokenizer(checkpoint)
     context_length = getattr(checkpoint.config, "max_position_embeddings", None)
-    data, rows = prepare(config.data, tokenizer, context_length), embedding_rows(checkpoint.config)
+    rows = table_rows(tokenizer, checkpoint, config)
+    if config.data.chat_template is not None:
+        said.append(use_chat_template(tokenizer, config.data.chat_template))
+    data = prepare(config.data, tokenizer, context_length)
     said.append(end_with_turns(tokenizer) if data.keeps_template else None)
     said.append(fit_padding(tokenizer, rows))
     if os.environ.get("RANK", "0") == "0":
@@ -246,19 +258,26 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     Raises: InputError: an adapter or format does not fit the model, or the batch not the number of ranks.
     """
     with context.raise_on_all_ranks():
-        check_settings(config.training, context)
+        check_settings(config, context)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    meta, report = build_adapted(checkpoint, config.model, context, lambda model: _adapt(model, config))
+    meta, adapted = build_adapted(
+        checkpoint, config.model, context, lambda model: adapt_run(model, config, context)
+    )
+    config = in_force(config, adapted)
     with context.raise_on_all_ranks():
+        if config.adapter.trainable_tokens is not None:
+            ids = trained_ids(required_tokenizer(checkpoint), checkpoint, config)
+            report = with_tokens(meta.model, adapted.report, config.adapter, ids)
+            adapted = dataclasses.replace(adapted, report=report)
         check_savable(meta.model)
         check_output_layer(meta.model)
-        if _packing(config).joined:
+        if packing_of(config).joined:
             check_packing(meta.model.config)
         if config.evaluation.quantization is not None:
             # Whether that format holds every layer must not be found out after the training.
             checkpoint = open_checkpoint(config.model.path, config.model.revision)
             build_model(checkpoint, torch.float32, Quantization(config.evaluation.quantization))
-        return _manifest(config, meta.model, data, report, context)
+        return run_manifest(config, meta.model, data, adapted, context)
 
 
 class _Run:
@@ -320,11 +339,9 @@ class _Run:
         measure = self.config.training.keep_best
         if measure is None:
             return
-        save_best(self.trainer.model, self.directory.best_adapter, self.context)
+        save_best(self.save_adapter, self.directory.best_adapter, self.context)
         with self.context.raise_on_all_ranks():
             if self.context.is_main:
-                if self.data.keeps_template:
-                    save_beside_adapter(self.directory.best_adapter, self.tokenizer)
                 self.directory.record(best=state.best(measure))
 
     def exact_match(self, step: int) -> float:
@@ -359,6 +376,10 @@ class _Run:
                 write_scores(score, folder)
         return scores
 
+    def save_adapter(self, folder: Path | None) -> None:
+        own = self.data.keeps_template or self.config.adapter.trainable_tokens is not None
+        save_adapter_and_tokenizer(self.trainer.model, self.tokenizer if own else None, folder)
+
     def save(self, step: int) -> None:
         trainer, metrics_file = self.trainer, self.directory.metrics_file
         with self.context.raise_on_all_ranks(), wrap_os_errors(metrics_file):
@@ -369,46 +390,7 @@ class _Run:
             step,
             trainer.optimizer.state(),
             {"seed": self.config.training.seed, "epoch": epoch, "batch": batch},
-            lambda folder: save_adapter(trainer.model, folder),
+            self.save_adapter,
             validation=self.validator.state,
             best=self.directory.best_adapter if self.config.training.keep_best else None,
         )
-
-
-def _packing(config: RunConfig) -> Packing:
-    return Packing.of(config.data.packing, config.data.max_length)
-
-
-def _adapt(model: PreTrainedModel, config: RunConfig) -> InjectionReport:
-    return adapt(model, config.adapter, config.training.mode, seed=config.training.seed)
-
-
-def _input_digests(model: PreTrainedModel, data: PreparedData) -> dict[str, str]:
-    """Short digests of what every rank must have read the same, each from its own disk."""
-    named = {f"the {part} data": value[:16] for part, value in data.fingerprints.items()}
-    return {**named, "the base model": str(base_fingerprint(model))[:16]}
-
-
-def _manifest(
-    config: RunConfig,
-    model: PreTrainedModel,
-    data: PreparedData,
-    report: InjectionReport,
-    context: DistributedContext,
-) -> dict[str, Any]:
-    training, lengths = config.training, [len(example.input_ids) for example in data.train]
-    rows = _packing(config).row_tokens
-    order = hashlib.sha256(
-        repr((training.seed, training.batch_size, lengths, *([] if rows is None else [rows]))).encode()
-    )
-    plan = BatchPlan(lengths, training.batch_size, training.seed, rows)
-    fields = {
-        "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},
-        "data": data.counts(),
-        "trainable_parameters": report.trainable,
-        "initial_a": initial_update_fingerprint(model),
-        "batch_order": order.hexdigest(),
-        "steps": count_steps(training, plan.steps_per_epoch),
-        "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
-    }
-    return make_manifest(config, world_size=context.world_size, fields=fields)

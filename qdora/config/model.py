@@ -47,7 +47,10 @@ class AdapterConfig(Section):
     """
 
     key = "adapter"
-    several = ("targets", "magnitude_targets")
+    several = ("targets", "magnitude_targets", "trainable_tokens")
+    from_: str | None = Field(default=None, alias="from")
+    """Folder of an adapter to go on from, ours or PEFT's; what it is made of is taken from it
+    (docs/continue.md)."""
     type: UpdateType = "lora"
     """Low-rank update of the weight; `none` trains the magnitude alone. `gated_lora`: LoRA's, times a trained
     number of the layer, its gate (docs/configuration.md)."""
@@ -92,8 +95,11 @@ class AdapterConfig(Section):
     magnitude_rate_ratio: Annotated[float, Field(gt=0)] = 1.0
     """The learning rate of the magnitude over `training.learning_rate`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Storage of A, B, VeRA's vectors and the offsets of gate and magnitude. Full fine-tuning stores what it
-    trains in the compute dtype."""
+    """Storage of A, B, VeRA's vectors and the offsets of gate, magnitude and tokens' rows. Full fine-tuning
+    stores what it trains in the compute dtype."""
+    trainable_tokens: tuple[str, ...] | None = None
+    """Tokens whose rows of the embedding and output layer are trained; the tokenizer gets those it lacks, as
+    special tokens (docs/continue.md). Not under FSDP."""
 
     def rate_ratio(self, parameter: str) -> float:
         """The learning rate of a parameter, by its full name, over `training.learning_rate`."""
@@ -109,6 +115,8 @@ class AdapterConfig(Section):
     def _consistent(self) -> AdapterConfig:
         if not self.targets:
             raise ValueError("adapter.targets is empty; name at least one layer, for example q_proj")
+        if self.trainable_tokens is not None and not all(self.trainable_tokens or [""]):
+            raise ValueError("adapter.trainable_tokens is empty, or has an empty token; leave it out")
         if self.magnitude_targets == ():
             raise ValueError("adapter.magnitude_targets is empty; leave it out, or set adapter.dora: false")
         has_factors = self.type in ("lora", "gated_lora")
@@ -128,6 +136,15 @@ class AdapterConfig(Section):
             raise ValueError("adapter.init 'orthogonal' halves the rank: adapter.r must be even")
         if self.magnitude_targets is not None and not self.dora:
             raise ValueError("adapter.magnitude_targets given, but adapter.dora is false")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_once(self) -> AdapterConfig:
+        if self.from_ is not None and self.magnitude_start == "original":
+            raise ValueError(
+                "adapter.magnitude_start 'original' does not go with adapter.from, whose magnitude is the "
+                "start; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -248,6 +248,15 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _something_is_trained(self) -> RunConfig:
         has_adapter = self.adapter.type != "none" or self.adapter.dora
+        if self.training.mode == "full" and self.adapter.trainable_tokens is not None:
+            raise ValueError(
+                "training.mode 'full' trains all rows of the embedding: leave out adapter.trainable_tokens"
+            )
+        if self.training.mode == "full" and self.adapter.from_ is not None:
+            raise ValueError(
+                "training.mode 'full' does not go with adapter.from: merge that adapter into its base "
+                "(`qdora export`), and name the merged folder as model.path"
+            )
         if self.training.mode == "full":
             if has_adapter:
                 raise ValueError(

@@ -19,7 +19,12 @@ class Section(BaseModel):
     """A group of keys: unknown ones are refused, values are never coerced, nothing changes later."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
     )
     key: ClassVar[str] = ""
     """Name of the section in a run's configuration, for errors."""
@@ -28,7 +33,9 @@ class Section(BaseModel):
 
     def __init__(self, **settings: Any) -> None:
         try:
-            super().__init__(**{name: self._plain(name, value) for name, value in settings.items()})
+            # A key that is a word of Python's, `from`, has an underscore after it there.
+            named = {name.removesuffix("_"): value for name, value in settings.items()}
+            super().__init__(**{name: self._plain(name, value) for name, value in named.items()})
         except ValidationError as error:
             raise InputError(explain(type(self), error, self.key)) from None
 
@@ -76,7 +83,8 @@ def _explain(kind: type[Section], detail: ErrorDetails, prefix: str) -> str:
         if renamed:
             return f"key {key!r} is now {renamed}"
         section = _section_at(kind, location[:-1])
-        hint = suggest(location[-1], section.model_fields)
+        keys = [field.alias or name for name, field in section.model_fields.items()]
+        hint = suggest(location[-1], keys)
         return f"unknown key {key!r} (value {detail['input']!r}); {hint}"
     if detail["type"] == "missing":
         return f"key {key!r} is required and missing"

@@ -52,7 +52,8 @@ def check_ids(
             raise DataError(
                 f"{origin}: token {token!r} has id {max(ids)}, but the model's embedding has {rows} rows, of "
                 f"ids 0 to {rows - 1}: the token was added to the tokenizer and not to the model. Remove it "
-                f"from the text or the tokenizer, or resize the model's embeddings"
+                f"from the text or the tokenizer, name it in adapter.trainable_tokens, or resize the model's "
+                f"embeddings"
             )
 
 

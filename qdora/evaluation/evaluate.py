@@ -29,7 +29,7 @@ from qdora.evaluation.groups import Decoding, Group, check_group, group_by_task
 from qdora.evaluation.likelihood import rank, ranked_options, score_options
 from qdora.evaluation.scores import Prediction, Scores, locked_reports, summarize, write_scores
 from qdora.evaluation.weights import evaluation_weights
-from qdora.models.load import load_with_adapter, required_tokenizer
+from qdora.models.load import adapter_rows, load_with_adapter, required_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.tasks import check_run
@@ -130,7 +130,7 @@ def load_for_evaluation(
         check_run(config)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
         tokenizer = required_tokenizer(checkpoint, config.data.chat_template, adapter=adapter)
-        rows = embedding_rows(checkpoint.config)
+        rows = adapter_rows(adapter, embedding_rows(checkpoint.config))
         padding = fit_padding(tokenizer, rows)
         found = load_split(config.data, tokenizer, split)
         examples = [example for example in found.examples if task in (None, example.task)]

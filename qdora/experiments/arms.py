@@ -22,11 +22,11 @@ from qdora.training.metrics import StepMetrics, read_metrics
 
 _MODEL = ("model.path", "model.revision")
 _BATCHES = (*_MODEL, "data", "training.batch_size")
-_UPDATES = ("adapter.type", "adapter.init", "adapter.r", "adapter.rank_pattern", "adapter.targets")
+_UPDATES = ("adapter.from", *(f"adapter.{key}" for key in ("type", "init", "r", "rank_pattern", "targets")))
 
 CONDITIONS: Mapping[str, Sequence[str]] = {
     "base.fingerprint": _MODEL,
-    "base.parameters": (*_MODEL, "training.mode"),
+    "base.parameters": (*_MODEL, "training.mode", "adapter.trainable_tokens"),
     "data.train": (*_MODEL, "data"),
     "data.fingerprints.train": (*_MODEL, "data"),
     # Every difference of scores is taken over the same questions, so no key excuses other ones.

@@ -14,6 +14,8 @@ from torch import nn
 
 from qdora.adapters.inject import adapted_layers, refuse_overflow
 from qdora.adapters.layer import AdaptedLinear
+from qdora.adapters.tokens import TokenRows
+from qdora.adapters.vocabulary import vocabulary_layers
 from qdora.errors import InputError
 from qdora.files import atomic_directory
 from qdora.models.formats.safetensors import cast_checked, write_model_folder
@@ -80,7 +82,7 @@ def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple
     seen: set[int] = set()
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name.startswith(inside):
+        if name.startswith(inside) or isinstance(module, TokenRows):
             continue
         if isinstance(module, AdaptedLinear):
             inside = (f"{name}.",)
@@ -94,6 +96,7 @@ def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 full = f"{name}.{leaf}" if name else leaf
+                tensor = _with_rows(module, leaf, tensor)
                 yield full, _cast(full, tensor, dtype)
 
 
@@ -110,12 +113,21 @@ def merged_onto(
         dtype: of every tensor.
     Raises: InputError: a value does not fit `dtype`; the tensor is named.
     """
-    layers = adapted_layers(model)
+    layers, tables = adapted_layers(model), vocabulary_layers(model)
     for name, tensor in originals:
+        table, _, leaf = name.rpartition(".")
+        if table in tables:
+            tensor = _with_rows(tables[table], leaf, tensor)
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None and name.endswith(".weight"):
             tensor = layer.merged(torch.float32, onto=DenseWeight(tensor))
         yield name, _cast(name, tensor, dtype)
+
+
+def _with_rows(module: nn.Module, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A table of the vocabulary with its trained rows."""
+    rows = getattr(module, "token_rows", None)
+    return rows.into(tensor) if isinstance(rows, TokenRows) and leaf == "weight" else tensor
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -25,16 +25,18 @@ from qdora.adapters.full import quantize_layers
 from qdora.adapters.inject import adapted_layers, refuse_lost_original, refuse_overflow
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.magnitude import original_norms
-from qdora.adapters.peft_io import assign_saved, check_base, inject_saved, read_saved
+from qdora.adapters.peft_io import assign_saved, check_base, inject_saved
+from qdora.adapters.saved import CONFIG_FILE, SavedAdapter, read_saved
+from qdora.adapters.tokens import SETTING
 from qdora.config import DtypeName, ModelConfig, QuantizationName
 from qdora.data.chat_templates import use_chat_template, use_saved_template
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.errors import InputError
-from qdora.files import write_file
+from qdora.files import read_json, write_file
 from qdora.models.build import MetaModel, build_model
 from qdora.models.formats import Checkpoint
-from qdora.models.formats.safetensors import save_tokenizer
+from qdora.models.formats.safetensors import read_tokenizer, save_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like
@@ -153,22 +155,47 @@ def load_with_adapter(
     """
     with context.raise_on_all_ranks():
         saved = None if adapter is None else read_saved(adapter)
-        if saved is not None and context.fsdp is not None and (saved.is_full or saved.changes_base):
-            what = "a fully trained model" if saved.is_full else "an adapter that started from full weights"
-            raise InputError(f"{adapter}: {what} does not go onto a sharded base; use it without FSDP")
+        if saved is not None:
+            refuse_sharded_base(saved, context)
     injected = None if saved is None or saved.is_full else saved
     model, _ = load_model(
         checkpoint, settings, context, lambda m: None if injected is None else inject_saved(m, injected)
     )
+    if saved is not None:
+        put_saved(model, saved, context)
     with context.raise_on_all_ranks():
-        if saved is not None:
-            check_base(model, saved)
-            assign_saved(model, saved)
-            if context.fsdp is None:
-                refuse_overflow(model, str(saved.directory))
         if quantize is not None:
             quantize_layers(model, quantize)
     return model
+
+
+def refuse_sharded_base(saved: SavedAdapter, context: DistributedContext) -> None:
+    """Raises: InputError: an adapter that changes the base's full weights, which no rank has under FSDP."""
+    if context.fsdp is not None and (saved.is_full or saved.changes_base or saved.has_tokens):
+        what = "a fully trained model" if saved.is_full else "an adapter that started from full weights"
+        what = "an adapter with trained rows of tokens" if saved.has_tokens else what
+        raise InputError(f"{saved.directory}: {what} does not go onto a sharded base; use it without FSDP")
+
+
+def put_saved(model: PreTrainedModel, saved: SavedAdapter, context: DistributedContext) -> None:
+    """Write a saved adapter's values onto the loaded base that was injected for it; a collective.
+
+    Raises: InputError: the adapter was made for another base, or its norms overflow.
+    """
+    with context.raise_on_all_ranks():
+        check_base(model, saved)
+        assign_saved(model, saved)
+        if context.fsdp is None:
+            refuse_overflow(model, str(saved.directory))
+
+
+def adapter_rows(adapter: Path | None, rows: int) -> int:
+    """Rows of the embedding with those that an adapter adds to the `rows` of its base."""
+    if adapter is None or not (adapter / CONFIG_FILE).is_file():
+        return rows
+    named = read_json(adapter / CONFIG_FILE).get(SETTING) or {}
+    ids = [i for of_layer in (named.values() if isinstance(named, dict) else [named]) for i in of_layer]
+    return max([rows, *(i + 1 for i in ids if isinstance(i, int))])
 
 
 def required_tokenizer(
@@ -182,11 +209,12 @@ def required_tokenizer(
 
     Args:
         chat_template: of `data.chat_template`.
-        adapter: folder of an adapter; the chat template that is saved there comes first.
+        adapter: folder of an adapter; the tokenizer and the chat template that are saved there come first.
         say: told what a chat template changes.
     Raises: InputError: it comes without one, or with one that cannot be used; as `use_chat_template`.
     """
-    tokenizer = checkpoint.tokenizer()
+    saved = None if adapter is None else read_tokenizer(adapter)
+    tokenizer = checkpoint.tokenizer() if saved is None else saved
     if tokenizer is None:
         raise InputError(f"{checkpoint.origin}: the model comes without a tokenizer")
     if adapter is not None and use_saved_template(tokenizer, adapter):

@@ -19,9 +19,10 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from qdora.adapters.adapt import adapt, with_tokens
 from qdora.adapters.base import AdapterModule, SharedBuffers
-from qdora.adapters.full import adapt
 from qdora.adapters.magnitude import Magnitude
+from qdora.adapters.tokens import TokenRows
 from qdora.config import AdapterConfig, ModelConfig, PackingName, TrainingConfig
 from qdora.data.batches import Batch, Packing
 from qdora.data.tokenize import TokenizedExample
@@ -242,8 +243,17 @@ def adapted_model(architecture: Architecture, launch: Launch) -> PreTrainedModel
     Raises: InputError: the adapter does not fit the model, or every weight of a quantized one is trained.
     """
     model = architecture.build()
-    adapt(model, launch.adapter, launch.training.mode)
+    _adapt(model, launch)
     return model
+
+
+def _adapt(model: PreTrainedModel, launch: Launch) -> None:
+    if launch.fsdp is not None and launch.adapter.trainable_tokens is not None:
+        raise InputError("adapter.trainable_tokens does not go with FSDP, which divides the tables' rows")
+    adapted = adapt(model, launch.adapter, launch.training.mode)
+    first = model.config.get_text_config().vocab_size
+    ids = range(first, first + len(launch.adapter.trainable_tokens or ()))  # as if all were new
+    with_tokens(model, adapted.report, adapted.config, ids)
 
 
 def layers_alike(architecture: Architecture, launch: Launch) -> bool:
@@ -275,7 +285,7 @@ def record_step(model: PreTrainedModel, launch: Launch) -> StepRecord:
     """
     ranks = fake_ranks(launch.world_size, launch.fsdp, launch.device)
     with warnings.catch_warnings(action="ignore"), ranks as context:  # fake tensors warn about themselves
-        adapt(model, launch.adapter, launch.training.mode)
+        _adapt(model, launch)
         shard_model(model, context)
         tracker = StepTracker(model.config.get_text_config().vocab_size)
         with fake_tensors(), tracker:
@@ -301,6 +311,9 @@ def load_fakes(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Magnitude) and module.start == "original":
             module.start_from(torch.empty(module.initial_O.shape, dtype=module.initial_O.dtype))
+        if isinstance(module, TokenRows):
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         if isinstance(module, AdapterModule | SharedBuffers):
             continue
         for parameter in list(module.parameters(recurse=False)):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
-from qdora.adapters.peft_io import save_adapter
 from qdora.distributed.context import DistributedContext
 from qdora.files import atomic_directory, remove
 
@@ -46,16 +44,18 @@ class ValidationState:
         return {"step": self.best_step, "measure": measure, "value": self.best_value}
 
 
-def save_best(model: nn.Module, folder: Path, context: DistributedContext) -> None:
+def save_best(save: Callable[[Path | None], None], folder: Path, context: DistributedContext) -> None:
     """Write the adapter as it is now in place of the best one so far; a collective.
 
+    Args:
+        save: writes the adapter into a folder, of the ranks without one their shards.
     Raises: InputError: on all ranks, where it cannot be written.
     """
     with (
         context.raise_on_all_ranks(),
         atomic_directory(folder) if context.is_main else nullcontext() as staged,
     ):
-        save_adapter(model, staged)
+        save(staged)
 
 
 def copy_best(source: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from qdora.adapters.gated import GATES
 from qdora.adapters.inject import InjectionReport
-from qdora.adapters.peft_io import CONFIG_FILE
+from qdora.adapters.saved import CONFIG_FILE
 from qdora.config import DataConfig
 from qdora.files import read_json
 from qdora.run import RunDirectory

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qdora.config import RunConfig, TrainingConfig
+from qdora.config import RunConfig
 from qdora.config_file import dotted
 from qdora.data.batches import Packing
 from qdora.distributed.context import DistributedContext
+from qdora.errors import InputError
 from qdora.tasks.prepare import PreparedData
 from qdora.training.layers import check_layer_settings
 from qdora.training.loop import micro_batch_size
@@ -41,22 +42,28 @@ _LATER = {
 }
 
 
-def check_settings(config: TrainingConfig, context: DistributedContext) -> None:
+def check_settings(config: RunConfig, context: DistributedContext) -> None:
     """Refuse what these ranks cannot do, before a weight is read.
 
     Raises: InputError: the key, what came and what is allowed.
     """
-    micro_batch_size(config, context.world_size)
-    check_layer_settings(config, context.device)
-    check_optimizer(config, context.device, sharded=context.fsdp is not None)
-    check_schedule(config)
+    training = config.training
+    micro_batch_size(training, context.world_size)
+    check_layer_settings(training, context.device)
+    check_optimizer(training, context.device, sharded=context.fsdp is not None)
+    check_schedule(training)
+    if context.fsdp is not None and config.adapter.trainable_tokens is not None:
+        raise InputError("adapter.trainable_tokens does not go with FSDP, which divides the tables' rows")
 
 
-def agreed_settings(config: RunConfig, data: PreparedData, base: str | None) -> dict[str, Any]:
+def agreed_settings(
+    config: RunConfig, data: PreparedData, base: str | None, start: str | None = None
+) -> dict[str, Any]:
     """The settings that a checkpoint records.
 
     Args:
         base: fingerprint of the base model.
+        start: digest of the adapter that the run goes on from.
     """
     flat = plain_values(config.model_dump(mode="json", include={"model", "adapter", "training"}))
     return {
@@ -75,6 +82,8 @@ def agreed_settings(config: RunConfig, data: PreparedData, base: str | None) -> 
         # Where no text holds a special token it decides nothing.
         "data.parse_special_tokens": config.data.parse_special_tokens if data.special_text else None,
         "base": base,
+        # What it holds, wherever it is: of a magnitude the frozen part is read from it again.
+        "adapter.from": start,
     }
 
 

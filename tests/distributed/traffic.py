@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from qdora.adapters.full import adapt
+from qdora.adapters.adapt import adapt
 from qdora.config import AdapterConfig, ModelConfig, QuantizationName, TrainingConfig
 from qdora.distributed.launch import FsdpSettings
 from qdora.models.load import load_model

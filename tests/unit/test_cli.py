@@ -118,7 +118,7 @@ def test_train_without_a_configuration(tmp_path, monkeypatch, capsys):
     """Catches: `accelerate launch launch/train.py` refused, or without a word on what it trains; a traceback
     outside a checkout."""
     trained = []
-    monkeypatch.setattr("qdora.commands.train.train", lambda config, resume: trained.append(config))
+    monkeypatch.setattr("qdora.commands.train.train", lambda config, **_: trained.append(config))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "launch" / "train.py")])
     assert run_command("train", ["--set", "training.max_steps=7"]) == 0

@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import AutoModelForCausalLM
 
 from qdora.adapters.inject import adapted_layers
-from qdora.adapters.peft_io import load_adapter, read_saved
+from qdora.adapters.peft_io import load_adapter
 from qdora.adapters.peft_settings import NEUTRAL, READ, WITHOUT_EFFECT, refuse_unchosen, refuse_unsupported
+from qdora.adapters.saved import read_saved
 from qdora.errors import InputError
 from qdora.models.load import load_base
 
