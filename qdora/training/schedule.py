@@ -109,7 +109,7 @@ def _factor(
     from transformers import get_scheduler
 
     # A scheduler belongs to an optimizer, of which it reads the rate alone.
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=rate)
     given: Mapping[str, Any] = dict(options)
     scheduler = get_scheduler(name, optimizer, warmup, total_steps, dict(given))
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]

@@ -42,8 +42,14 @@ def in_force(config: RunConfig, adapted: Adapted) -> RunConfig:
 
 def refuse_start_in_output(config: RunConfig) -> None:
     """Refuse to go on from an adapter below the folder that this run clears."""
-    start, output = config.adapter.from_, Path(config.output.dir).resolve()
-    if start is not None and Path(start).resolve().is_relative_to(output):
+    start = config.adapter.from_
+    if start is None:
+        return
+    try:
+        inside = Path(start).resolve().is_relative_to(Path(config.output.dir).resolve())
+    except ValueError:  # a null character: refused by name where the path is opened
+        return
+    if inside:
         raise InputError(
             f"adapter.from {start} is in output.dir {config.output.dir}, which this run would replace; "
             f"choose another output.dir (a run that was interrupted goes on with --resume)"
