@@ -20,8 +20,9 @@ from tabulate import tabulate
 from qdora.config import AdapterConfig, QuantizationName, TrainingConfig
 from qdora.distributed.launch import FsdpSettings
 from qdora.models.formats.safetensors import read_config
+from qdora.planner.architecture import Architecture
 from qdora.planner.report import Estimate
-from qdora.planner.simulate import Architecture, Launch, estimate
+from qdora.planner.simulate import Launch, estimate
 from qdora.quant import Quantization
 from qdora.training import loss
 

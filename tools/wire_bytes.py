@@ -28,8 +28,9 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.models.load import load_model
 from qdora.models.sources import open_checkpoint
+from qdora.planner.architecture import find_architecture
 from qdora.planner.scaling import traffic
-from qdora.planner.simulate import Launch, find_architecture
+from qdora.planner.simulate import Launch
 from qdora.training.loop import Callbacks, Trainer
 
 LENGTH, STEPS = 32, 2

@@ -16,9 +16,10 @@ from qdora.distributed.launch import FsdpSettings, read_launch_file
 from qdora.errors import InputError
 from qdora.files import write_json
 from qdora.planner.advise import advise
+from qdora.planner.architecture import Architecture, find_architecture
 from qdora.planner.report import Breakdown, Estimate
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
-from qdora.planner.simulate import Architecture, Launch, estimate, find_architecture
+from qdora.planner.simulate import Launch, estimate
 from qdora.resources import show_size
 from qdora.training.layers import check_layer_settings
 

@@ -32,6 +32,8 @@ def evaluate(arguments: argparse.Namespace, target: Target) -> None:
         print(_table(scores))
         if folder is not None:
             print(f"reports: {folder}")
+        elif target.directory is not None and not arguments.data:
+            print("reports: none, the adapter is not the run's own; --output DIR writes them")
 
 
 def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None:
@@ -42,9 +44,12 @@ def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None
     directory, on_validation = target.directory, arguments.split == "validation"
     if arguments.base_only:
         return directory.base_validation if on_validation else directory.base_evaluation
-    if target.adapter == directory.best_adapter:
+    adapter = target.adapter and target.adapter.resolve()
+    if adapter == directory.best_adapter.resolve():
         return directory.best_validation if on_validation else directory.best_evaluation
-    return directory.validation if on_validation else directory.evaluation
+    if adapter == directory.adapter.resolve():
+        return directory.validation if on_validation else directory.evaluation
+    return None  # scores of another adapter are not the run's
 
 
 def _table(scores: list[Scores]) -> str:

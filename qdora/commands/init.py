@@ -20,7 +20,7 @@ from qdora.data.tokenize import tokenize_examples
 from qdora.errors import DataError, InputError
 from qdora.files import write_text
 from qdora.models.sources import fetch_tokenizer
-from qdora.planner.simulate import Architecture, find_architecture
+from qdora.planner.architecture import Architecture, find_architecture
 from qdora.planner.starter import BATCH_SIZE, Starter, choose
 from qdora.resources import available_memory, show_size
 from qdora.tasks import check_run, load_dataset

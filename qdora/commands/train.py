@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +17,7 @@ from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.peft_io import check_savable
 from qdora.config import RunConfig
 from qdora.config_file import config_digest
-from qdora.data.chat_templates import end_with_turns, use_chat_template
+from qdora.data.chat_templates import end_with_turns
 from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, fit_padding
 from qdora.distributed.context import DistributedContext
@@ -29,7 +29,6 @@ from qdora.models.load import (
     build_adapted,
     load_model,
     put_saved,
-    required_tokenizer,
 )
 from qdora.models.sources import open_checkpoint
 from qdora.planner.check import refuse_what_cannot_fit
@@ -54,10 +53,19 @@ from qdora.training.metrics import (
     reset_peak_memory,
 )
 from qdora.training.progress import TrainingBar, data_lines, summarize, trained_rows
-from qdora.training.resume import restore, restore_best
-from qdora.training.settings import agreed_settings, check_settings, plain_values
-from qdora.training.start import adapt_run, in_force, refuse_start_in_output, say_start
-from qdora.training.tokens import save_adapter_and_tokenizer, table_rows, trained_ids
+from qdora.training.resume import agreed_settings, plain_values, restore, restore_best
+from qdora.training.start import (
+    adapt_run,
+    check_settings,
+    in_force,
+    refuse_start_in_output,
+    run_tokenizer,
+    save_adapter_and_tokenizer,
+    say_start,
+    starts_with_template,
+    table_rows,
+    trained_ids,
+)
 from qdora.training.validation import HeldOut, Validator, hold_out
 
 if TYPE_CHECKING:
@@ -138,7 +146,7 @@ def _train_locked(
     with context.raise_on_all_ranks():
         ids = trained_ids(tokenizer, checkpoint, config)
         report = with_tokens(model, adapted.report, config.adapter, ids)
-        adapted = dataclasses.replace(adapted, report=report)
+        adapted = replace(adapted, report=report)
     check_savable(model)
     context.say(str(report))
     trainer = Trainer(
@@ -189,8 +197,7 @@ def _train_locked(
         run.train(done, held_out, validation)
     if config.training.trackers:
         context.end()
-    steps: list[StepMetrics] = []
-    validations: list[ValidationMetrics] = []
+    steps, validations = list[StepMetrics](), list[ValidationMetrics]()
     with context.raise_on_all_ranks():
         if context.is_main:
             from qdora.experiments.plots import plot_run  # with matplotlib
@@ -233,12 +240,10 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     check_run(config)
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     said: list[str | None] = []
-    tokenizer = required_tokenizer(checkpoint)
-    context_length = getattr(checkpoint.config, "max_position_embeddings", None)
+    tokenizer = run_tokenizer(checkpoint, config, said.append)
     rows = table_rows(tokenizer, checkpoint, config)
-    if config.data.chat_template is not None:
-        said.append(use_chat_template(tokenizer, config.data.chat_template))
-    data = prepare(config.data, tokenizer, context_length)
+    data = prepare(config.data, tokenizer, getattr(checkpoint.config, "max_position_embeddings", None))
+    data = replace(data, keeps_template=data.keeps_template or starts_with_template(config))
     said.append(end_with_turns(tokenizer) if data.keeps_template else None)
     said.append(fit_padding(tokenizer, rows))
     if os.environ.get("RANK", "0") == "0":
@@ -246,7 +251,7 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in data.train))
     config = rendered(config, data)
     check_questions(tokenizer, rows, config.data, [*data.validation, *data.test[: config.evaluation.limit]])
-    return checkpoint, tokenizer, dataclasses.replace(data, pad_id=tokenizer.pad_token_id)
+    return checkpoint, tokenizer, replace(data, pad_id=tokenizer.pad_token_id)
 
 
 def planned_manifest(config: RunConfig, data: PreparedData, context: DistributedContext) -> dict[str, Any]:
@@ -266,9 +271,8 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     config = in_force(config, adapted)
     with context.raise_on_all_ranks():
         if config.adapter.trainable_tokens is not None:
-            ids = trained_ids(required_tokenizer(checkpoint), checkpoint, config)
-            report = with_tokens(meta.model, adapted.report, config.adapter, ids)
-            adapted = dataclasses.replace(adapted, report=report)
+            ids = trained_ids(run_tokenizer(checkpoint, config), checkpoint, config)
+            adapted = replace(adapted, report=with_tokens(meta.model, adapted.report, config.adapter, ids))
         check_savable(meta.model)
         check_output_layer(meta.model)
         if packing_of(config).joined:
@@ -314,7 +318,7 @@ class _Run:
     def log(self, metrics: StepMetrics) -> None:
         append_metrics(self.directory.metrics_file, metrics)
         self.bar.show(metrics)
-        self.context.track(dataclasses.asdict(metrics), step=metrics.step)
+        self.context.track(asdict(metrics), step=metrics.step)
 
     def log_validation(self, metrics: ValidationMetrics, is_best: bool) -> None:
         append_metrics(self.directory.metrics_file, metrics)

@@ -82,23 +82,23 @@ def render_chats(
         if not turns:
             rendered.append("no assistant turn is trained")
             continue
-        whole = found[i, len(chat), False]
-        if isinstance(whole, str):
-            rendered.append(f"the chat template refuses it: {whole}")
+        full_ids = found[i, len(chat), False]
+        if isinstance(full_ids, str):
+            rendered.append(f"the chat template refuses it: {full_ids}")
             continue
         if (lost := _left_out(tokenizer, chat, turns)) is not None:
             rendered.append(_says_left_out(chat, lost))
             continue
         spans: list[Span] | str
         if loss_on == "all":
-            spans = [(1, len(whole))]  # nothing comes before the first token
+            spans = [(1, len(full_ids))]  # nothing comes before the first token
         elif i in masks:
             spans = _spans_of_mask(chat, turns, masks[i])
         else:
-            spans = _spans_of_beginnings(i, chat, turns, whole, found)
+            spans = _spans_of_beginnings(i, chat, turns, full_ids, found)
         if loss_on != "all" and not isinstance(spans, str):
-            spans = _ended(tokenizer, whole, spans, chat, turns, i in masks)
-        rendered.append(spans if isinstance(spans, str) else RenderedChat(whole, spans))
+            spans = _ended(tokenizer, full_ids, spans, chat, turns, i in masks)
+        rendered.append(spans if isinstance(spans, str) else RenderedChat(full_ids, spans))
     return rendered
 
 
@@ -203,7 +203,7 @@ def _spans_of_beginnings(
     chat_index: int,
     chat: Sequence[Turn],
     turns: Sequence[int],
-    whole: Sequence[int],
+    full_ids: Sequence[int],
     found: Mapping[Rendering, list[int] | str],
 ) -> list[Span] | str:
     spans = []
@@ -214,7 +214,7 @@ def _spans_of_beginnings(
         if isinstance(up_to, str):
             return f"the chat template refuses the chat up to turn {turn + 1} (assistant): {up_to}"
         for part, ids in (("before", before), ("up to", up_to)):
-            if whole[: len(ids)] != ids:
+            if full_ids[: len(ids)] != ids:
                 return (
                     f"the chat template renders the turns {part} turn {turn + 1} ({chat[turn].role}) alone "
                     f"otherwise than in the chat, so that turn's tokens cannot be told; {_NO_CHOICE}"

@@ -253,9 +253,7 @@ class ArmRun:
         try:
             self.directory.finished_adapter()
             done = read_metrics(self.directory.metrics_file)
-            stopped = (
-                self.directory.manifest().get("stopped_early") if self.config.training.patience else None
-            )
+            stopped = self.config.training.patience and self.directory.manifest().get("stopped_early")
         except InputError:
             return False
         return len(done) == int(stopped or self.manifest["steps"])
@@ -300,17 +298,13 @@ def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:
         if test is None:
             raise InputError(f"{run}: arms are compared on a test set, and data.test is not set")
         if test.name == AVERAGE:
-            raise InputError(
-                f"{run}: data.test.name {AVERAGE!r} is what the report calls the mean over tasks; choose "
-                f"another name"
-            )
+            meaning = "is what the report calls the mean over tasks; choose another name"
+            raise InputError(f"{run}: data.test.name {AVERAGE!r} {meaning}")
     swept = next((run for run in runs if run.point), None)
     if swept is not None and swept.config.data.validation is None:
-        raise InputError(
-            "sweep: the best point of a grid is chosen on examples that are left out of training, and "
-            "data.validation is null; say how many, for example in the comparison's set: "
-            "{data.validation: 64}"
-        )
+        why = "the best point of a grid is chosen on examples that are left out of training"
+        how = "say how many, for example in the comparison's set: {data.validation: 64}"
+        raise InputError(f"sweep: {why}, and data.validation is null; {how}")
     return runs
 
 

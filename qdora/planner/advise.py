@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from qdora.config import AdapterConfig
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
+from qdora.planner.architecture import Architecture
 from qdora.planner.report import Estimate
-from qdora.planner.simulate import Architecture, Launch, estimate
+from qdora.planner.simulate import Launch, estimate
 
 Kind = Callable[["Launch"], Iterator["Change"]]
 """The changes of one kind to a launch, from mild to strong."""

@@ -14,8 +14,9 @@ from qdora.errors import InputError
 from qdora.models.formats import Checkpoint
 from qdora.models.load import compute_dtype
 from qdora.planner.advise import mend
+from qdora.planner.architecture import Architecture, architecture_of
 from qdora.planner.internals import apart
-from qdora.planner.simulate import Architecture, Launch, architecture_of, estimate
+from qdora.planner.simulate import Launch, estimate
 from qdora.resources import show_size
 
 _BYTES_PER_PARAMETER = 36

@@ -28,7 +28,8 @@ from qdora.config import AdapterConfig
 from qdora.distributed.fsdp import frozen_vectors
 from qdora.distributed.launch import FsdpSettings
 from qdora.files import write_file
-from qdora.planner.simulate import Architecture, Launch, adapted_model
+from qdora.planner.architecture import Architecture
+from qdora.planner.simulate import Launch, adapted_model
 from qdora.quant import Quantization
 from qdora.quant.base import FrozenWeight
 from qdora.training.layers import decoder_layers

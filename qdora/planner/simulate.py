@@ -6,16 +6,13 @@ are those of training.  There are no weights, no other rank and no GPU.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -23,69 +20,26 @@ from qdora.adapters.adapt import adapt, with_tokens
 from qdora.adapters.base import AdapterModule, SharedBuffers
 from qdora.adapters.magnitude import Magnitude
 from qdora.adapters.tokens import TokenRows
-from qdora.config import AdapterConfig, ModelConfig, PackingName, TrainingConfig
+from qdora.config import AdapterConfig, PackingName, TrainingConfig
 from qdora.data.batches import Batch, Packing
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
-from qdora.files import path_exists, read_json
-from qdora.models.build import build_architecture
-from qdora.models.formats import Checkpoint
-from qdora.models.formats.safetensors import read_config
-from qdora.models.load import compute_dtype
-from qdora.models.sources import PREFIX, is_hub_id, local_path, open_checkpoint
+from qdora.planner.architecture import Architecture
 from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_backward
 from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
-from qdora.quant import Quantization
 from qdora.quant.base import parameter_like
 from qdora.resources import meanwhile
 from qdora.training.layers import decoder_layers
 from qdora.training.loop import StepBatch, StopRequest, Trainer, micro_batch_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 SHALLOW = 4
 """Two layers at each end see what no others do: nothing gathered before them, nothing to gather after."""
-SHIPPED = "models"
-"""Folder beside the configuration files, with a folder for each architecture that ships."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A base model as far as memory goes.
-
-    Attributes:
-        config: its transformers configuration.
-        compute: dtype that it computes in.
-        stored: dtype of the weights in its checkpoint.
-        quantization: of the decoder's linear layers; `none` leaves them as stored.
-    """
-
-    config: PreTrainedConfig
-    compute: torch.dtype
-    stored: torch.dtype
-    quantization: Quantization
-
-    @property
-    def depth(self) -> int:
-        """Decoder layers."""
-        return int(self.config.get_text_config().num_hidden_layers)
-
-    def build(self, depth: int | None = None) -> PreTrainedModel:
-        """The model on the meta device, nothing trainable, with so many decoder layers; with all where None.
-
-        Raises: InputError: not a causal language model, or one with layers that the format cannot hold.
-        """
-        config = copy.deepcopy(self.config)
-        if depth is not None:
-            text = config.get_text_config()
-            text.num_hidden_layers = depth
-            if getattr(text, "layer_types", None):
-                text.layer_types = text.layer_types[:depth]
-        return build_architecture(config, self.compute, self.quantization, self.stored)
 
 
 @dataclass(frozen=True)
@@ -129,89 +83,6 @@ class Launch:
     def offload(self) -> bool:
         """Whether shards, gradients and optimizer state are in CPU memory."""
         return self.fsdp is not None and self.fsdp.offload
-
-
-def find_architecture(
-    model: ModelConfig, folder: str | None, configuration: Path, device: Literal["cpu", "cuda"]
-) -> Architecture:
-    """The architecture of a configured model; its weights are neither needed nor read.
-
-    Looked for in `folder`, at `model.path`, among the architectures that ship beside the configuration
-    file, and on the hub, from which only config.json is fetched.
-
-    Args:
-        folder: with a config.json; None where `model.path` says which model.
-        configuration: the file of the run.
-        device: what the run computes on.
-    Raises: InputError: no configuration found, or one that is not supported.
-    """
-    config, stored = _find_config(model, folder, configuration)
-    # There is no GPU to ask: bfloat16 is what every one since Ampere multiplies natively.
-    auto = model.dtype == "auto" and device == "cuda"
-    compute = torch.bfloat16 if auto else compute_dtype(model.dtype, torch.device("cpu"))
-    return _architecture(config, stored, model, compute)
-
-
-def architecture_of(checkpoint: Checkpoint, model: ModelConfig, compute: torch.dtype) -> Architecture:
-    """The architecture of an opened checkpoint, as a run with this `model` section loads it."""
-    return _architecture(checkpoint.config, _stored_dtype(checkpoint), model, compute)
-
-
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return next(f.dtype for name in checkpoint.names() if len((f := checkpoint.info(name)).shape) > 1)
-
-
-def _architecture(
-    config: PreTrainedConfig, stored: torch.dtype, model: ModelConfig, compute: torch.dtype
-) -> Architecture:
-    quantization = Quantization.of(model)
-    stated = getattr(config, "quantization_config", None)
-    if stated is not None and quantization.name != "none":
-        double = bool(dict(stated).get("bnb_4bit_use_double_quant", False))
-        quantization = replace(quantization, block_size=64, double_quantization=double)
-    return Architecture(config, compute, stored, quantization)
-
-
-def _find_config(
-    model: ModelConfig, folder: str | None, configuration: Path
-) -> tuple[PreTrainedConfig, torch.dtype]:
-    """A transformers configuration, and the dtype of the stored weights."""
-    path = local_path(str(folder if folder is not None else model.path))
-    if folder is not None or path.is_dir():
-        return _read_folder(path)
-    if model.path.startswith(PREFIX) or path_exists(path) or not is_hub_id(model.path):
-        checkpoint = open_checkpoint(model.path, model.revision)
-        return checkpoint.config, _stored_dtype(checkpoint)
-    shipped = shipped_architectures(configuration)
-    if model.path in shipped:
-        return _read_folder(shipped[model.path])
-    try:
-        downloaded = hf_hub_download(model.path, "config.json", revision=model.revision)
-    except Exception as error:  # network libraries raise errors of their own through this call
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        example = f", for example {next(iter(shipped.values()))}" if shipped else ""
-        raise InputError(
-            f"model {model.path!r}: its config.json cannot be had from the hub ({reason}); "
-            f"give a folder with one as --architecture{example}"
-        ) from None
-    return _read_folder(Path(downloaded).parent)
-
-
-def shipped_architectures(configuration: Path) -> dict[str, Path]:
-    """Folders with an architecture near a configuration file, by the hub id of the model."""
-    for parent in (configuration.resolve().parent, configuration.resolve().parent.parent):
-        found = {
-            str(read_json(file).get("_name_or_path", file.parent.name)): file.parent
-            for file in sorted((parent / SHIPPED).glob("*/config.json"))
-        }
-        if found:
-            return found
-    return {}
-
-
-def _read_folder(folder: Path) -> tuple[PreTrainedConfig, torch.dtype]:
-    config = read_config(folder)
-    return config, config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 
 def estimate(architecture: Architecture, launch: Launch) -> Estimate:

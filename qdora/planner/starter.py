@@ -10,8 +10,9 @@ from typing import Literal
 from qdora.config import AdapterConfig, QuantizationName, TrainingConfig
 from qdora.errors import InputError
 from qdora.planner.advise import Change, first_that_fits
+from qdora.planner.architecture import Architecture
 from qdora.planner.report import Estimate
-from qdora.planner.simulate import Architecture, Launch
+from qdora.planner.simulate import Launch
 from qdora.resources import show_size
 
 BATCH_SIZE = 16

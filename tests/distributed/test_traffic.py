@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from qdora.models.formats.safetensors import read_config
+from qdora.planner.architecture import Architecture
 from qdora.planner.scaling import traffic
-from qdora.planner.simulate import Architecture, record_step
+from qdora.planner.simulate import record_step
 from qdora.quant import Quantization
 from tests.distributed.ranks import ROOT, ends, fork_ranks
 from tests.distributed.traffic import CASES, GATHER, SCATTER, launch_of

@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from qdora.cli import run_command
-from qdora.config_file import load_config
+from qdora.commands.train import read_inputs
+from qdora.config import RunConfig
+from qdora.config_file import check_config, load_config, read_yaml
 from qdora.data.rows import Turn
 from qdora.data.tokenize import prompt_ids
 from tools.write_chats import chats, write
@@ -47,6 +49,24 @@ def test_it_trains_without_further_keys(finished, capsys):
     assert (manifest["data"]["train"], manifest["data"]["test"]) == (32, 0)
     assert run_command("train", ["--config", config, "--resume"]) == 0
     assert "32 training examples; no test set" in capsys.readouterr().err
+
+
+def test_going_on_takes_the_template_that_was_trained(finished, tiny_model_folder, tmp_path):
+    """Catches: a run that goes on from an adapter over chats and renders them by the base's template, or does
+    not save the one that it trained."""
+    folder, config = finished
+    tree: dict[str, Any] = tiny_tree(tmp_path, tiny_model_folder, max_steps=1)
+    tree |= {"adapter": {"from": str(folder / "run" / "adapter")}}
+    tree["data"] = {key: value for key, value in first_data(config).items() if key != "chat_template"}
+    _, tokenizer, data = read_inputs(check_config(tree, RunConfig, "test"))
+    _, _, before = read_inputs(load_config(config))
+    assert [example.input_ids for example in data.train] == [example.input_ids for example in before.train]
+    assert tokenizer.eos_token == AutoTokenizer.from_pretrained(folder / "run" / "adapter").eos_token
+    assert data.keeps_template
+
+
+def first_data(config: str) -> dict[str, Any]:
+    return dict(read_yaml(Path(config))["data"])
 
 
 def test_evaluation_says_what_to_set(finished, capsys):

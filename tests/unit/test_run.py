@@ -248,6 +248,26 @@ def test_the_validation_split_is_the_one_that_the_run_left_out(tmp_path, monkeyp
         assert re.search(message, capsys.readouterr().err)
 
 
+def test_scores_of_another_adapter_are_not_the_runs(tmp_path, monkeypatch, capsys):
+    """Catches: `--run R --adapter OTHER` writing OTHER's scores over R's own."""
+    run = started(tmp_path / "run")
+    other = tmp_path / "other"
+    folders = []
+
+    def evaluate_adapter(config, adapter, context, *, folder, task, split):
+        folders.append(folder and folder.name)
+        return []
+
+    monkeypatch.setattr(evaluate, "evaluate_adapter", evaluate_adapter)
+    words = ["--run", str(run.path), "--adapter"]
+    for adapter in (other, run.path / "checkpoints" / "step-2" / "adapter"):
+        assert run_command("evaluate", [*words, str(adapter)]) == 0
+        assert "reports: none, the adapter is not the run's own; --output DIR" in capsys.readouterr().out
+    for own in (run.adapter, run.best_adapter):
+        assert run_command("evaluate", [*words, str(own.parent / "." / own.name)]) == 0
+    assert folders == [None, None, "evaluation", "evaluation-best"]
+
+
 def test_what_a_kill_left_of_a_removal_is_cleared(tmp_path):
     """Catches: the checkpoints of an earlier run that stay hidden for ever; a user's hidden files removed."""
     run = started(tmp_path)

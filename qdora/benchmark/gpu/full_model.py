@@ -14,7 +14,8 @@ from qdora.config import TrainingConfig
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.generation import generate
-from qdora.planner.simulate import Architecture, Launch, estimate
+from qdora.planner.architecture import Architecture
+from qdora.planner.simulate import Launch, estimate
 from qdora.quant import Quantization
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import StepMetrics, reset_peak_memory

@@ -8,7 +8,8 @@ import torch
 
 from qdora.config import AdapterConfig, QuantizationName, TrainingConfig
 from qdora.distributed.launch import FsdpSettings
-from qdora.planner.simulate import Architecture, Launch
+from qdora.planner.architecture import Architecture
+from qdora.planner.simulate import Launch
 from qdora.quant import Quantization
 from tests.tiny import tiny_config
 

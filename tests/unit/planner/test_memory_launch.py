@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qdora.config import ModelConfig
 from qdora.distributed.launch import FsdpSettings, read_launch_file
 from qdora.errors import InputError
-from qdora.planner.simulate import find_architecture, shipped_architectures
+from qdora.planner.architecture import find_architecture, shipped_architectures
 from qdora.quant import Quantization
 
 ROOT = Path(__file__).parents[3]
@@ -56,7 +56,7 @@ def test_a_hub_id_is_found_among_the_shipped_ones(tmp_path):
 
 def test_an_unknown_model_is_an_error_that_names_a_way_out(monkeypatch):
     """Catches: a traceback of the network, or a guess, where there is no configuration to be had."""
-    monkeypatch.setattr("qdora.planner.simulate.hf_hub_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("qdora.planner.architecture.hf_hub_download", lambda *_, **__: 1 / 0)
     with pytest.raises(
         InputError, match=r"model 'some/model': .*division by zero.*--architecture.*configs/models"
     ):

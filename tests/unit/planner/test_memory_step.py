@@ -15,8 +15,9 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.models.load import load_base
+from qdora.planner.architecture import Architecture
 from qdora.planner.report import Breakdown, Part, StepRecord
-from qdora.planner.simulate import Architecture, estimate, layers_alike, record, record_step
+from qdora.planner.simulate import estimate, layers_alike, record, record_step
 from qdora.quant import QUANTIZATIONS, Quantization
 from qdora.quant.base import TILE_BYTES
 from qdora.training.loss import CHUNK_BYTES

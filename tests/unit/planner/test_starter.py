@@ -10,7 +10,8 @@ import pytest
 from qdora.config import ModelConfig
 from qdora.errors import InputError
 from qdora.planner import advise
-from qdora.planner.simulate import Architecture, Launch, estimate, find_architecture
+from qdora.planner.architecture import Architecture, find_architecture
+from qdora.planner.simulate import Launch, estimate
 from qdora.planner.starter import choose
 
 LENGTHS = [60] * 96 + [120] * 4
