@@ -117,7 +117,10 @@ def summarize(
         rows.append(("best adapter", f"{directory.best_adapter}, of step {best['step']}"))
     rows.append(("loss plot", str(directory.loss_plot)))
     best_option = " [--best]" if best else ""
-    rows.append(("score it", f"qdora evaluate --run {directory.path}{best_option}"))
+    examples = manifest["data"]
+    if examples["test"] or examples.get("validation"):
+        split = "" if examples["test"] else " --split validation"
+        rows.append(("score it", f"qdora evaluate --run {directory.path}{best_option}{split}"))
     rows.append(("ask it", f"qdora chat --run {directory.path}{best_option}"))
     rows.append(("export it", f"qdora export --run {directory.path}{best_option} --output DIR"))
     return tabulate(rows, tablefmt="plain", disable_numparse=True)

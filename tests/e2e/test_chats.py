@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def finished(tmp_path_factory, tiny_model_folder) -> tuple[Path, str]:
 
 
 def test_it_trains_without_further_keys(finished, capsys):
-    """Catches: chats that need a format, a prompt or a test set named before they train."""
+    """Catches: chats that need a format, a prompt or a test set named before they train; a last line that
+    names a command which fails for want of a test set."""
     folder, config = finished
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2
@@ -48,7 +50,9 @@ def test_it_trains_without_further_keys(finished, capsys):
     manifest = json.loads((folder / "run" / "manifest.json").read_text())
     assert (manifest["data"]["train"], manifest["data"]["test"]) == (32, 0)
     assert run_command("train", ["--config", config, "--resume"]) == 0
-    assert "32 training examples; no test set" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "32 training examples; no test set" in said.err
+    assert re.search(r"score it +qdora evaluate --run \S+ --split validation\n", said.out)
 
 
 def test_going_on_takes_the_template_that_was_trained(finished, tiny_model_folder, tmp_path):
