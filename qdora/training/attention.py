@@ -141,10 +141,18 @@ def _attend(
         place_T = torch.arange(length, device=query_BHTD.device)
         back_TT = place_T[:, None] - place_T
         mask_TT = (back_TT >= 0) & (back_TT < sliding_window)
+    # torch's backward pass on a CPU is up to three times faster in float32 than in 16 bits.
+    dtype = torch.float32 if query_BHTD.device.type == "cpu" else query_BHTD.dtype
     output_BTHD, _ = sdpa_attention_forward(
-        module, query_BHTD, key_BGTD, value_BGTD, mask_TT, dropout=dropout, scaling=scaling
+        module,
+        query_BHTD.to(dtype),
+        key_BGTD.to(dtype),
+        value_BGTD.to(dtype),
+        mask_TT,
+        dropout=dropout,
+        scaling=scaling,
     )
-    return output_BTHD
+    return output_BTHD.to(query_BHTD.dtype)
 
 
 def _attend_apart(
