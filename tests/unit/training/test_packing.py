@@ -197,6 +197,26 @@ def test_the_variable_length_kernel_is_told_the_same(monkeypatch, window, dropou
     assert calls == []
 
 
+def test_on_a_cpu_16_bits_are_computed_in_float32():
+    """Catches: attention in bfloat16 on a CPU, whose backward pass is slow and whose sums round at each step."""
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 1
+    torch.manual_seed(0)
+    heads = [torch.randn(2, 4, 48, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    by_float64 = [x.detach().double().requires_grad_() for x in heads]
+    output_BTHD, _ = causal_attention(module, *heads, None)
+    expected_BHTD = F.scaled_dot_product_attention(*by_float64, is_causal=True)
+    assert output_BTHD.dtype == torch.bfloat16
+    # 2**-7 is one step of bfloat16: where float64 lies between two of its values, float32 may take the other.
+    expected_BTHD = expected_BHTD.transpose(1, 2)
+    torch.testing.assert_close(output_BTHD, expected_BTHD.to(torch.bfloat16), rtol=2**-7, atol=1e-6)
+    change_BTHD = torch.randn_like(output_BTHD)
+    output_BTHD.backward(change_BTHD)
+    expected_BTHD.backward(change_BTHD.double())
+    for x, y in zip(heads, by_float64, strict=True):
+        torch.testing.assert_close(x.grad, y.grad.to(torch.bfloat16), rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_joined_equals_training_padded(tiny_model_folder, accumulation):
     """Catches: joined micro-batches of other examples, or divided by another number of labels."""
