@@ -33,18 +33,18 @@ class DatasetConfig(Section):
     """Where examples come from; `qdora.tasks` checks the source and which keys it takes."""
 
     source: str
-    """The task that rows come from, `commonsense` for a mixture of tasks, `file` or `hub`;
+    """The task that rows come from, `commonsense` or `arithmetic` for a mixture of tasks, `file` or `hub`;
     docs/data-formats.md describes each."""
     path: str | None = None
     """`file`: file or folder; `hub`: dataset id; `orca_math`, `gsm8k`, `alpaca`: a local copy instead of the
-    hub; `commonsense`: folder; its tasks, `AddSub`, `MultiArith` and `SVAMP`: that folder, or a file.
+    hub; `commonsense`, `arithmetic`: folder; their tasks: that folder, or a file.
     Required but for `orca_math`, `gsm8k` and `alpaca`; `synthetic` has none."""
     name: str | None = None
     """`hub`: configuration of the dataset; `file`: name under which scores are reported."""
     split: str = "train"
     """`train` or `test`; `hub`: any split name."""
     tasks: tuple[str, ...] = ()
-    """`commonsense` only: the tasks to mix; all eight where empty."""
+    """`commonsense` and `arithmetic`: the tasks to mix; all where empty."""
     format: FormatName | None = None
     """`file` and `hub`: how a row holds a chat or a question; recognized from the columns where not given
     (see Chats)."""
@@ -66,8 +66,8 @@ class DatasetConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the shuffle, of the generator and of mixing."""
     limit: Count | None = None
-    """Use only so many usable examples, the first ones in the order of use. For a `commonsense` test set they
-    come from the tasks in turn."""
+    """Use only so many usable examples, the first ones in the order of use. The test set of a
+    mixture takes them from its tasks in turn."""
 
 
 class DataConfig(Section):

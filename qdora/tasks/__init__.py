@@ -12,7 +12,7 @@ from qdora.config import AnswerKind, DataConfig, DatasetConfig, EvaluationMethod
 from qdora.data.rows import BadRows, Dataset
 from qdora.errors import InputError, suggest
 from qdora.tasks.alpaca import ALPACA
-from qdora.tasks.arithmetic import ARITHMETIC
+from qdora.tasks.arithmetic import ARITHMETIC, ARITHMETIC_MIXTURE
 from qdora.tasks.base import NeedsGold, Task
 from qdora.tasks.columns import FILE, HUB
 from qdora.tasks.commonsense import COMMONSENSE, MIXTURE
@@ -22,7 +22,10 @@ from qdora.tasks.synthetic import SYNTHETIC
 
 TASKS: Mapping[str, Task] = {
     task.name: task
-    for task in (SYNTHETIC, ORCA_MATH, GSM8K, ALPACA, MIXTURE, *COMMONSENSE, *ARITHMETIC, FILE, HUB)
+    for task in (
+        *(SYNTHETIC, ORCA_MATH, GSM8K, ALPACA, MIXTURE, ARITHMETIC_MIXTURE, FILE, HUB),
+        *(*COMMONSENSE, *ARITHMETIC),
+    )
 }
 """Every source that a configuration can name."""
 

@@ -12,7 +12,7 @@ import re
 
 from qdora.config import DatasetConfig
 from qdora.data.rows import Example, Row, text_of
-from qdora.tasks.base import LlmAdaptersTask
+from qdora.tasks.base import LlmAdaptersTask, Mixture
 
 _ZERO_DECIMALS = re.compile(r"(?<=\d)\.0+(?!\d)")
 
@@ -36,4 +36,11 @@ ARITHMETIC = (
     LlmAdaptersTask("AddSub", _LLM_ADAPTERS + "Hosseini et al., EMNLP 2014, D14-1058", "Apache-2.0"),
     LlmAdaptersTask("MultiArith", _LLM_ADAPTERS + "Roy and Roth, arXiv:1608.01413", "Apache-2.0"),
     Svamp("SVAMP", _LLM_ADAPTERS + "arkilpatel/SVAMP, arXiv:2103.07191", "MIT"),
+)
+
+ARITHMETIC_MIXTURE = Mixture(
+    "arithmetic",
+    provenance="LLM-Adapters (arXiv:2304.01933)",
+    licence="as its tasks",
+    members=ARITHMETIC,
 )

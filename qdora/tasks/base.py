@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from qdora.data.rows import (
     raise_for_skipped,
     text_of,
 )
-from qdora.errors import InputError
+from qdora.errors import InputError, suggest
 from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_published, verdicts_of
 
 NeedsGold = Literal["all", "questions", "none"]
@@ -184,6 +185,55 @@ class LlmAdaptersTask(Task):
         """The instruction with its input, the output, the answer."""
         question = question_of(row, "instruction")
         return Example(question, text_of(row, "output"), text_of(row, "answer"), self.name, row.origin)
+
+
+@dataclass(frozen=True)
+class Mixture(Task):
+    """Several tasks in LLM-Adapters' format in one training set, scored one by one.
+
+    Attributes:
+        members: the tasks; all of one kind.
+    """
+
+    members: tuple[LlmAdaptersTask, ...] = ()
+
+    required = ("path",)
+    optional: ClassVar[tuple[str, ...]] = ("tasks",)
+    names_examples = False
+
+    def _member(self, name: str) -> LlmAdaptersTask:
+        by_name = {task.name: task for task in self.members}
+        if name not in by_name:
+            raise InputError(f"tasks: got {name!r}; {suggest(name, by_name)}")
+        return by_name[name]
+
+    def check(self, config: DatasetConfig) -> None:
+        """As `Task.check`.
+
+        Raises: InputError: as there, or an unknown name in `tasks`.
+        """
+        super().check(config)
+        for name in config.tasks:
+            self._member(name)
+
+    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+        """The rows of FOLDER/TASK/SPLIT.json of one task after the other."""
+        folder = Path(str(config.path))
+        require(folder, "a folder with one folder for each task, ROOT/TASK/{train,test}.json")
+        names = config.tasks or [task.name for task in self.members]
+        by_task = {name: read_llm_adapters(folder, name, config.split) for name in names}
+        return [replace(row, task=name) for name, rows in by_task.items() for row in rows]
+
+    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+        """Train: all shuffled.  Test: from each task in turn, so that a limit takes equally from each."""
+        if config.split == "train":
+            return super().order(config, rows)
+        by_task = [list(of_task) for _, of_task in groupby(range(len(rows)), lambda i: rows[i].task)]
+        return [i for turn in zip_longest(*by_task) for i in turn if i is not None]
+
+    def example(self, config: DatasetConfig, row: Row) -> Example:
+        """As the row's own task has it."""
+        return self._member(row.task).example(config, row)
 
 
 class HeldOutTask(Task):

@@ -18,14 +18,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby, zip_longest
-from pathlib import Path
 
 from qdora.config import DatasetConfig
-from qdora.data.readers import require
 from qdora.data.rows import BadRowError, Example, Row
 from qdora.errors import InputError, suggest
-from qdora.tasks.base import LlmAdaptersTask, Option, Task, read_llm_adapters
+from qdora.tasks.base import LlmAdaptersTask, Mixture, Option
 
 _REQUEST = re.compile(r"Please (?:choose|answer) [^:\n]*:\s*")
 _FORMAT = "Answer format:"
@@ -121,45 +118,16 @@ COMMONSENSE = (
     _task("ARC-Challenge", _ANSWERS, "arXiv:1803.05457", "CC BY-SA 4.0"),
     _task("openbookqa", _ANSWERS, "arXiv:1809.02789", "Apache-2.0"),
 )
-_BY_NAME = {task.name: task for task in COMMONSENSE}
 
 
-class Mixture(Task):
-    """Several commonsense tasks in one training set, scored one by one."""
-
-    required = ("path",)
-    optional = ("tasks", "answers")
-    names_examples = False
-
-    def check(self, config: DatasetConfig) -> None:
-        """As `Task.check`.
-
-        Raises: InputError: as there, or an unknown name in `tasks`.
-        """
-        super().check(config)
-        for name in config.tasks:
-            if name not in _BY_NAME:
-                raise InputError(f"tasks: got {name!r}; {suggest(name, _BY_NAME)}")
-
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """The rows of FOLDER/TASK/SPLIT.json of one task after the other."""
-        folder = Path(str(config.path))
-        require(folder, "a folder with one folder for each task, ROOT/TASK/{train,test}.json")
-        by_task = {name: read_llm_adapters(folder, name, config.split) for name in config.tasks or _BY_NAME}
-        return [replace(row, task=name) for name, rows in by_task.items() for row in rows]
-
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
-        """Train: all shuffled.  Test: from each task in turn, so that a limit takes equally from each."""
-        if config.split == "train":
-            return super().order(config, rows)
-        by_task = [list(of_task) for _, of_task in groupby(range(len(rows)), lambda i: rows[i].task)]
-        return [i for turn in zip_longest(*by_task) for i in turn if i is not None]
-
-    def example(self, config: DatasetConfig, row: Row) -> Example:
-        """As the row's own task has it."""
-        return _BY_NAME[row.task].example(config, row)
+class _Mixture(Mixture):
+    optional = (*Mixture.optional, "answers")
 
 
-MIXTURE = Mixture(
-    "commonsense", provenance="LLM-Adapters (arXiv:2304.01933)", licence="as its tasks", kind="choice"
+MIXTURE = _Mixture(
+    "commonsense",
+    provenance="LLM-Adapters (arXiv:2304.01933)",
+    licence="as its tasks",
+    kind="choice",
+    members=COMMONSENSE,
 )

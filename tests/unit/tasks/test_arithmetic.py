@@ -6,7 +6,7 @@ import pytest
 
 from qdora.config import DatasetConfig
 from qdora.errors import DataError, InputError
-from qdora.tasks import TASKS, load_dataset
+from qdora.tasks import TASKS, find_task, load_dataset
 from qdora.tasks.base import shuffled
 from qdora.tasks.prepare import remove_leaked
 
@@ -90,6 +90,20 @@ def test_missing_folder(tmp_path, write_json):
         load("SVAMP", tmp_path)
     with pytest.raises(InputError, match="the train set of task 'AddSub'"):
         load("AddSub", tmp_path, "train")
+
+
+def test_mixed_in_one_test_set(tmp_path, write_json):
+    """Catches: a mixture of one task, or of tasks one after the other; examples scored under its name;
+    SVAMP in its own format read as LLM-Adapters'."""
+    for name in ("AddSub", "MultiArith"):
+        write_json([instruction(i) for i in (1, 2)], f"{name}/test.json")
+    own = {"Body": "There are 2 jars.", "Question": "How many?", "Equation": "2.0", "Answer": 2.0}
+    write_json([own], "SVAMP/test.json")
+    examples = load("arithmetic", tmp_path)
+    assert [e.task for e in examples] == ["AddSub", "MultiArith", "SVAMP", "AddSub", "MultiArith"]
+    assert examples[2].question == "There are 2 jars. How many?"
+    with pytest.raises(InputError, match=r"tasks: got 'boolq'; .*allowed: .*AddSub"):
+        find_task(DatasetConfig(source="arithmetic", path="x", tasks=("boolq",)))
 
 
 @pytest.mark.parametrize(("name", "count", "reached"), [("AddSub", 395, 370), ("MultiArith", 600, 560)])

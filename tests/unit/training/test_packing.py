@@ -198,7 +198,7 @@ def test_the_variable_length_kernel_is_told_the_same(monkeypatch, window, dropou
 
 
 def test_on_a_cpu_16_bits_are_computed_in_float32():
-    """Catches: attention in bfloat16 on a CPU, whose backward pass is slow and whose sums round at each step."""
+    """Catches: attention in bfloat16 on a CPU, with a slow backward pass and rounded sums."""
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups = True, 1
     torch.manual_seed(0)
