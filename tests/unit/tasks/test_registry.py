@@ -60,7 +60,10 @@ def test_every_task_states_where_it_comes_from():
         (["data.train.source=file"], "data.train: source 'file' needs a path"),
         (["data.train.source=hub"], "data.train: source 'hub' needs a path"),
         (["data.test.count=null"], "data.test: source 'synthetic' needs a count"),
-        (["data.train.tasks=[boolq]"], "tasks belong to source 'commonsense' or 'arithmetic', not to 'synthetic'"),
+        (
+            ["data.train.tasks=[boolq]"],
+            "tasks belong to source 'commonsense' or 'arithmetic', not to 'synthetic'",
+        ),
         (["data.test.split=dev"], "split 'dev' of source 'synthetic'; allowed: train, test"),
         (
             ["data.test.held_out=3"],
