@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import yaml
 
-from qdora.config import AnswerKind, DatasetConfig, ModelConfig, QuantizationName, RunConfig
+from qdora.config import DatasetConfig, ModelConfig, QuantizationName, RunConfig
 from qdora.config_file import parse_config
+from qdora.data.chat_templates import use_chat_template
 from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
 from qdora.errors import DataError, InputError
@@ -32,6 +33,8 @@ FORMATS: tuple[QuantizationName, ...] = ("none", "nf4")
 """Of the base, in the order of preference: what fits in 16 bits loses nothing."""
 _BYTES_PER_TOKEN = 3
 """Of text, where there is no tokenizer to ask: English has about 4, other languages and code fewer."""
+_WORDS_TO_COMPARE = 5
+"""Of an answer that may be met word for word."""
 _TEMPLATE_TOKENS = 32
 """Of a prompt's own text."""
 _CONFIGS = Path("configs")
@@ -43,12 +46,18 @@ class _Data:
     """What the file holds.
 
     Attributes:
+        apart: examples that are not trained on.
+        template: name of a chat template, for chats and a tokenizer that has none.
+        scored: whether answers are numbers or short enough to be compared; else the loss is all there is.
         lengths: tokens of each example.
         answers: tokens of each completion.
         measured: by the model's tokenizer; else estimated from the characters.
     """
 
     train: DatasetConfig
+    apart: int
+    scored: bool
+    template: str | None
     prompt: Literal["question_answer", "chat"]
     lengths: Sequence[int]
     answers: Sequence[int]
@@ -105,32 +114,35 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase | None:
 
 
 def _read(path: str, tokenizer: PreTrainedTokenizerBase | None) -> _Data:
-    """The examples of the file, with the first kind of answers that it holds.
+    """The examples of the file, and how their answers can be scored.
 
     Raises: InputError: it cannot be read.
     """
-    kinds: tuple[AnswerKind, ...] = ("numeric", "text")
-    for kind in kinds:
-        source = DatasetConfig(source="file", path=path, answer_kind=kind)
-        try:
-            examples = load_dataset(source, "stop").examples
-            break
-        except DataError:
-            if kind == kinds[-1]:
-                raise
-    held_out = max(1, min(100, len(examples) // 10))
-    if held_out >= len(examples):
+    source = DatasetConfig(source="file", path=path)
+    try:
+        examples = load_dataset(source, "stop", needs_gold="all").examples
+        scored = True
+    except DataError:  # not all answers are numbers
+        examples = load_dataset(source, "stop", needs_gold="none").examples
+        scored = all(len(e.completion.split()) <= _WORDS_TO_COMPARE and not e.turns for e in examples)
+        if scored:
+            source = source.model_copy(update={"answer_kind": "text"})
+    apart = max(1, min(100, len(examples) // 10))
+    if apart >= len(examples):
         raise InputError(f"{path}: {len(examples)} example is too few to train and to hold one out")
-    source = source.model_copy(update={"held_out": held_out})
-    prompt: Literal["question_answer", "chat"] = "question_answer"
+    if scored:
+        source = source.model_copy(update={"held_out": apart})
     if tokenizer is None:
         answers = [_guess(example.completion) for example in examples]
         lengths = [_guess(e.question) + a + _TEMPLATE_TOKENS for e, a in zip(examples, answers, strict=True)]
-        return _Data(source, prompt, lengths, answers, False)
-    if tokenizer.chat_template:
-        prompt = "chat"
+        return _Data(source, apart, scored, None, "question_answer", lengths, answers, False)
+    template = None
+    if not tokenizer.chat_template and any(example.turns for example in examples):
+        template = "plain"
+        use_chat_template(tokenizer, template)
+    prompt: Literal["question_answer", "chat"] = "chat" if tokenizer.chat_template else "question_answer"
     lengths, answers = _measure(examples, tokenizer, prompt)
-    return _Data(source, prompt, lengths, answers, True)
+    return _Data(source, apart, scored, template, prompt, lengths, answers, True)
 
 
 def _guess(text: str) -> int:
@@ -160,8 +172,22 @@ def _lines(
     name = Path(str(data.train.path)).name.partition(".")[0]
     train = data.train.model_dump(mode="json", exclude_defaults=True)
     kept = len(data.lengths) - starter.left_out
-    steps = math.ceil((kept - data.train.held_out) / BATCH_SIZE)
+    steps = math.ceil((kept - data.apart) / BATCH_SIZE)
     epochs = 1 if steps >= 200 else min(3, math.ceil(200 / steps))
+    quarter = max(1, steps * epochs // 4)
+    apart: Line = ("data", "test", {**train, "split": "test"}, f"the {data.apart} held out")
+    by_loss: list[Line] = []
+    if not data.scored:
+        apart = (
+            "data",
+            "validation",
+            data.apart,
+            "examples apart; free answers have a loss, and no exact match",
+        )
+        by_loss = [
+            ("training", "keep_best", "loss", "adapter-best/ is of the lowest validation loss"),
+            ("evaluation", "loss_every", quarter, "steps between two of these"),
+        ]
     answer = _round_up(max(data.answers))
     most_answer = answer if context is None else min(answer, context // 2)
     source = "measured" if data.measured else f"estimated, {_BYTES_PER_TOKEN} bytes a token"
@@ -173,8 +199,9 @@ def _lines(
         ("adapter", "r", launch.adapter.r, "rank of the update: a higher one learns more, and takes more"),
         ("adapter", "alpha", launch.adapter.alpha, "the update is scaled by alpha / r"),
         ("data", "train", train, f"{len(data.lengths)} examples"),
-        ("data", "test", {**train, "split": "test"}, f"the {data.train.held_out} held out"),
+        apart,
         ("data", "prompt", data.prompt, _why_prompt(data)),
+        *([("data", "chat_template", data.template, "the tokenizer has none")] if data.template else []),
         ("data", "max_length", launch.max_length, f"tokens; {_why_length(data, starter)} ({source})"),
         *([("data", "bad_rows", "skip", "longer ones are left out and counted")] if starter.left_out else []),
         ("training", "epochs", epochs, f"{steps} steps each"),
@@ -183,7 +210,8 @@ def _lines(
         ("training", "gradient_checkpointing", launch.checkpointing, _why_checkpointing(starter)),
         ("training", "learning_rate", 2e-4, "a usual rate for adapters; try 1e-4 and 4e-4"),
         ("training", "warmup_steps", math.ceil(0.03 * steps * epochs), "3% of the steps"),
-        ("training", "save_every", max(1, steps * epochs // 4), "a checkpoint to go on from with --resume"),
+        ("training", "save_every", quarter, "a checkpoint to go on from with --resume"),
+        *([] if data.scored else by_loss),
         ("evaluation", "max_new_tokens", most_answer, f"the longest completion has {max(data.answers)}"),
         ("output", "dir", f"runs/{name}", ""),
     ]
@@ -202,7 +230,7 @@ def _why_format(starter: Starter) -> str:
 
 def _why_prompt(data: _Data) -> str:
     if data.prompt == "chat":
-        return "the tokenizer's chat template"
+        return "the template of chats" if data.template else "the tokenizer's chat template"
     return "a plain template; chat takes the tokenizer's own, where it has one"
 
 

@@ -37,6 +37,42 @@ def test_a_tiny_model_trains_as_written(tmp_path, tiny_model_folder, capsys):
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [
+        (["Yes, it is.", "No."], "text"),
+        (["Because the light of the sun is scattered by the air.", "No. 7 is prime."], None),
+        (["chat"], None),
+    ],
+    ids=["short", "free", "chats"],
+)
+def test_answers_without_numbers(tmp_path, tiny_model_folder, capsys, answers, kind):
+    """Catches: a test set for exact match of free text, whose evaluation ends in an error or in 0%; a
+    classification without one; a training with nothing to look at; chats without a template."""
+    data, output = tmp_path / "mine.jsonl", tmp_path / "mine.yaml"
+    if answers == ["chat"]:
+        turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So it is."}]
+        rows = [
+            {"messages": [{"role": "user", "content": f"Is it {i}?"}, *turns[1:], *turns]} for i in range(40)
+        ]
+    else:
+        rows = [{"question": f"Is it {i}?", "answer": answers[i % 2]} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["--model", str(tiny_model_folder), "--data", str(data), "--output", str(output)]
+    assert run_command("init", [*words, "--gpu-memory", "24GiB"]) == 0
+    config = load_config(output)
+    if kind:
+        assert config.data.test is not None
+        assert config.data.validation is None
+        assert (config.data.test.answer_kind, config.data.test.held_out) == (kind, 4)
+        return
+    assert (config.data.test, config.data.validation) == (None, 4)
+    assert (config.training.keep_best, config.evaluation.loss_every) == ("loss", 2)
+    settings = ["--set", f"output.dir={tmp_path / 'run'}"]
+    assert run_command("train", ["--config", str(output), *settings]) == 0
+    assert (tmp_path / "run" / "adapter-best" / "adapter_model.safetensors").is_file()
+
+
 def test_an_architecture_without_weights_or_tokenizer(tmp_path, tiny_model_folder, capsys):
     """Catches: a model that must be downloaded to be planned, settings that do not fit by the planner's own
     estimate, fitting ones passed over, lengths guessed without a word."""
