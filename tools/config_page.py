@@ -60,6 +60,7 @@ def _linked(text: str) -> str:
     """A docstring as a cell: pages of docs/ as links, this one as what stands below."""
     text = " ".join(text.split()).replace("|", r"\|")
     text = text.replace(f"docs/{PAGE.name}", "more below")
+    text = re.sub(r"\(see (\w+)\)", lambda heading: f"([{heading[1]}](#{heading[1].lower()}))", text)
     return re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", text)
 
 
