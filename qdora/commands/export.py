@@ -15,7 +15,7 @@ from qdora.data.padding import eos_token_ids
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.export.write import DTYPES, merge_and_export, merged_onto, verify_export
-from qdora.models.formats.safetensors import write_settings
+from qdora.models.formats.write import write_settings
 from qdora.models.load import load_with_adapter, required_tokenizer, resolve_device
 from qdora.models.sources import open_checkpoint
 from qdora.output import check_output, locked

@@ -18,7 +18,7 @@ from qdora.adapters.tokens import TokenRows
 from qdora.adapters.vocabulary import vocabulary_layers
 from qdora.errors import InputError
 from qdora.files import atomic_directory
-from qdora.models.formats.safetensors import cast_checked, write_model_folder
+from qdora.models.formats.write import cast_checked, write_model_folder
 from qdora.output import check_output
 from qdora.quant.dense import DenseWeight
 

@@ -36,7 +36,8 @@ from qdora.errors import InputError
 from qdora.files import read_json, write_file
 from qdora.models.build import MetaModel, build_model
 from qdora.models.formats import Checkpoint
-from qdora.models.formats.safetensors import read_tokenizer, save_tokenizer
+from qdora.models.formats.safetensors import read_tokenizer
+from qdora.models.formats.write import save_tokenizer
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL, FrozenWeight, Shard, parameter_like

@@ -27,12 +27,8 @@ from qdora.errors import InputError, nearest, suggest
 from qdora.files import file_digest, path_exists, staging_directory, write_json
 from qdora.models.formats import Checkpoint
 from qdora.models.formats.gguf import GGUFFile
-from qdora.models.formats.safetensors import (
-    SafetensorsFolder,
-    cast_checked,
-    read_tokenizer,
-    write_model_folder,
-)
+from qdora.models.formats.safetensors import SafetensorsFolder, read_tokenizer
+from qdora.models.formats.write import cast_checked, write_model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

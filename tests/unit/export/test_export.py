@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.errors import InputError
 from qdora.export.write import VerificationError, merge_and_export, merged_onto, merged_tensors, verify_export
-from qdora.models.formats import safetensors
+from qdora.models.formats import write
 from qdora.models.load import load_base
 from qdora.models.sources import open_checkpoint
 from tests.axes import METHODS, adapter_config
@@ -53,7 +53,7 @@ def test_plain_transformers_says_what_the_adapted_model_says(tmp_path, method, c
 
 def test_shards(tmp_path, tiny_model_folder, monkeypatch):
     """Catches: an index that names the wrong shard, or a shard that was forgotten."""
-    monkeypatch.setattr(safetensors, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 30_000)
     model, _ = adapted(tiny_model_folder)
     merge_and_export(model, None, tmp_path / "out", "bf16")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 3

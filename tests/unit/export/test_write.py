@@ -13,7 +13,7 @@ from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
 from qdora.export.write import merge_and_export
-from qdora.models.formats import safetensors
+from qdora.models.formats import write
 from qdora.models.load import load_base
 from tests.tiny import write_tiny_model
 from tests.unit.adapters.oracle import move_off_the_identity, relative
@@ -51,7 +51,7 @@ def test_a_folder_in_use_is_refused_and_replaced_on_request(tiny_model_folder, t
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_index_of_shards_is_that_of_their_contents(tmp_path, monkeypatch, tied):
     """Catches: a tensor twice or nowhere, a shard larger than asked, a wrong total."""
-    monkeypatch.setattr(safetensors, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(write, "SHARD_BYTES", 20_000)
     model, _ = adapted(write_tiny_model(tmp_path / "m", tie_word_embeddings=tied))
     merge_and_export(model, None, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
