@@ -106,6 +106,7 @@ def fake_ranks(world_size: int, fsdp: FsdpSettings | None, device: str) -> Itera
         TILE_BYTES["cpu"] = TILE_BYTES[device]
         stack.enter_context(replaced(kernels, "available", lambda _: device == "cuda"))
         stack.enter_context(replaced(attention, "flash_device", lambda _: device == "cuda"))
+        stack.enter_context(replaced(attention, "float32_device", lambda _: device == "cpu"))
         # Fake tensors are taken for the tracing of a graph, for which a (T, T) mask would be made.
         stack.enter_context(replaced(masking_utils, "is_tracing", lambda *_: False))
         if fsdp is not None and fsdp.offload and device != "cpu":

@@ -89,6 +89,12 @@ def flash_device(device: torch.device) -> bool:
     )
 
 
+def float32_device(device: torch.device) -> bool:
+    """Whether 16-bit attention is computed in float32 there: its backward pass on a CPU is up to three times
+    faster so."""
+    return device.type == "cpu"
+
+
 def _has_variable_length_kernel(query: torch.Tensor) -> bool:
     width = query.shape[-1]
     fits = query.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
@@ -141,8 +147,7 @@ def _attend(
         place_T = torch.arange(length, device=query_BHTD.device)
         back_TT = place_T[:, None] - place_T
         mask_TT = (back_TT >= 0) & (back_TT < sliding_window)
-    # torch's backward pass on a CPU is up to three times faster in float32 than in 16 bits.
-    dtype = torch.float32 if query_BHTD.device.type == "cpu" else query_BHTD.dtype
+    dtype = torch.float32 if float32_device(query_BHTD.device) else query_BHTD.dtype
     output_BTHD, _ = sdpa_attention_forward(
         module,
         query_BHTD.to(dtype),
