@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import multiprocessing
 import os
 import re
 import sys
-import threading
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -238,39 +235,3 @@ def show_size(count: int) -> str:
         if count >= _UNITS[unit]:
             return f"{count / _UNITS[unit]:.2f} {unit}"
     return f"{count} B"
-
-
-def meanwhile(work: Callable[[], T]) -> Callable[[], T]:
-    """Start work in a forked process; what is returned waits for its result.
-
-    Work is done here, when it is asked for, where the process fails, where there is no fork, and where
-    there are other threads of Python: a lock that one of them holds is never released after a fork.
-
-    Args:
-        work: its result can be pickled; on a GPU it has no part.
-    """
-    if sys.platform != "linux" or threading.active_count() > 1:
-        return work
-    forked = multiprocessing.get_context("fork")
-    receiver, sender = forked.Pipe(duplex=False)
-
-    def run() -> None:
-        import torch
-
-        torch.set_num_threads(1)  # of several, one survives a fork
-        with contextlib.suppress(InputError):  # which comes again where the work is done here
-            sender.send(work())
-
-    process = forked.Process(target=run, daemon=True)
-    process.start()
-    sender.close()
-
-    def result() -> T:
-        try:
-            received: T = receiver.recv()
-        except EOFError:
-            return work()
-        process.join()
-        return received
-
-    return result

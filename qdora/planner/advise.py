@@ -9,7 +9,7 @@ from qdora.config import AdapterConfig
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.planner.architecture import Architecture
-from qdora.planner.report import Estimate
+from qdora.planner.report import Estimate, Part
 from qdora.planner.simulate import Launch, estimate
 
 Kind = Callable[["Launch"], Iterator["Change"]]
@@ -56,7 +56,7 @@ def advise(architecture: Architecture, launch: Launch, now: Estimate, memory: in
     enough = False
     useful: list[Kind] = []
     for kind in _KINDS:
-        proposal = first_that_fits(architecture, kind(launch), memory)
+        proposal = _of_kind(kind, architecture, launch, now, memory)
         if proposal is not None and proposal.estimate.peak.total < now.peak.total:
             enough = enough or (proposal.fits and proposal.change.same_run)
             if proposal.change.same_run and kind is not _more_gpus:
@@ -66,21 +66,50 @@ def advise(architecture: Architecture, launch: Launch, now: Estimate, memory: in
         yield from _combined(architecture, launch, useful, memory)
 
 
-def mend(architecture: Architecture, launch: Launch, memory: int) -> Proposal | None:
-    """The mildest settings of the command line with which the same run fits; None where there are none."""
+def mend(architecture: Architecture, launch: Launch, now: Estimate, memory: int) -> Proposal | None:
+    """The mildest settings of the command line with which the same run fits; None where there are none.
+
+    Args:
+        now: the estimate of the launch as it is.
+    """
     useful: list[Kind] = []
     for kind in (_smaller_micro_batches, _checkpointing, _offload_activations):
-        proposal = first_that_fits(architecture, kind(launch), memory)
+        proposal = _of_kind(kind, architecture, launch, now, memory)
         if proposal is not None and proposal.fits:
             return proposal
         useful += [] if proposal is None else [kind]
     return next((p for p in _combined(architecture, launch, useful, memory) if p.fits), None)
 
 
-def first_that_fits(architecture: Architecture, changes: Iterator[Change], memory: int) -> Proposal | None:
+_OF_TOKENS = (Part.ACTIVATIONS, Part.LOGITS, Part.OTHER)
+"""What smaller micro-batches have less of at any moment of a step, at most in proportion."""
+
+
+def _of_kind(
+    kind: Kind, architecture: Architecture, launch: Launch, now: Estimate, memory: int
+) -> Proposal | None:
+    """As `first_that_fits`, of the changes of one kind to a launch whose estimate is known."""
+
+    def least(changed: Launch) -> int:
+        of_tokens = sum(now.peak[part] for part in _OF_TOKENS)
+        return now.peak.total - of_tokens + of_tokens * changed.micro_batch_size // launch.micro_batch_size
+
+    bound = least if kind is _smaller_micro_batches else None
+    return first_that_fits(architecture, kind(launch), memory, bound)
+
+
+def first_that_fits(
+    architecture: Architecture,
+    changes: Iterator[Change],
+    memory: int,
+    least: Callable[[Launch], int] | None = None,
+) -> Proposal | None:
     """Of changes from mild to strong: the mildest that fits, else the strongest; None of none.
 
     None as well of a change that training refuses: an init that FSDP does not know, say.
+
+    Args:
+        least: bytes that a launch takes at least, so that one which cannot fit is not estimated.
     """
 
     def proposed(change: Change) -> Proposal:
@@ -90,7 +119,14 @@ def first_that_fits(architecture: Architecture, changes: Iterator[Change], memor
     ladder = list(changes)
     if not ladder:
         return None
+    if least is not None:
+        ladder = [change for change in ladder if least(change.launch) <= memory] or ladder[-1:]
     try:
+        if least is not None:
+            # It takes little more than that as a rule: the first that may fit does.
+            nearest = proposed(ladder.pop(0))
+            if nearest.fits or not ladder:
+                return nearest
         best = proposed(ladder.pop())
     except InputError:
         return None

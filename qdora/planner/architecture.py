@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,7 @@ from qdora.models.formats.safetensors import read_config
 from qdora.models.load import compute_dtype
 from qdora.models.sources import PREFIX, is_hub_id, local_path, open_checkpoint
 from qdora.quant import Quantization
+from qdora.training.layers import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,6 +50,11 @@ class Architecture:
         """Decoder layers."""
         return int(self.config.get_text_config().num_hidden_layers)
 
+    @cached_property
+    def layers_alike(self) -> bool:
+        """As `same_layers` of the model; found once for all estimates of it."""
+        return same_layers(self.build())
+
     def build(self, depth: int | None = None) -> PreTrainedModel:
         """The model on the meta device, nothing trainable, with so many decoder layers; with all where None.
 
@@ -60,6 +67,17 @@ class Architecture:
             if getattr(text, "layer_types", None):
                 text.layer_types = text.layer_types[:depth]
         return build_architecture(config, self.compute, self.quantization, self.stored)
+
+
+def same_layers(model: PreTrainedModel) -> bool:
+    """Whether every decoder layer has the same tensors, trainable or not."""
+    layers = decoder_layers(model)
+    signatures = [
+        [(name, t.shape, t.dtype, t.requires_grad) for name, t in (*x.named_parameters(), *x.named_buffers())]
+        for x in layers
+    ]
+    depth = model.config.get_text_config().num_hidden_layers
+    return len(layers) == depth and all(one == signatures[0] for one in signatures)
 
 
 def find_architecture(

@@ -74,13 +74,14 @@ def _bound(checkpoint: Checkpoint, launch: Launch) -> int:
 
 def _refusal(architecture: Architecture, launch: Launch, memory: int) -> str | None:
     """Why the run cannot be, and what makes it possible; None where it fits."""
-    needed = estimate(architecture, launch).peak.total
+    now = estimate(architecture, launch)
+    needed = now.peak.total
     if needed <= memory:
         return None
     place = "of this GPU" if launch.device == "cuda" else "of this machine"
     place = place if launch.world_size == 1 else "for each process"
     batch = f"{launch.micro_batch_size} x {launch.max_length} tokens at once"
-    proposal = mend(architecture, launch, memory)
+    proposal = mend(architecture, launch, now, memory)
     if proposal is None:
         hint = "no setting of the run alone mends that; qdora estimate has more GPUs, other lengths and ranks"
     else:

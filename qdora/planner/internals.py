@@ -36,7 +36,7 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import parameter_groups
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
-from qdora.planner.report import Breakdown, Part
+from qdora.planner.report import Breakdown, Moment, Part
 from qdora.quant import QUANTIZATIONS
 from qdora.quant.base import TILE_BYTES
 from qdora.training import attention, layers
@@ -179,6 +179,7 @@ class StepTracker(MemTracker):
 
     Attributes:
         exchanged: bytes of all ranks' shards, by collective.
+        starts: where each phase since `restart` began.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -189,6 +190,7 @@ class StepTracker(MemTracker):
         self._blind = False
         self._phase = ""
         self._peaks: dict[str, dict[str, int]] = {}
+        self.starts: dict[str, Moment] = {}
         self._restore = ExitStack()
         self.exchanged: dict[str, int] = {}
 
@@ -205,11 +207,13 @@ class StepTracker(MemTracker):
     def restart(self) -> None:
         """Forget the phases so far and what was exchanged in them."""
         self._peaks.clear()
+        self.starts.clear()
         self.exchanged.clear()
 
     def begin(self, phase: str) -> None:
         """From here on, peaks are those of a phase of this name."""
         self._phase = phase
+        self.starts[phase] = Moment(self.current, dict(self.exchanged))
         self._keep_peak()
 
     @contextmanager

@@ -63,6 +63,28 @@ class Breakdown(dict[Part, int]):
         """Bytes of all kinds."""
         return sum(self.values())
 
+    def plus(self, other: Mapping[Part, int], times: int = 1) -> Breakdown:
+        """These bytes, and so many times the other ones."""
+        return Breakdown(added(self, other, times))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of a step.
+
+    Attributes:
+        held: what is in memory.
+        exchanged: bytes of all ranks' shards since the step began, by collective.
+    """
+
+    held: Breakdown
+    exchanged: Mapping[str, int]
+
+    def plus(self, other: Moment, times: int = 1) -> Moment:
+        """Both figures, and so many times the other ones."""
+        held = self.held.plus(other.held, times)
+        return Moment(held, added(self.exchanged, other.exchanged, times))
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -70,37 +92,22 @@ class StepRecord:
 
     Attributes:
         peaks: what was in memory at the peak of each phase of the step.
+        starts: where each phase began.
         at_rest: between two steps.
         shards: of that, this rank's shards of the parameters.
         exchanged: bytes of all ranks' shards, by collective.
     """
 
     peaks: Mapping[str, Breakdown]
+    starts: Mapping[str, Moment]
     at_rest: Breakdown
     shards: Breakdown
     exchanged: Mapping[str, int]
 
-    def extended(self, deeper: StepRecord, layers: int) -> StepRecord:
-        """The record of a model with more layers than this one's, all of them alike.
 
-        Args:
-            deeper: of one more layer, or group of them; it may have phases of those layers alone.
-            layers: how many more layers or groups.
-        """
-
-        def breakdown(first: Breakdown, second: Breakdown) -> Breakdown:
-            return Breakdown(_line(first, second, layers))
-
-        return StepRecord(
-            {phase: breakdown(peak, deeper.peaks[phase]) for phase, peak in self.peaks.items()},
-            breakdown(self.at_rest, deeper.at_rest),
-            breakdown(self.shards, deeper.shards),
-            _line(self.exchanged, deeper.exchanged, layers),
-        )
-
-
-def _line(first: Mapping[K, int], second: Mapping[K, int], steps: int) -> dict[K, int]:
-    return {key: value + (second[key] - value) * steps for key, value in first.items()}
+def added(first: Mapping[K, int], second: Mapping[K, int], times: int = 1) -> dict[K, int]:
+    """The first, and so many times the second; a key that is missing is 0."""
+    return {key: first.get(key, 0) + times * second.get(key, 0) for key in {**first, **second}}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,19 +29,23 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
-from qdora.planner.architecture import Architecture
-from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_backward
-from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
+from qdora.planner.architecture import Architecture, same_layers
+from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_backward, replaced
+from qdora.planner.report import Breakdown, Estimate, Moment, Part, StepRecord, added
 from qdora.quant.base import parameter_like
-from qdora.resources import meanwhile
+from qdora.training import loss
 from qdora.training.layers import decoder_layers
 from qdora.training.loop import StepBatch, StopRequest, Trainer, micro_batch_size
+from qdora.training.loss import chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHALLOW = 4
 """Two layers at each end see what no others do: nothing gathered before them, nothing to gather after."""
+UPDATE = "update"
+"""The phase behind the last micro-batch."""
+_SKIPPED = "skipped"
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,10 @@ def estimate(architecture: Architecture, launch: Launch) -> Estimate:
 
 
 def record(architecture: Architecture, launch: Launch) -> StepRecord:
-    """A step of the model, from those of two shallow ones where its layers are alike.
+    """As `record_step` of the model, from a step that is cut short where it repeats itself.
+
+    Of micro-batches the last one runs, of the loss two chunks, and of layers that are alike five: two at each
+    end, and between them one, or a group, whose like are added.
 
     Raises: InputError: as `record_step`.
     """
@@ -102,10 +111,78 @@ def record(architecture: Architecture, launch: Launch) -> StepRecord:
     group = launch.training.checkpoint_every if launch.checkpointing else 1
     least = SHALLOW + (architecture.depth - SHALLOW) % group
     if architecture.depth <= least + group or not layers_alike(architecture, launch):
-        return record_step(architecture.build(), launch)
-    deeper = meanwhile(lambda: record_step(architecture.build(least + group), launch))
-    shallow = record_step(architecture.build(least), launch)
-    return shallow.extended(deeper(), (architecture.depth - least) // group)
+        return record_step(architecture.build(), launch, run=1)
+    step = record_step(architecture.build(least + group), launch, run=1)
+    idle = record_step(architecture.build(least), launch, run=0)
+    groups = (architecture.depth - least) // group - 1
+    return _extended(step, idle, _Middle(least + group, group, _accumulation(launch)), groups)
+
+
+@dataclass(frozen=True)
+class _Middle:
+    """The layers of a recorded step whose like are added.
+
+    Attributes:
+        depth: layers of the recorded model.
+        group: how many of them, from the third on, are in the middle.
+        micro_batches: of the step; the last one is run.
+    """
+
+    depth: int
+    group: int
+    micro_batches: int
+
+    def phase(self, kind: str, layer: int) -> str:
+        """Name of the forward or backward pass of a layer."""
+        return f"{kind} of layer {_layer_name(layer, self.depth)}, micro-batch {self.micro_batches - 1}"
+
+
+def _extended(step: StepRecord, idle: StepRecord, middle: _Middle, groups: int) -> StepRecord:
+    """The record of a step of a model with more layers, all of them alike.
+
+    Args:
+        idle: of a step without micro-batches, of the model without the layers in the middle.
+        groups: how often those come again.
+    """
+    first, behind = SHALLOW // 2, SHALLOW // 2 + middle.group
+    inside = {middle.phase(kind, i) for kind in ("forward", "backward") for i in range(first, behind)}
+    passed = {}
+    for kind, start, end in (("forward", first, behind), ("backward", behind - 1, first - 1)):
+        end_phase = middle.phase(kind, end)
+        passed[end_phase] = step.starts[end_phase].plus(step.starts[middle.phase(kind, start)], -1)
+    peaks: dict[str, Breakdown] = {}
+    of_group = Moment(step.at_rest.plus(idle.at_rest, -1), {})
+    for phase, peak in step.peaks.items():
+        if phase in idle.starts and phase != UPDATE:
+            of_group = step.starts[phase].plus(idle.starts[phase], -1)
+        elif phase in passed:
+            of_group = of_group.plus(passed[phase])
+        if phase not in inside:
+            peaks[phase] = peak.plus(of_group.held, groups)
+    # What the update makes of each layer's tensors comes on top of what it finds.
+    made, less = (one.peaks[UPDATE].plus(one.starts[UPDATE].held, -1) for one in (step, idle))
+    peaks[UPDATE] = peaks[UPDATE].plus(made.plus(less, -1), groups)
+    exchanged = added(step.exchanged, step.starts[UPDATE].exchanged, -middle.micro_batches)
+    exchanged = added(exchanged, idle.exchanged, -1)
+    for one in passed.values():
+        exchanged = added(exchanged, one.exchanged, middle.micro_batches)
+    return StepRecord(
+        peaks,
+        {},
+        step.at_rest.plus(step.at_rest.plus(idle.at_rest, -1), groups),
+        step.shards.plus(step.shards.plus(idle.shards, -1), groups),
+        added(step.exchanged, exchanged, groups),
+    )
+
+
+def _layer_name(layer: int, depth: int) -> int:
+    """The same at any depth: 0, 1, ... for the first half, the others -1, -2, ... from the end."""
+    return layer if layer < depth // 2 else layer - depth
+
+
+def _accumulation(launch: Launch) -> int:
+    """Of a recorded step: memory before a third one is the same as before the second."""
+    return min(2, launch.training.gradient_accumulation)
 
 
 def adapted_model(architecture: Architecture, launch: Launch) -> PreTrainedModel:
@@ -138,20 +215,17 @@ def layers_alike(architecture: Architecture, launch: Launch) -> bool:
     patterns += (*adapter.rank_pattern, *adapter.alpha_pattern)
     # A module's bare name means it in every layer: what the adapters add needs not be built to be compared.
     named = all(pattern.isidentifier() for pattern in patterns)
-    model = architecture.build() if named else adapted_model(architecture, launch)
-    signatures = [
-        [(name, t.shape, t.dtype, t.requires_grad) for name, t in (*x.named_parameters(), *x.named_buffers())]
-        for x in decoder_layers(model)
-    ]
-    same = len(signatures) == architecture.depth and all(s == signatures[0] for s in signatures)
+    same = architecture.layers_alike if named else same_layers(adapted_model(architecture, launch))
     return same and len(set(kinds)) < 2
 
 
-def record_step(model: PreTrainedModel, launch: Launch) -> StepRecord:
+def record_step(model: PreTrainedModel, launch: Launch, run: int | None = None) -> StepRecord:
     """Run one step of the worst batch: every example of the greatest length, each token with a label.
 
     Args:
         model: on the meta device, nothing trainable; of `Architecture.build`.
+        run: micro-batches that are run, the last ones, with two chunks of their loss: their peaks are those
+            of all.  Of the others there are the gradients alone.  Everything where None.
     Raises: InputError: the batch does not divide over the ranks, or the adapter does not fit the model.
     """
     ranks = fake_ranks(launch.world_size, launch.fsdp, launch.device)
@@ -163,18 +237,25 @@ def record_step(model: PreTrainedModel, launch: Launch) -> StepRecord:
             load_fakes(model)
             tracker.follow_fsdp(model)
             reset_adapters(model, context)
-            return record_worst_step(model, launch, context, tracker)
+            return record_worst_step(model, launch, context, tracker, run)
 
 
 def record_worst_step(
-    model: PreTrainedModel, launch: Launch, context: DistributedContext, tracker: StepTracker
+    model: PreTrainedModel,
+    launch: Launch,
+    context: DistributedContext,
+    tracker: StepTracker,
+    run: int | None = None,
 ) -> StepRecord:
     """`record_step` of a model that is loaded, of fake or real tensors.
 
     Args:
         tracker: entered, and following the model's collectives.
     """
-    return _WorstBatch(model, launch, context, tracker).record()
+    # From the second chunk of a loss on, each finds the logits of the one before.
+    first_chunks = lambda *args: islice(chunks(*args), 2)  # noqa: E731
+    with nullcontext() if run is None else replaced(loss, "chunks", first_chunks):
+        return _WorstBatch(model, launch, context, tracker, run).record()
 
 
 def load_fakes(model: PreTrainedModel) -> None:
@@ -203,9 +284,14 @@ class _WorstBatch(Trainer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, launch: Launch, context: DistributedContext, tracker: StepTracker
+        self,
+        model: PreTrainedModel,
+        launch: Launch,
+        context: DistributedContext,
+        tracker: StepTracker,
+        run: int | None,
     ) -> None:
-        accumulation = min(2, launch.training.gradient_accumulation)
+        accumulation = _accumulation(launch)
         batch_size = launch.micro_batch_size * accumulation * launch.world_size
         steps = {"max_steps": 1, "epochs": None}
         batch = {"batch_size": batch_size, "gradient_accumulation": accumulation}
@@ -218,17 +304,17 @@ class _WorstBatch(Trainer):
         self._tracker = tracker
         tracker.follow_gradients(self.parameters.values())
         self._micro_batch = 0
+        self._skipped = 0 if run is None else max(0, accumulation - run)
+        self._loss_of, self.loss = self.loss, self._loss
         layers = decoder_layers(model)
         for i, layer in enumerate(layers):
-            # The same names at any depth: 0, 1, ... for the first half, the others -1, -2, ... from the end.
-            name = str(i if i < len(layers) // 2 else i - len(layers))
+            name = str(_layer_name(i, len(layers)))
             layer.register_forward_pre_hook(lambda *_, name=name: self._enter_forward(name))
             layer.register_forward_hook(lambda _, __, output, name=name: self._leave_forward(name, output))
 
     def record(self) -> StepRecord:
         """Run a step that finds the optimizer's moments, which the first one makes."""
-        for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        self._make_gradients()
         self.optimizer.step(0.0)
         self.optimizer.zero_grad()
         # What is no part of the model are row norms, cached by the adapters.
@@ -245,14 +331,34 @@ class _WorstBatch(Trainer):
         self._tracker.restart()
         self.model.train()
         self._step(0, batch, StopRequest())
-        return StepRecord(self._tracker.peaks, at_rest, _shards(self.model), dict(self._tracker.exchanged))
+        starts = dict(self._tracker.starts)
+        # What was skipped exchanges as much as what ran.
+        exchanged = dict(self._tracker.exchanged)
+        for _ in range(self._skipped):
+            exchanged = added(exchanged, starts[UPDATE].exchanged)
+        not_run = {_SKIPPED, *(f"start, micro-batch {i}" for i in range(self._skipped))}
+        peaks = {phase: peak for phase, peak in self._tracker.peaks.items() if phase not in not_run}
+        return StepRecord(peaks, starts, at_rest, _shards(self.model), exchanged)
+
+    def _make_gradients(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        """The loss of a micro-batch; of one that is skipped, the gradients that it leaves."""
+        if self._micro_batch >= self._skipped:
+            return self._loss_of(batch)
+        self._tracker.begin(_SKIPPED)
+        self._make_gradients()
+        self._tracker.mark((p.grad for p in self.parameters.values() if p.grad is not None), Part.GRADIENTS)
+        return torch.empty(0, requires_grad=True).sum()  # whose gradient takes nothing
 
     def _micro_batches(self, batch: StepBatch) -> Iterator[Batch]:
         for self._micro_batch, one in enumerate(super()._micro_batches(batch)):
             self._begin("start")
             self._tracker.mark(one.tensors, Part.OTHER)
             yield one
-        self._tracker.begin("update")
+        self._tracker.begin(UPDATE)
 
     def _begin(self, phase: str) -> None:
         self._tracker.begin(f"{phase}, micro-batch {self._micro_batch}")

@@ -5,7 +5,7 @@ Shape legend: B sequences, T tokens, N labelled positions, I hidden size, V voca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +63,11 @@ def completion_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return loss
 
 
+def chunks(count: int, step: int) -> Iterator[slice]:
+    """Positions whose logits exist at the same time, from the first to the last; the planner runs a few."""
+    return (slice(start, start + step) for start in range(0, count, step))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross entropy after an output layer, computed with the logits of one chunk of positions at a time.
 
@@ -83,8 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grads += [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
         total = hidden_NI.new_zeros((), dtype=torch.float32)
         step = max(1, CHUNK_BYTES // (4 * vocabulary))
-        for start in range(0, len(hidden_NI), step):
-            rows = slice(start, start + step)
+        for rows in chunks(len(hidden_NI), step):
             chunk_NI = hidden_NI[rows].detach().requires_grad_(needs_grad)
             with torch.set_grad_enabled(needs_grad):
                 logits_NV = logits_of(chunk_NI).float()

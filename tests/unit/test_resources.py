@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 from types import SimpleNamespace
 
 import psutil
@@ -15,7 +12,7 @@ import torch
 from qdora import cli
 from qdora import resources as threads
 from qdora.errors import InputError
-from qdora.resources import SlowdownWatch, choose_threads, idle_cores, meanwhile
+from qdora.resources import SlowdownWatch, choose_threads, idle_cores
 
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
@@ -243,26 +240,3 @@ def test_the_limit_of_a_container_counts(monkeypatch, tmp_path, files, left):
     monkeypatch.setattr(threads, "_OWN_CGROUP", own)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5000))
     assert threads.available_memory() == (left or 5000)
-
-
-def test_work_goes_on_in_another_process(monkeypatch):
-    """Catches: a result that is not that of the work, an error that is lost, a fork beside other threads."""
-    monkeypatch.setattr(threading, "active_count", lambda: 1)
-    other = meanwhile(os.getpid)
-    assert other() != os.getpid()
-
-    def refused() -> int:
-        raise InputError("too large")
-
-    with pytest.raises(InputError, match="too large"):
-        meanwhile(refused)()
-    monkeypatch.setattr(threading, "active_count", lambda: 2)
-    assert meanwhile(os.getpid)() == os.getpid()
-
-
-def test_a_process_that_dies_leaves_its_work(monkeypatch):
-    """Catches: an estimate that waits for ever for a process that the system has ended."""
-    monkeypatch.setattr(threading, "active_count", lambda: 1)
-    here = os.getpid()
-    result = meanwhile(lambda: 7 if os.getpid() == here else os.kill(os.getpid(), signal.SIGKILL))
-    assert result() == 7

@@ -9,7 +9,7 @@ import pytest
 from qdora.config import TrainingConfig
 from qdora.config_file import apply_overrides
 from qdora.planner import advise as memory_advice
-from qdora.planner.advise import advise
+from qdora.planner.advise import advise, mend
 from qdora.planner.report import Breakdown, Estimate, Part
 from qdora.planner.simulate import Launch, estimate
 
@@ -71,6 +71,33 @@ def test_the_mildest_change_that_fits_is_proposed(invent):
         assert proposal.change.settings == f"training.gradient_accumulation={count}"
         assert proposal.fits
         assert proposal.change.launch.micro_batch_size == 8 // count
+
+
+@pytest.mark.parametrize("fixed", [0, 3000])
+def test_a_large_batch_is_mended_with_one_estimate(monkeypatch, fixed):
+    """Catches: an estimate of each accumulation on the way to the one that fits; one that fits passed over
+    because it was held to take more than it does."""
+    seen = []
+
+    def counted(architecture, changed):
+        seen.append(changed.micro_batch_size)
+        held = invented(architecture, changed)
+        # A part of what scales does not: the bound is below what is estimated.
+        more = Breakdown({Part.ACTIVATIONS: fixed})
+        return replace(held, peak=held.peak.plus(more))
+
+    monkeypatch.setattr(memory_advice, "estimate", counted)
+    run = launch(1, sequences=1024)
+    now = counted(None, run)
+    peaks = {n: counted(None, run.with_training(gradient_accumulation=n)).peak.total for n in (1, 4, 8, 1024)}
+    seen.clear()
+    proposal = mend(None, run, now, peaks[8])
+    assert proposal.change.settings == "training.gradient_accumulation=8"
+    assert proposal.fits
+    assert seen == [128]
+    # Where the bound is too low by what does not scale, the next ones are tried.
+    assert mend(None, run, now, peaks[8] - 1).change.settings == "training.gradient_accumulation=16"
+    assert mend(None, run, now, peaks[1024]).change.settings == "training.gradient_accumulation=1024"
 
 
 def test_as_few_layers_are_recomputed_as_fit(invent):

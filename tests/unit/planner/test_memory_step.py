@@ -16,7 +16,8 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.models.load import load_base
 from qdora.planner.architecture import Architecture
-from qdora.planner.report import Breakdown, Part, StepRecord
+from qdora.planner.internals import StepTracker
+from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
 from qdora.planner.simulate import estimate, layers_alike, record, record_step
 from qdora.quant import QUANTIZATIONS, Quantization
 from qdora.quant.base import TILE_BYTES
@@ -216,31 +217,78 @@ def test_offloaded_shards_are_in_cpu_memory():
     assert away.peak[Part.GATHERED] > 0
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        launch(accumulation=2, adapter={"targets": ("down_proj",)}),
-        launch(
-            2, accumulation=2, length=32, checkpointing=True, adapter={"targets": ("q_proj", "down_proj")}
-        ),
-        launch(3, adapter={"dora": False, "dropout": 0.1, "targets": ("q_proj",), "r": 16}),
-        launch(2, sharded=False, adapter={"dora": False, "targets": ("down_proj",), "r": 32}),
-        launch(checkpointing=True, adapter={"targets": ("q_proj",)}).with_training(checkpoint_every=2),
-        launch(2, accumulation=2, checkpointing=True, adapter={"targets": ("q_proj",)}).with_training(
-            checkpoint_every=3, offload_activations=True
-        ),
-    ],
-    ids=["alone", "sharded", "dropout", "data parallel", "every second layer", "every third, offloaded"],
-)
-def test_shallow_models_give_the_deep_one_to_the_byte(run):
-    """Catches: a worst moment that two shallow models do not show, a line through the wrong points."""
-    deep = architecture(9 if run.training.checkpoint_every > 1 else 6)
+SHORTENED = {
+    "alone": launch(accumulation=2, adapter={"targets": ("down_proj",)}),
+    "sharded": launch(
+        2, accumulation=3, length=32, checkpointing=True, adapter={"targets": ("q_proj", "down_proj")}
+    ),
+    "kept": launch(2, accumulation=2, adapter={"targets": ("q_proj",)}, reshard_after_forward=False),
+    "offloaded": launch(2, accumulation=2, adapter={"targets": ("q_proj",)}, offload=True),
+    "dropout": launch(3, adapter={"dora": False, "dropout": 0.1, "targets": ("q_proj",), "r": 16}),
+    "data parallel": launch(
+        2, accumulation=2, sharded=False, adapter={"dora": False, "targets": ("down_proj",), "r": 32}
+    ),
+    "every second layer": launch(checkpointing=True, adapter={"targets": ("q_proj",)}).with_training(
+        checkpoint_every=2
+    ),
+    "every third, offloaded": launch(
+        2, accumulation=2, checkpointing=True, adapter={"targets": ("q_proj",)}
+    ).with_training(checkpoint_every=3, offload_activations=True),
+    "full": launch(accumulation=2, full=True),
+    "full, sharded": launch(2, accumulation=2, full=True),
+}
+"""Steps of which a few micro-batches, layers and chunks of the loss are run."""
+
+
+def of_kinds(peak: Breakdown) -> dict[Part, int]:
+    """Row norms are adapters' until the first micro-batch renews them, as activations."""
+    norms = peak[Part.ADAPTERS] + peak[Part.ACTIVATIONS]
+    return dict(peak) | {Part.ADAPTERS: 0, Part.ACTIVATIONS: norms}
+
+
+@pytest.mark.parametrize("run", SHORTENED.values(), ids=list(SHORTENED))
+def test_a_short_step_gives_the_long_one_to_the_byte(run, monkeypatch):
+    """Catches: a worst moment that few layers, chunks or micro-batches do not show, a line through the
+    wrong points, gradients that are not there before the last micro-batch."""
+    monkeypatch.setattr("qdora.training.loss.CHUNK_BYTES", 4 * VOCABULARY * 5)  # 7 chunks, the last of 2 rows
+    deep = architecture(
+        9 if run.training.checkpoint_every > 1 else 7,
+        quantization="none" if run.training.mode == "full" else "nf4",
+    )
     assert layers_alike(deep, run)
-    shallow, whole = record(deep, run), record_step(deep.build(), run)
-    assert max(p.total for p in shallow.peaks.values()) == max(p.total for p in whole.peaks.values())
-    assert dict(shallow.at_rest) == dict(whole.at_rest)
-    assert shallow.exchanged == whole.exchanged
-    assert all(dict(peak) == dict(whole.peaks[name]) for name, peak in shallow.peaks.items())
+    short, long = record(deep, run), record_step(deep.build(), run)
+    assert max(p.total for p in short.peaks.values()) == max(p.total for p in long.peaks.values())
+    assert dict(short.at_rest) == dict(long.at_rest)
+    assert dict(short.shards) == dict(long.shards)
+    assert short.exchanged == long.exchanged
+    assert all(of_kinds(peak) == of_kinds(long.peaks[name]) for name, peak in short.peaks.items())
+    assert {f"{kind} of layer {i}" for kind in ("forward", "backward") for i in (0, 1, -2, -1)} <= {
+        name.partition(",")[0] for name in short.peaks
+    }
+    first, second = (Estimate.of(one, run.offload) for one in (short, long))
+    assert dict(first.host) == dict(second.host)
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_an_estimate_costs_the_same_at_any_size(monkeypatch, ranks):
+    """Catches: operators for each chunk of a large batch's loss, each micro-batch or each layer, which take
+    minutes for a model of billions of parameters."""
+    monkeypatch.setattr("qdora.training.loss.CHUNK_BYTES", 4 * VOCABULARY * 8)
+    computed = []
+    compute = StepTracker._compute
+
+    def counted(self, func, args, kwargs):
+        computed.append(func)
+        return compute(self, func, args, kwargs)
+
+    monkeypatch.setattr(StepTracker, "_compute", counted)
+    numbers = []
+    for depth, sequences, accumulation in ((6, 2, 1), (12, 512, 1), (12, 64, 8)):
+        run = launch(ranks, sequences=sequences, accumulation=accumulation, adapter={"targets": ("q_proj",)})
+        computed.clear()
+        estimate(architecture(depth), run)
+        numbers.append(len(computed))
+    assert max(numbers) < 1.1 * min(numbers)
 
 
 @pytest.mark.parametrize(
