@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from qdora.config import DataConfig, PromptName, RunConfig
+from qdora.config import DataConfig, DatasetConfig, PromptName, RunConfig
 from qdora.data.chats import require_chat_template
 from qdora.data.encode import special_tokens
 from qdora.data.padding import choose_pad_token
@@ -40,6 +40,9 @@ class PreparedData:
     """Training examples removed because their question is a test question."""
     leaked_validation: int
     """Training examples removed because their question is a validation question."""
+    leaked_of_validation: int | None
+    """Validation examples removed because their question is a test question; None where they are training
+    examples, of which that is known."""
     skipped: list[Skipped]
     """Bad rows left out, of all sets."""
     special_text: list[str]
@@ -63,6 +66,8 @@ class PreparedData:
         if self.validation:
             counts["validation"] = len(self.validation)
             counts["leaked_validation_questions_removed"] = self.leaked_validation
+            if self.leaked_of_validation is not None:
+                counts["test_questions_removed_from_validation"] = self.leaked_of_validation
         return counts
 
 
@@ -77,6 +82,8 @@ class TrainingSets:
     leaked: int
     leaked_validation: int
     skipped: list[Skipped]
+    leaked_of_validation: int | None = None
+    """Of a validation set with a source of its own: examples whose question is a test question."""
 
 
 def prepare(
@@ -129,7 +136,8 @@ def prepare(
         first = f" or not rendered; the first: {too_long[0]}" if too_long else ""
         raise InputError(
             f"the training set is empty: {sets.loaded} examples loaded, {sets.leaked} of them are test "
-            f"questions, {len(too_long)} longer than data.max_length {config.max_length}{first}"
+            f"questions, {sets.leaked_validation} validation questions, {len(too_long)} longer than "
+            f"data.max_length {config.max_length}{first}"
         )
     left_out = {row.origin for row in too_long}
     used = [example for example in sets.train if example.origin not in left_out]
@@ -142,6 +150,7 @@ def prepare(
         pad_id=pad_id,
         leaked=sets.leaked,
         leaked_validation=sets.leaked_validation,
+        leaked_of_validation=sets.leaked_of_validation,
         skipped=[*sets.skipped, *too_long, *test.skipped, *validation.skipped],
         special_text=_special_text(used, [*validation.examples, *test.examples], tokenizer),
         fingerprints=fingerprints,
@@ -176,28 +185,32 @@ def rendered(config: RunConfig, data: PreparedData) -> RunConfig:
 def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
     """Load the training set, remove the test questions, set the validation examples apart.
 
-    The validation examples are the last ones of all that the source has, whatever `train.limit` is: training
-    sets of several sizes leave out the same ones. An example with the question of one of them is removed
-    from training as one with a test question is.
+    Where the validation examples are training examples, they are the last ones of all that the source has,
+    whatever `train.limit` is: training sets of several sizes leave out the same ones. An example with the
+    question of one of them is removed from training as one with a test question is.
 
     Raises:
-        InputError: data missing or unreadable, or `data.validation` leaves nothing to train on.
+        InputError: data missing or unreadable, or `data.validation` leaves nothing to train on, or nothing to
+            validate on.
         DataError: a bad row, and `bad_rows` is `stop`; names file and line.
     """
     size = config.validation
     # Without a test set a question may be answered by any text.
     gold: NeedsGold = "none" if config.test is None else "questions"
-    if size is None:
+    if size is None or isinstance(size, DatasetConfig):
         loaded = load_dataset(config.train, config.bad_rows, needs_gold=gold)
         clean, leaked = remove_leaked(loaded.examples, test)
-        return TrainingSets(clean, [], len(loaded.examples), leaked, 0, loaded.skipped)
+        sets = TrainingSets(clean, [], len(loaded.examples), leaked, 0, loaded.skipped)
+        return sets if size is None else _with_own_validation(sets, size, config, gold, test)
     unlimited = config.train.model_copy(update={"limit": None})
     loaded = load_dataset(unlimited, config.bad_rows, needs_gold=gold)
     everything, _ = remove_leaked(loaded.examples, test)
+    if isinstance(size, float):
+        size = max(1, round(size * len(everything)))
     if size >= len(everything):
         raise InputError(
-            f"data.validation {size} leaves nothing to train on: there are {len(everything)} training "
-            f"examples whose question is no test question"
+            f"data.validation {config.validation} leaves nothing to train on: there are {len(everything)} "
+            f"training examples whose question is no test question"
         )
     validation = everything[-size:]
     limited = loaded.examples[: config.train.limit]
@@ -206,6 +219,28 @@ def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
     rest = [example for example in clean if example.origin not in apart]
     train, leaked_validation = remove_leaked(rest, validation)
     return TrainingSets(train, validation, len(limited), leaked, leaked_validation, loaded.skipped)
+
+
+def _with_own_validation(
+    sets: TrainingSets, source: DatasetConfig, config: DataConfig, gold: NeedsGold, test: Sequence[Example]
+) -> TrainingSets:
+    """With the validation examples of a source of their own, whose questions are removed from training."""
+    loaded = load_dataset(source, config.bad_rows, needs_gold=gold)
+    validation, of_validation = remove_leaked(loaded.examples, test)
+    if not validation:
+        raise InputError(
+            f"the validation set is empty: the questions of all {of_validation} examples of data.validation "
+            "are test questions"
+        )
+    train, leaked = remove_leaked(sets.train, validation)
+    return replace(
+        sets,
+        train=train,
+        validation=validation,
+        leaked_validation=leaked,
+        skipped=[*sets.skipped, *loaded.skipped],
+        leaked_of_validation=of_validation,
+    )
 
 
 def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:

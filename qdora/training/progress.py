@@ -146,8 +146,11 @@ def data_lines(data: PreparedData, config: DataConfig) -> list[str]:
         share = sum(e.labels for e in data.train) / sum(len(e.input_ids) for e in data.train)
         lines.append(f"{100 * share:.1f}% of the training tokens carry loss (data.loss_on)")
     if data.validation:
+        origin = "left out of training"
+        if data.leaked_of_validation is not None:
+            origin = f"of data.validation, without {data.leaked_of_validation} that are test questions"
         lines.append(
-            f"{len(data.validation)} validation examples left out of training; "
+            f"{len(data.validation)} validation examples {origin}; "
             f"{data.leaked_validation} training examples removed because their question is one of theirs"
         )
     lines += [f"skipped {row}" for row in data.skipped[:5]]
