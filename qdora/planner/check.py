@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 from qdora.config import RunConfig
+from qdora.data.token_table import lengths_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import free_memory
@@ -40,7 +41,7 @@ def refuse_what_cannot_fit(
     Raises: InputError: on all ranks, where it does not fit; with the settings that mend it.
     """
     kind = cast("Literal['cpu', 'cuda']", context.device.type)
-    longest = max(len(example.input_ids) for example in examples)
+    longest = max(lengths_of(examples))
     launch = Launch(
         adapter=config.adapter,
         training=config.training,

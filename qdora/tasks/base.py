@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from qdora.config import AnswerKind, DatasetConfig
-from qdora.data.readers import read_hub, read_rows, require
+from qdora.data.columnar import read_hub
+from qdora.data.readers import require, stream_rows
 from qdora.data.rows import (
+    IN_MEMORY,
     BadRowError,
     BadRows,
     Dataset,
     Example,
     Row,
+    Rows,
     Skipped,
     as_text,
     raise_for_skipped,
@@ -65,6 +69,8 @@ class Task:
     """Further keys that may be given, besides `split`, `seed` and `limit`."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     """The splits; empty where the data decides."""
+    split_of_files: ClassVar[bool] = True
+    """Whether a split has files of its own; else it is a part of the rows, by `order`."""
     names_examples: ClassVar[bool] = True
     """Whether its examples carry its name; those of a mixture or of the user's own data do not."""
 
@@ -90,8 +96,8 @@ class Task:
         """How the answers of its examples are compared."""
         return self.kind
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """All rows of the split's files, in their order.
+    def rows(self, config: DatasetConfig) -> Iterable[Row]:
+        """All rows of the split's files, in their order; `Rows` where there may be too many to be held.
 
         Raises: InputError: the data is missing or cannot be read.
         """
@@ -100,13 +106,19 @@ class Task:
     def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
         """The configuration with what its rows decide: here nothing.
 
+        Args:
+            rows: the first ones.
         Raises: InputError: the rows are of no form that the task reads.
         """
         return config
 
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
-        """Which rows are used, in which order: here all, `train` shuffled, `test` as in the file."""
-        return shuffled(len(rows), config.seed) if config.split == "train" else range(len(rows))
+    def order(self, config: DatasetConfig, tasks: Sequence[str]) -> Sequence[int]:
+        """Which rows are used, in which order: here all, `train` shuffled, `test` as in the file.
+
+        Args:
+            tasks: for each row whose it is, where a source mixes tasks.
+        """
+        return shuffled(len(tasks), config.seed) if config.split == "train" else range(len(tasks))
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """Question, text to train on and gold answer of a row.
@@ -125,18 +137,44 @@ class Task:
             InputError: as `rows` and `order`.
             DataError: a row is bad, and `bad_rows` is `stop`.
         """
-        rows = self.rows(config)
+        source = self.rows(config)
+        others = iter(source)
+        rows = list(islice(others, IN_MEMORY + 1))
         config = self.resolved(config, rows)
-        order = self.order(config, rows)
+        if len(rows) > IN_MEMORY and isinstance(source, Rows):
+            return self._load_large(config, bad_rows, source.identity, chain(rows, others))
+        rows += others
+        order = self.order(config, [row.task for row in rows])
         converted: dict[int, Example] = {}
         skipped: list[Skipped] = []
         for i in sorted(order):
-            try:
-                converted[i] = self.example(config, rows[i])
-            except BadRowError as error:
-                skipped.append(Skipped(rows[i].origin, str(error)))
+            example = self._convert(config, rows[i])
+            if isinstance(example, Example):
+                converted[i] = example
+            else:
+                skipped.append(Skipped(rows[i].origin, example))
         raise_for_skipped(skipped, bad_rows)
         return Dataset([converted[i] for i in order if i in converted][: config.limit], skipped)
+
+    def _load_large(
+        self, config: DatasetConfig, bad_rows: BadRows, identity: Sequence[str], rows: Iterator[Row]
+    ) -> Dataset:
+        """As `load`, by a table of all rows on the disk; they are read where it is not there yet."""
+        from qdora.data.table import ExampleTable, table_key  # with pyarrow
+
+        same_rows = {"seed", "limit", "held_out"} | (set() if self.split_of_files else {"split"})
+        key = table_key(self.name, self.needs_gold, *identity, config.model_dump_json(exclude=same_rows))
+        table = ExampleTable.build(key, ((row, self._convert(config, row)) for row in rows))
+        examples, skipped = table.used(self.order(config, table.tasks))
+        raise_for_skipped(skipped, bad_rows)
+        return Dataset(examples[: config.limit], skipped)
+
+    def _convert(self, config: DatasetConfig, row: Row) -> Example | str:
+        """A row's example, or why it has none."""
+        try:
+            return self.example(config, row)
+        except BadRowError as error:
+            return str(error)
 
     def options(self, example: Example) -> Sequence[Option]:
         """What a choice task's question can be answered with: its own options, else the task's words.
@@ -175,10 +213,10 @@ class LlmAdaptersTask(Task):
 
     required = ("path",)
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+    def rows(self, config: DatasetConfig) -> Rows:
         """The rows of FOLDER/TASK/SPLIT.json, or of a file, which is then the split."""
         path = Path(str(config.path))
-        return read_rows(path) if path.is_file() else read_llm_adapters(path, self.name, config.split)
+        return stream_rows(path) if path.is_file() else read_llm_adapters(path, self.name, config.split)
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """The instruction with its input, the output, the answer."""
@@ -197,20 +235,21 @@ class HeldOutTask(Task):
     dataset: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     rows_held_out: ClassVar[int]
+    split_of_files = False
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+    def rows(self, config: DatasetConfig) -> Rows:
         """The hub's rows, or those of a local copy."""
         if config.path is None:
             return read_hub(self.dataset, None, "train", list(self.columns))
-        return read_rows(Path(config.path))
+        return stream_rows(Path(config.path), "train")
 
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+    def order(self, config: DatasetConfig, tasks: Sequence[str]) -> Sequence[int]:
         """All rows shuffled; `test` is the end of them."""
         held_out = config.held_out or self.rows_held_out
-        return held_out_split(len(rows), config, held_out, config.path or self.dataset)
+        return held_out_split(len(tasks), config, held_out, config.path or self.dataset)
 
 
-def read_llm_adapters(folder: Path, task: str, split: str) -> list[Row]:
+def read_llm_adapters(folder: Path, task: str, split: str) -> Rows:
     """The rows of FOLDER/TASK/SPLIT.json.
 
     Raises: InputError: a folder or the file is missing.
@@ -218,7 +257,7 @@ def read_llm_adapters(folder: Path, task: str, split: str) -> list[Row]:
     require(folder / task, f"the folder of task {task!r}")
     file = folder / task / f"{split}.json"
     require(file, f"the {split} set of task {task!r}")
-    return read_rows(file)
+    return stream_rows(file)
 
 
 def question_of(row: Row, column: str) -> str:
@@ -243,7 +282,8 @@ def instruction_of(row: Row) -> str:
 
 def shuffled(count: int, seed: int) -> list[int]:
     """The order into which `datasets.Dataset.shuffle(seed)` brings `count` rows."""
-    return [int(i) for i in np.random.default_rng(seed).permutation(count)]
+    order: list[int] = np.random.default_rng(seed).permutation(count).tolist()
+    return order
 
 
 def held_out_split(count: int, config: DatasetConfig, held_out: int, where: str) -> list[int]:

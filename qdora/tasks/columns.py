@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qdora.config import AnswerKind, DatasetConfig
-from qdora.data.readers import read_hub, read_rows, require_columns
-from qdora.data.rows import BadRowError, Example, Row, text_of
+from qdora.data.columnar import read_hub, require_columns
+from qdora.data.readers import stream_rows
+from qdora.data.rows import BadRowError, Example, Row, Rows, text_of
 from qdora.tasks.base import Task, held_out_split
 from qdora.tasks.formats import FORMATS, check_format, named_columns, recognize
 from qdora.tasks.scoring import gold_answer
@@ -24,6 +25,7 @@ class OwnData(Task):
     required = ("path",)
     optional = ("name", "format", "columns", "answer_kind", "held_out")
     names_examples = False
+    split_of_files = False
 
     def check(self, config: DatasetConfig) -> None:
         """As `Task.check`; the columns that are named are those of the format.
@@ -41,9 +43,9 @@ class OwnData(Task):
         """The configured one."""
         return config.answer_kind
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """The rows of a file, or of all files of one kind in a folder."""
-        return read_rows(Path(str(config.path)))
+    def rows(self, config: DatasetConfig) -> Rows:
+        """The rows of a file, of all files in a folder, or of a split of a folder in the hub's layout."""
+        return stream_rows(Path(str(config.path)), "train" if config.held_out else config.split)
 
     def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
         """With the format that the rows have.
@@ -52,9 +54,9 @@ class OwnData(Task):
         """
         return config.model_copy(update={"format": recognize(config, rows)})
 
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+    def order(self, config: DatasetConfig, tasks: Sequence[str]) -> Sequence[int]:
         """The shuffled rows, of which the last `held_out` are the split `test`."""
-        return held_out_split(len(rows), config, config.held_out, str(config.path))
+        return held_out_split(len(tasks), config, config.held_out, str(config.path))
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """What the format reads; without a column of answers the gold answer is read in the completion."""
@@ -81,11 +83,13 @@ class HubData(OwnData):
 
     def task_name(self, config: DatasetConfig) -> str:
         """Under which scores are reported: the last part of the id."""
-        return str(config.path).rpartition("/")[2]
+        return Path(str(config.path)).name
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """The rows of the split, in the hub's order."""
+    def rows(self, config: DatasetConfig) -> Rows:
+        """The rows of the split, in the hub's order, or those of a local copy."""
         split = "train" if config.held_out else config.split
+        if Path(str(config.path)).is_dir():
+            return stream_rows(Path(str(config.path)), split, config.name)
         return read_hub(str(config.path), config.name, split, named_columns(config))
 
     def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:

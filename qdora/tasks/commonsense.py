@@ -23,7 +23,7 @@ from pathlib import Path
 
 from qdora.config import DatasetConfig
 from qdora.data.readers import require
-from qdora.data.rows import BadRowError, Example, Row
+from qdora.data.rows import BadRowError, Example, Row, Rows
 from qdora.errors import InputError, suggest
 from qdora.tasks.base import LlmAdaptersTask, Option, Task, read_llm_adapters
 
@@ -141,18 +141,21 @@ class Mixture(Task):
             if name not in _BY_NAME:
                 raise InputError(f"tasks: got {name!r}; {suggest(name, _BY_NAME)}")
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+    def rows(self, config: DatasetConfig) -> Rows:
         """The rows of FOLDER/TASK/SPLIT.json of one task after the other."""
         folder = Path(str(config.path))
         require(folder, "a folder with one folder for each task, ROOT/TASK/{train,test}.json")
         by_task = {name: read_llm_adapters(folder, name, config.split) for name in config.tasks or _BY_NAME}
-        return [replace(row, task=name) for name, rows in by_task.items() for row in rows]
+        return Rows(
+            lambda: (replace(row, task=name) for name, rows in by_task.items() for row in rows),
+            [part for rows in by_task.values() for part in rows.identity],
+        )
 
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+    def order(self, config: DatasetConfig, tasks: Sequence[str]) -> Sequence[int]:
         """Train: all shuffled.  Test: from each task in turn, so that a limit takes equally from each."""
         if config.split == "train":
-            return super().order(config, rows)
-        by_task = [list(of_task) for _, of_task in groupby(range(len(rows)), lambda i: rows[i].task)]
+            return super().order(config, tasks)
+        by_task = [list(of_task) for _, of_task in groupby(range(len(tasks)), lambda i: tasks[i])]
         return [i for turn in zip_longest(*by_task) for i in turn if i is not None]
 
     def example(self, config: DatasetConfig, row: Row) -> Example:

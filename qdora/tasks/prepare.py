@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from qdora.config import DataConfig, DatasetConfig, PromptName, RunConfig
 from qdora.data.chats import require_chat_template
-from qdora.data.encode import special_tokens
 from qdora.data.padding import choose_pad_token
-from qdora.data.rows import Dataset, Example, Skipped, fingerprint
-from qdora.data.tokenize import TokenizedExample, fitting_prompts, tokenize_examples
+from qdora.data.rows import Dataset, Example, Skipped, question_key
+from qdora.data.table import (
+    fingerprint_of,
+    first_chat,
+    repeated_questions,
+    without_origins,
+    without_questions,
+)
+from qdora.data.token_table import special_texts, tokenize_set
+from qdora.data.tokenize import TokenizedExample, fitting_prompts
 from qdora.errors import InputError
 from qdora.tasks import check_data, load_dataset, task_for
 from qdora.tasks.base import NeedsGold
@@ -30,7 +35,7 @@ Split = Literal["test", "validation"]
 class PreparedData:
     """Everything a run takes from its data."""
 
-    train: list[TokenizedExample]
+    train: Sequence[TokenizedExample]
     test: list[Example]
     """Empty where `data.test` is null."""
     validation: list[Example]
@@ -45,6 +50,8 @@ class PreparedData:
     examples, of which that is known."""
     skipped: list[Skipped]
     """Bad rows left out, of all sets."""
+    repeated_questions: int
+    """Training examples whose question is that of one before them."""
     special_text: list[str]
     """Examples with the text of a special token: origin and token."""
     fingerprints: dict[str, str]
@@ -75,7 +82,7 @@ class PreparedData:
 class TrainingSets:
     """The training set without test questions, and the validation examples set apart from it."""
 
-    train: list[Example]
+    train: Sequence[Example]
     validation: list[Example]
     loaded: int
     """Training examples before any was removed."""
@@ -110,7 +117,7 @@ def prepare(
     test = Dataset([], []) if config.test is None else load_test(config, tokenizer)
     sets = load_training(config, test.examples)
     own_prompt = config.prompt
-    config = for_rows(config, [*sets.train, *test.examples, *sets.validation])
+    config = for_rows(config, sets.train, test.examples, sets.validation)
     if config.prompt != own_prompt and config.test is not None:
         test = load_test(config, tokenizer)
     if config.prompt == "chat":
@@ -123,15 +130,8 @@ def prepare(
     validation = Dataset([], [])
     if sets.validation:
         validation = _fitting(Dataset(sets.validation, []), config, tokenizer, "validation")
-    train, too_long = tokenize_examples(
-        sets.train,
-        tokenizer,
-        config.prompt,
-        config.max_length,
-        config.bad_rows,
-        parse_special_tokens=config.parse_special_tokens,
-        loss_on=config.loss_on,
-    )
+    tokenized = tokenize_set(sets.train, tokenizer, config)
+    train, too_long = tokenized.examples, tokenized.skipped
     if not train:
         first = f" or not rendered; the first: {too_long[0]}" if too_long else ""
         raise InputError(
@@ -139,32 +139,35 @@ def prepare(
             f"questions, {sets.leaked_validation} validation questions, {len(too_long)} longer than "
             f"data.max_length {config.max_length}{first}"
         )
-    left_out = {row.origin for row in too_long}
-    used = [example for example in sets.train if example.origin not in left_out]
-    sets_used = {"train": used, "test": test.examples, "validation": validation.examples}
-    fingerprints = {name: fingerprint(examples) for name, examples in sets_used.items() if examples}
+    scored = [*validation.examples, *test.examples]
+    sets_used = {"train": tokenized.used, "test": test.examples, "validation": validation.examples}
+    fingerprints = {name: fingerprint_of(examples) for name, examples in sets_used.items() if examples}
     return PreparedData(
         train=train,
-        test=test.examples,
-        validation=validation.examples,
+        test=list(test.examples),
+        validation=list(validation.examples),
         pad_id=pad_id,
         leaked=sets.leaked,
         leaked_validation=sets.leaked_validation,
         leaked_of_validation=sets.leaked_of_validation,
         skipped=[*sets.skipped, *too_long, *test.skipped, *validation.skipped],
-        special_text=_special_text(used, [*validation.examples, *test.examples], tokenizer),
+        repeated_questions=repeated_questions(tokenized.used),
+        special_text=[
+            *tokenized.special_text,
+            *special_texts(((e.origin, e.question) for e in scored), tokenizer),
+        ],
         fingerprints=fingerprints,
         prompt=config.prompt,
-        keeps_template=config.chat_template is not None or any(example.turns for example in used),
+        keeps_template=config.chat_template is not None or first_chat(tokenized.used) is not None,
     )
 
 
-def for_rows(config: DataConfig, examples: Sequence[Example]) -> DataConfig:
-    """The configuration with the prompt by which its examples are rendered: `chat` where some are chats.
+def for_rows(config: DataConfig, *sets: Sequence[Example]) -> DataConfig:
+    """The configuration with the prompt by which its sets are rendered: `chat` where some are chats.
 
     Raises: InputError: the configured prompt has room for one question only.
     """
-    chat = next((example for example in examples if example.turns), None)
+    chat = next(filter(None, map(first_chat, sets)), None)
     if chat is None or config.prompt == "chat":
         return config
     if config.prompt != DataConfig.model_fields["prompt"].default:
@@ -212,11 +215,11 @@ def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
             f"data.validation {config.validation} leaves nothing to train on: there are {len(everything)} "
             f"training examples whose question is no test question"
         )
-    validation = everything[-size:]
+    validation = list(everything[-size:])
     limited = loaded.examples[: config.train.limit]
     clean, leaked = remove_leaked(limited, test)
     apart = {example.origin for example in validation}
-    rest = [example for example in clean if example.origin not in apart]
+    rest = without_origins(clean, apart)
     train, leaked_validation = remove_leaked(rest, validation)
     return TrainingSets(train, validation, len(limited), leaked, leaked_validation, loaded.skipped)
 
@@ -226,7 +229,8 @@ def _with_own_validation(
 ) -> TrainingSets:
     """With the validation examples of a source of their own, whose questions are removed from training."""
     loaded = load_dataset(source, config.bad_rows, needs_gold=gold)
-    validation, of_validation = remove_leaked(loaded.examples, test)
+    clean, of_validation = remove_leaked(loaded.examples, test)
+    validation = list(clean)
     if not validation:
         raise InputError(
             f"the validation set is empty: the questions of all {of_validation} examples of data.validation "
@@ -256,6 +260,7 @@ def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
             "a file with --data"
         )
     loaded = load_dataset(config.test, config.bad_rows, needs_gold="all")
+    loaded = replace(loaded, examples=list(loaded.examples))
     return _fitting(loaded, config, tokenizer, "test")
 
 
@@ -311,22 +316,7 @@ def _fitting(
     return Dataset(kept, [*loaded.skipped, *too_long])
 
 
-def _special_text(
-    train: Sequence[Example], scored: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    tokens = special_tokens(tokenizer)
-    texts = [(example.origin, "\n".join(example.texts)) for example in train]
-    texts += [(example.origin, example.question) for example in scored]
-    return [f"{origin} ({found.group()!r})" for origin, text in texts if (found := tokens.search(text))]
-
-
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# Everything but word characters and what carries meaning in a formula: operators, a sign or minus
-# before a digit, a decimal point.
-_PUNCTUATION = re.compile(r"(?!(?<=\d)\.\d)(?!-\s*\d)[^\w+*/=<>^%]|_")
-
-
-def remove_leaked(train: Sequence[Example], test: Iterable[Example]) -> tuple[list[Example], int]:
+def remove_leaked(train: Sequence[Example], test: Iterable[Example]) -> tuple[Sequence[Example], int]:
     """The training examples whose question is not a test question, and how many were removed.
 
     The full questions are compared (for the commonsense tasks: the instruction with its answer choices)
@@ -336,15 +326,5 @@ def remove_leaked(train: Sequence[Example], test: Iterable[Example]) -> tuple[li
     training question that stands there several times is removed, and counted, each time. A chat is removed
     for any question that a user asks in it.
     """
-    questions = {normalize(example.question) for example in test}
-    kept = [e for e in train if questions.isdisjoint(map(normalize, e.questions))]
+    kept = without_questions(train, {question_key(example.question) for example in test})
     return kept, len(train) - len(kept)
-
-
-def normalize(question: str) -> str:
-    """Case, Unicode form (NFKC), spacing and punctuation made alike; numbers and operators kept.
-
-    Without the operators `5 - 3` and `5 + 3`, or `2.5` and `25`, would be the same question.
-    """
-    text = unicodedata.normalize("NFKC", question).casefold()
-    return " ".join(_PUNCTUATION.sub(" ", _THOUSANDS.sub("", text)).split())
