@@ -52,7 +52,8 @@ def show_data(config: RunConfig, shown: int, *, stats: bool) -> int:
     if stats:
         print(*_repeated(data), sep="\n")
         print(_histogram(lengths_of(data.train), config.data.max_length))
-    print(*_batches(config, data), sep="\n")
+    if data.stream is None:
+        print(*_batches(config, data), sep="\n")
     for example in islice(data.train, shown):
         print(f"\n{_headline(example)}\n{_rendered(example, tokenizer, coloured=_coloured())}")
     return int(stops)

@@ -65,6 +65,11 @@ class DatasetConfig(Section):
     and `data.test`."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the shuffle, of the generator and of mixing."""
+    streaming: bool = False
+    """`hub`, in `data.train`: read rows as training goes on, instead of downloading all of them first
+    (docs/data-formats.md). Needs `training.max_steps`."""
+    shuffle_buffer: Count = 10_000
+    """With `streaming`: so many examples are held, of which the next one is drawn."""
     limit: Count | None = None
     """Use only so many usable examples, the first ones in the order of use. For a `commonsense` test set they
     come from the tasks in turn."""
@@ -121,6 +126,30 @@ class DataConfig(Section):
     padding; `stream`: rows are filled to `max_length` (docs/configuration.md)."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """An unusable or too long row stops the run, or is skipped and counted."""
+
+    @model_validator(mode="after")
+    def _streams_what_can_be(self) -> DataConfig:
+        for name, other in (("test", self.test), ("validation", self.validation)):
+            if isinstance(other, DatasetConfig) and other.streaming:
+                raise ValueError(f"{name}.streaming: only train is streamed; leave it out")
+        train = self.train
+        if not train.streaming:
+            return self
+        # Each of them needs to know all rows before the first one is used.
+        if isinstance(self.validation, int | float):
+            raise ValueError(
+                f"validation {self.validation} is the end of all rows, and with train.streaming that is not "
+                "known; allowed there: a source of its own, and null"
+            )
+        for key, value in (("held_out", train.held_out), ("limit", train.limit)):
+            if value:
+                raise ValueError(f"train.{key} {value} does not go with train.streaming; leave it out")
+        if self.packing == "stream":
+            raise ValueError(
+                "packing 'stream' fills rows with examples of all lengths, which are not known with "
+                "train.streaming; allowed there: none, batch"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_split(self) -> DataConfig:

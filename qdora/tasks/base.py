@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -28,6 +28,9 @@ from qdora.data.rows import (
 )
 from qdora.errors import InputError
 from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_published, verdicts_of
+
+SAMPLE = 1_000
+"""Rows of a streamed source by which it is known before training."""
 
 NeedsGold = Literal["all", "questions", "none"]
 """`all`: a row without a gold answer is bad; `questions`: one that is no chat is; `none`: none is."""
@@ -130,6 +133,8 @@ class Task:
     def load(self, config: DatasetConfig, bad_rows: BadRows) -> Dataset:
         """The examples of a split: the first `limit` usable rows in the task's order.
 
+        Of a source that is streamed these are the usable ones of its first rows, in their order.
+
         All rows of the split are checked, also those behind the limit, in the order of the file: a bad
         row shows before the first long run, and the one that is named is the first in the file.
 
@@ -138,13 +143,15 @@ class Task:
             DataError: a row is bad, and `bad_rows` is `stop`.
         """
         source = self.rows(config)
+        if config.streaming:
+            source = list(islice(source, SAMPLE))
         others = iter(source)
         rows = list(islice(others, IN_MEMORY + 1))
         config = self.resolved(config, rows)
         if len(rows) > IN_MEMORY and isinstance(source, Rows):
             return self._load_large(config, bad_rows, source.identity, chain(rows, others))
         rows += others
-        order = self.order(config, [row.task for row in rows])
+        order = range(len(rows)) if config.streaming else self.order(config, [row.task for row in rows])
         converted: dict[int, Example] = {}
         skipped: list[Skipped] = []
         for i in sorted(order):
@@ -156,14 +163,32 @@ class Task:
         raise_for_skipped(skipped, bad_rows)
         return Dataset([converted[i] for i in order if i in converted][: config.limit], skipped)
 
+    def stream(self, config: DatasetConfig) -> Callable[[], Iterator[Example | Skipped]]:
+        """What reads the examples of a split one after the other, and the rows that have none.
+
+        Raises: InputError: as `rows` and `resolved`; what is returned raises it as rows are read.
+        """
+        rows = self.rows(config)
+        config = self.resolved(config, list(islice(rows, SAMPLE)))
+
+        def read() -> Iterator[Example | Skipped]:
+            for row in rows:
+                example = self._convert(config, row)
+                yield example if isinstance(example, Example) else Skipped(row.origin, example)
+
+        return read
+
     def _load_large(
         self, config: DatasetConfig, bad_rows: BadRows, identity: Sequence[str], rows: Iterator[Row]
     ) -> Dataset:
         """As `load`, by a table of all rows on the disk; they are read where it is not there yet."""
         from qdora.data.table import ExampleTable, table_key  # with pyarrow
 
+        # Of questions all must have one in either case, so a file that is divided is read once.
+        questions = config.format == "question_answer" and self.needs_gold == "all"
+        needs_gold = "questions" if questions else self.needs_gold
         same_rows = {"seed", "limit", "held_out"} | (set() if self.split_of_files else {"split"})
-        key = table_key(self.name, self.needs_gold, *identity, config.model_dump_json(exclude=same_rows))
+        key = table_key(self.name, needs_gold, *identity, config.model_dump_json(exclude=same_rows))
         table = ExampleTable.build(key, ((row, self._convert(config, row)) for row in rows))
         examples, skipped = table.used(self.order(config, table.tasks))
         raise_for_skipped(skipped, bad_rows)

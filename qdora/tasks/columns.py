@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from qdora.config import AnswerKind, DatasetConfig
 from qdora.data.columnar import read_hub, require_columns
-from qdora.data.readers import stream_rows
+from qdora.data.folders import has_splits
+from qdora.data.readers import READERS, stream_rows
 from qdora.data.rows import BadRowError, Example, Row, Rows, text_of
 from qdora.tasks.base import Task, held_out_split
 from qdora.tasks.formats import FORMATS, check_format, named_columns, recognize
@@ -23,7 +25,7 @@ class OwnData(Task):
     """Rows of which a configuration names the columns and the kind of answer."""
 
     required = ("path",)
-    optional = ("name", "format", "columns", "answer_kind", "held_out")
+    optional: ClassVar[tuple[str, ...]] = ("name", "format", "columns", "answer_kind", "held_out")
     names_examples = False
     split_of_files = False
 
@@ -79,6 +81,7 @@ class OwnData(Task):
 class HubData(OwnData):
     """Rows of a dataset on the hub; with `held_out`, its split `train` is divided."""
 
+    optional = (*OwnData.optional, "streaming", "shuffle_buffer")
     splits = ()
 
     def task_name(self, config: DatasetConfig) -> str:
@@ -88,9 +91,12 @@ class HubData(OwnData):
     def rows(self, config: DatasetConfig) -> Rows:
         """The rows of the split, in the hub's order, or those of a local copy."""
         split = "train" if config.held_out else config.split
-        if Path(str(config.path)).is_dir():
-            return stream_rows(Path(str(config.path)), split, config.name)
-        return read_hub(str(config.path), config.name, split, named_columns(config))
+        folder = Path(str(config.path))
+        if folder.is_dir() and not config.streaming and has_splits(folder, READERS):
+            return stream_rows(folder, split, config.name)
+        return read_hub(
+            str(config.path), config.name, split, named_columns(config), streaming=config.streaming
+        )
 
     def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
         """As `OwnData.resolved`; a table's columns are those of all its rows.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +12,7 @@ from qdora.config import DataConfig, DatasetConfig, PromptName, RunConfig
 from qdora.data.chats import require_chat_template
 from qdora.data.padding import choose_pad_token
 from qdora.data.rows import Dataset, Example, Skipped, question_key
+from qdora.data.stream import ExampleStream
 from qdora.data.table import (
     fingerprint_of,
     first_chat,
@@ -17,10 +20,10 @@ from qdora.data.table import (
     without_origins,
     without_questions,
 )
-from qdora.data.token_table import special_texts, tokenize_set
+from qdora.data.token_table import lengths_of, special_texts, tokenize_set
 from qdora.data.tokenize import TokenizedExample, fitting_prompts
 from qdora.errors import InputError
-from qdora.tasks import check_data, load_dataset, task_for
+from qdora.tasks import check_data, find_task, load_dataset, task_for
 from qdora.tasks.base import NeedsGold
 
 if TYPE_CHECKING:
@@ -60,16 +63,31 @@ class PreparedData:
     """By which they are rendered: that of the configuration, but `chat` for chats."""
     keeps_template: bool
     """Whether a chat template is trained that belongs to the adapter: that of chats, or one by name."""
+    stream: ExampleStream | None = None
+    """What is trained on with `data.train.streaming`; `train` and the numbers are of its first rows."""
+
+    def left_out_of_stream(self) -> dict[str, str]:
+        """What the stream has left out so far, as a row of a table; nothing without a stream."""
+        if self.stream is None:
+            return {}
+        left_out = f"{self.stream.leaked} for their question, {self.stream.skipped} that cannot be used"
+        return {"rows left out": f"{left_out} (first pass)"}
+
+    def longest(self, config: DataConfig) -> int:
+        """Most tokens of an example that may come."""
+        return config.max_length if self.stream is not None else max(lengths_of(self.train))
 
     def counts(self) -> dict[str, Any]:
         """Fingerprints, numbers of examples and of those that were left out, as a manifest has them."""
         counts = {
             "fingerprints": self.fingerprints,
-            "train": len(self.train),
+            "train": len(self.train) if self.stream is None else None,
             "test": len(self.test),
             "leaked_questions_removed": self.leaked,
             "rows_skipped": len(self.skipped),
         }
+        if self.stream is not None:
+            counts["streamed"] = True
         if self.validation:
             counts["validation"] = len(self.validation)
             counts["leaked_validation_questions_removed"] = self.leaked_validation
@@ -142,7 +160,13 @@ def prepare(
     scored = [*validation.examples, *test.examples]
     sets_used = {"train": tokenized.used, "test": test.examples, "validation": validation.examples}
     fingerprints = {name: fingerprint_of(examples) for name, examples in sets_used.items() if examples}
+    stream = None
+    if config.train.streaming:
+        stream = _stream(config, tokenizer, [*sets.validation, *test.examples])
+        parts = config.train.model_dump_json(include={"path", "name", "split", "seed", "shuffle_buffer"})
+        fingerprints["train"] = hashlib.sha256((fingerprints["train"] + parts).encode()).hexdigest()
     return PreparedData(
+        stream=stream,
         train=train,
         test=list(test.examples),
         validation=list(validation.examples),
@@ -160,6 +184,16 @@ def prepare(
         prompt=config.prompt,
         keeps_template=config.chat_template is not None or first_chat(tokenized.used) is not None,
     )
+
+
+def _stream(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, scored: Sequence[Example]
+) -> ExampleStream:
+    gold: NeedsGold = "none" if config.test is None else "questions"
+    read = replace(find_task(config.train), needs_gold=gold).stream(config.train)
+    excluded = {question_key(example.question) for example in scored}
+    # A copy: its EOS token may become another one, and tokens are to be those of rows in memory.
+    return ExampleStream(read, copy.deepcopy(tokenizer), config, excluded)
 
 
 def for_rows(config: DataConfig, *sets: Sequence[Example]) -> DataConfig:

@@ -49,6 +49,8 @@ def run_manifest(
     order = hashlib.sha256(
         repr((training.seed, training.batch_size, lengths, *([] if rows is None else [rows]))).encode()
     )
+    if data.stream is not None:
+        order.update(b"streamed" + data.fingerprints["train"].encode())
     plan = BatchPlan(lengths, training.batch_size, training.seed, rows)
     fields = {
         "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},

@@ -35,6 +35,7 @@ from qdora.data.batches import (
     divide,
     without_labels,
 )
+from qdora.data.stream import ExampleStream
 from qdora.data.token_table import lengths_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
@@ -118,6 +119,7 @@ class Trainer:
         validate_every: steps between validations; None for none.
         packing: how examples share the rows of a micro-batch.
         rate_ratio: as for `AdapterOptimizer`.
+        stream: what is trained on instead of the examples, which are some of its first ones.
     Raises: InputError: the batch does not divide over the ranks, or the model's output layer, or joining
         sequences for its attention, is not supported.
     """
@@ -133,6 +135,7 @@ class Trainer:
         packing: Packing = NO_PACKING,
         validate_every: int | None = None,
         rate_ratio: Callable[[str], float] = _same_rate,
+        stream: ExampleStream | None = None,
     ) -> None:
         check_output_layer(model)
         if packing.joined:
@@ -140,7 +143,7 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(config, context.world_size)
         self.model, self.examples, self.config = model, examples, config
         self.context, self.pad_id, self.evaluate_every = context, pad_id, evaluate_every
-        self.packing, self.validate_every = packing, validate_every
+        self.packing, self.validate_every, self.stream = packing, validate_every, stream
         self._lengths = lengths_of(examples)
         self.plan = BatchPlan(self._lengths, config.batch_size, config.seed, packing.row_tokens)
         self.total_steps = count_steps(config, self.plan.steps_per_epoch)
@@ -213,13 +216,19 @@ class Trainer:
 
     def batch_sizes(self) -> str:
         """A sentence on the tokens of a step and what padding costs, over the first epoch."""
+        if self.stream is not None:
+            tokens = self.config.batch_size * sum(self._lengths) / len(self._lengths)
+            return f"batches: about {tokens:,.0f} tokens a step by the first rows; not sorted by length"
         return describe_batches(
             self.plan, self._lengths, self.total_steps, self.micro_batch_size, self.packing
         )
 
     def prepare(self, step: int) -> StepBatch:
         """The batch of optimizer step `step`, counted from 0; it follows from the step alone."""
-        rows = [[self.examples[i] for i in row] for row in self.plan.rows(step)]
+        if self.stream is not None:
+            rows = [[example] for example in self.stream.batch(step, self.config.batch_size)]
+        else:
+            rows = [[self.examples[i] for i in row] for row in self.plan.rows(step)]
         return StepBatch([example for row in rows for example in row], self.batches(rows))
 
     def batches(self, rows: list[list[TokenizedExample]]) -> list[Batch]:

@@ -143,6 +143,12 @@ def data_lines(data: PreparedData, config: DataConfig) -> list[str]:
             f"{len(data.train)} training examples, {len(data.test)} test examples; "
             f"{data.leaked} training examples removed because their question is a test question"
         ]
+    if data.stream is not None:
+        lines = [
+            "training examples are streamed; what follows is of the first rows of them",
+            f"{len(data.train)} examples; {data.leaked} removed because their question is a test question; "
+            f"{len(data.test)} test examples",
+        ]
     if have_gaps(data.train) or config.loss_on != "assistant":
         share = labels_of(data.train) / sum(lengths_of(data.train))
         lines.append(f"{100 * share:.1f}% of the training tokens carry loss (data.loss_on)")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
@@ -11,9 +13,9 @@ import pytest
 from qdora.config import DataConfig, DatasetConfig
 from qdora.data.batches import BatchPlan
 from qdora.data.rows import fingerprint
-from qdora.data.table import ExampleTable
+from qdora.data.table import ExampleTable, write_once
 from qdora.data.token_table import TokenTable, have_gaps, labels_of, lengths_of
-from qdora.errors import DataError
+from qdora.errors import DataError, InputError
 from qdora.tasks import load_dataset
 from qdora.tasks.prepare import prepare
 
@@ -140,3 +142,46 @@ def test_a_bad_row_far_behind_stops(tokenizer, write_jsonl, on_disk):
     held = DatasetConfig(source="file", path=str(write_jsonl(lines)))
     with pytest.raises(DataError, match=r"tokens, longer than data\.max_length 12.*more bad rows"):
         prepare(DataConfig(train=held, max_length=12, loss_on="all"), tokenizer, None)
+
+
+def test_one_of_several_processes_makes_a_table(tmp_path):
+    """Catches: two ranks of a machine that make the same table, or one that reads it half-written."""
+    written, path = [], tmp_path / "cache" / "a.arrow"
+
+    def write(temporary):
+        written.append(temporary)
+        time.sleep(0.2)
+        temporary.write_text("all of it")
+
+    def start():
+        write_once(path, write)
+        return path.read_text()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [f.result() for f in [pool.submit(start) for _ in range(4)]] == ["all of it"] * 4
+    assert len(written) == 1
+
+
+def test_a_local_copy_of_a_hub_dataset(write_jsonl, tmp_path):
+    """Catches: a split that a folder does not have answered with all of its rows; a folder without splits
+    that `source: hub` no longer takes."""
+    rows = [{"question": f"What is {i}?", "answer": str(i)} for i in range(3)]
+    write_jsonl(rows, "one/a.jsonl")
+    for split, own in (("train", rows[:2]), ("test", rows[2:])):
+        write_jsonl(own, f"two/data/{split}-00000-of-00001.jsonl")
+
+    def answers(folder, **keys):
+        config = DatasetConfig(source=keys.pop("source", "hub"), path=str(tmp_path / folder), **keys)
+        return sorted(example.answer for example in load_dataset(config, "stop").examples)
+
+    assert answers("one") == ["0", "1", "2"]
+    with pytest.raises(InputError, match="test"):
+        answers("one", split="test")
+    for source in ("hub", "file"):
+        assert (answers("two", source=source), answers("two", source=source, split="test")) == (
+            ["0", "1"],
+            ["2"],
+        )
+    assert answers("two", source="file", held_out=1, split="test") != ["2"]
+    with pytest.raises(InputError, match=r"two: split 'validation'"):
+        answers("two", split="validation")
