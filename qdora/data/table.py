@@ -109,7 +109,9 @@ class MappedRows:
 
     def numbers(self, name: str) -> Rows:
         """A column of numbers."""
-        return cast("Rows", self.column(name).to_numpy())
+        found = np.array(self.column(name).to_numpy())
+        self.release()
+        return cast("Rows", found)
 
     def take(self, rows: Rows, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The values of rows, in their order.
@@ -181,6 +183,7 @@ class ExampleTable(Sequence[Example]):
 
     def chosen(self, rows: Rows) -> Sequence[Example]:
         """The examples of rows of the file, as objects where they are few."""
+        self.file.release()
         table = ExampleTable(self.path, self.file, rows)
         return list(table) if len(rows) <= IN_MEMORY else table
 
@@ -189,6 +192,7 @@ class ExampleTable(Sequence[Example]):
         """For each row whose it is."""
         column = self.file.column("task").combine_chunks().dictionary_encode()
         names = column.dictionary.to_pylist()
+        self.file.release()
         return [names[i] for i in column.indices.to_numpy()[self.rows]]
 
     def used(self, order: Sequence[int]) -> tuple[Sequence[Example], list[Skipped]]:
@@ -197,7 +201,6 @@ class ExampleTable(Sequence[Example]):
         bad = pc.not_equal(self.file.column("problem"), "").to_numpy()
         rows = np.sort(wanted[bad[wanted]])
         skipped = [Skipped(r["origin"], r["problem"]) for r in self.file.take(rows, ("origin", "problem"))]
-        self.file.release()
         return self.chosen(wanted[~bad[wanted]]), skipped
 
     def without_questions(self, keys: Collection[int]) -> Sequence[Example]:
@@ -214,7 +217,6 @@ class ExampleTable(Sequence[Example]):
         removed = pc.is_in(
             self.file.column("origin"), value_set=pa.array(list(origins), pa.string())
         ).to_numpy()
-        self.file.release()
         return self.chosen(self.rows[~removed[self.rows]])
 
     def question_keys(self) -> Rows:
@@ -230,7 +232,9 @@ class ExampleTable(Sequence[Example]):
     def fingerprint(self) -> str:
         """sha256 over digests of what the examples say, in their order."""
         digests = pc.list_flatten(self.file.column("digest")).to_numpy().reshape(-1, 2)
-        return hashlib.sha256(np.ascontiguousarray(digests[self.rows]).tobytes()).hexdigest()
+        chosen = np.ascontiguousarray(digests[self.rows])
+        self.file.release()
+        return hashlib.sha256(chosen.tobytes()).hexdigest()
 
 
 def _write(path: Path, converted: Iterable[tuple[Row, Example | str]]) -> None:

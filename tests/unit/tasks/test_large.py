@@ -65,17 +65,20 @@ def config(path, **settings):
 )
 def test_a_table_gives_what_objects_give(tokenizer, write_jsonl, on_disk, settings):
     """Catches: an example lost, exchanged or in another place; other tokens, gaps, labels, batches, counts of
-    leaks or skipped rows; a second start that reads or tokenizes again."""
+    leaks or skipped rows; a second start that reads or tokenizes again; an environment that is exchanged."""
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}" + (
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    data = [*rows(60), *list(rows(60))[::5]]
+    greeting = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
+    later = [{"messages": [*greeting, *row["messages"][:2]]} for row in rows(60)]
+    data = [*rows(60), *list(rows(60))[::5], *later[::2]]
     path = write_jsonl(data)
     held = prepare(config(path, **settings), tokenizer, None)
-    environment = dict(os.environ)
+    environment, names = os.environ, dict(os.environ)
     on_disk()
     mapped = prepare(config(path, **settings), tokenizer, None)
-    assert dict(os.environ) == environment
+    assert os.environ is environment
+    assert dict(os.environ) == names
     assert isinstance(mapped.train, TokenTable)
     assert list(mapped.train) == held.train
     assert [mapped.train[i] for i in (0, 3, -1)] == [held.train[i] for i in (0, 3, -1)]
