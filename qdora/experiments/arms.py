@@ -297,8 +297,6 @@ def expand(tree: Mapping[str, Any], config: CompareConfig) -> list[ArmRun]:
         test = run.config.data.test
         if test is None:
             raise InputError(f"{run}: arms are compared on a test set, and data.test is not set")
-        if run.config.data.train.streaming:
-            raise InputError(f"{run}: data.train.streaming: arms are compared on a known set; leave it out")
         if test.name == AVERAGE:
             meaning = "is what the report calls the mean over tasks; choose another name"
             raise InputError(f"{run}: data.test.name {AVERAGE!r} {meaning}")

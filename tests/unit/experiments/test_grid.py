@@ -196,13 +196,6 @@ def test_a_grid_needs_examples_to_choose_on():
     assert {run.config.data.validation for run in runs} == {4}
 
 
-def test_a_stream_is_not_compared():
-    """Catches: arms whose training set is known by its first rows alone called identical."""
-    streamed = {"data.train": {"source": "hub", "path": "x", "streaming": True}}
-    with pytest.raises(InputError, match=r"data\.train\.streaming: arms are compared on a known set"):
-        expand(run_tree(), comparison(set=streamed))
-
-
 def test_arms_leave_out_the_same_examples():
     """Catches: an arm whose section replaces the shared one, and with it what is left out of training."""
     tree = run_tree()
