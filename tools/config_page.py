@@ -66,15 +66,15 @@ def _linked(text: str) -> str:
 
 def shown_type(tree: dict[str, Any]) -> str:
     """A type with its bounds, in words."""
-    if "anyOf" in tree:
-        return " or ".join(shown_type(one) for one in tree["anyOf"])
+    if several := tree.get("anyOf") or tree.get("oneOf"):
+        return " or ".join(shown_type(one) for one in several)
     values = tree.get("enum") or ([tree["const"]] if "const" in tree else [])
     if values:
         return ("one of " if len(values) > 1 else "") + ", ".join(f"`{value}`" for value in values)
     if tree.get("type") == "array":
         least = tree.get("minItems")
-        several = shown_type(tree.get("items", {})).removeprefix("one of ")
-        return f"list of {several}" + (f", at least {least} entries" if least else "")
+        items = shown_type(tree.get("items", {})).removeprefix("one of ")
+        return f"list of {items}" + (f", at least {least} entries" if least else "")
     if tree.get("type") == "object" and isinstance(tree.get("additionalProperties"), dict):
         return f"mapping to {shown_type(tree['additionalProperties'])}"
     if "type" not in tree or tree["type"] == "object":

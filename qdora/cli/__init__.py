@@ -21,6 +21,7 @@ from qdora.signals import StopSignal, end, leave, raise_on_signals
 
 COMMANDS = {
     "init": "write a starter configuration that fits",
+    "data": "show what a run would be trained on; loads no model",
     "train": "train an adapter as configured",
     "evaluate": "score a run, a model or an adapter by exact match",
     "export": "merge an adapter and write fp16 or bf16 weights",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qdora.config_file import read_yaml
+from qdora.errors import InputError
 from qdora.experiments.arms import expand
 from qdora.experiments.overlay import load_comparison
 
@@ -32,6 +33,9 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     overlays, small = arguments.overlay, arguments.small
     config = load_comparison(arguments.config, arguments.set, overlays, small=small)
     runs = expand(read_yaml(Path(arguments.config).parent / config.base), config)
+    for run in runs:
+        if run.config.data.train.streaming:
+            raise InputError(f"{run}: data.train.streaming: arms are compared on a known set; leave it out")
 
     def work() -> None:
         from qdora.commands.compare import compare

@@ -25,11 +25,7 @@ from qdora.evaluation.scores import Scores, write_scores
 from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
-from qdora.models.load import (
-    build_adapted,
-    load_model,
-    put_saved,
-)
+from qdora.models.load import build_adapted, load_model, put_saved
 from qdora.models.sources import open_checkpoint
 from qdora.planner.check import refuse_what_cannot_fit
 from qdora.quant import Quantization
@@ -134,7 +130,7 @@ def _train_locked(
     for line in data_lines(data, config.data):
         context.say(line)
     if check_memory:
-        refuse_what_cannot_fit(config, checkpoint, data.train, context)
+        refuse_what_cannot_fit(config, checkpoint, data.longest(config.data), context)
     model, adapted = load_model(
         checkpoint, config.model, context, lambda model: adapt_run(model, config, context)
     )
@@ -159,6 +155,7 @@ def _train_locked(
         packing=packing_of(config),
         validate_every=config.evaluation.loss_every,
         rate_ratio=config.adapter.rate_ratio,
+        stream=data.stream,
     )
     context.say(str(trainer.batch_sizes()))
     settings = agreed_settings(config, data, base_fingerprint(model), base.digest if base else None)
@@ -208,7 +205,8 @@ def _train_locked(
     # Last, since a run that has its adapter counts as finished.
     run.save_adapter(directory.adapter if context.is_main else None)
     if context.is_main:
-        print(summarize(directory, steps, validations, trained_rows(directory, report)))
+        rows = trained_rows(directory, report) | data.left_out_of_stream()
+        print(summarize(directory, steps, validations, rows))
     if after is not None:
         after(model, tokenizer, data)
 
@@ -251,6 +249,8 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in data.train))
     config = rendered(config, data)
     check_questions(tokenizer, rows, config.data, [*data.validation, *data.test[: config.evaluation.limit]])
+    if data.stream is not None:
+        data.stream.check = lambda sequences: check_ids(tokenizer, rows, sequences)
     return checkpoint, tokenizer, replace(data, pad_id=tokenizer.pad_token_id)
 
 
@@ -389,7 +389,7 @@ class _Run:
         with self.context.raise_on_all_ranks(), wrap_os_errors(metrics_file):
             if self.context.is_main:
                 fsync(metrics_file)  # a checkpoint must not outlive the steps before it
-        epoch, batch = divmod(step, trainer.plan.steps_per_epoch)
+        epoch, batch = (0, step) if trainer.stream else divmod(step, trainer.plan.steps_per_epoch)
         self.checkpoints.save(
             step,
             trainer.optimizer.state(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from qdora.config.section import MOST, Count, Section
 
@@ -65,9 +65,31 @@ class DatasetConfig(Section):
     and `data.test`."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of the shuffle, of the generator and of mixing."""
+    streaming: bool = False
+    """`hub`, in `data.train`: read rows as training goes on, instead of downloading all of them first
+    (docs/data-formats.md). Needs `training.max_steps`."""
+    shuffle_buffer: Count = 10_000
+    """With `streaming`: so many examples are held, of which the next one is drawn."""
     limit: Count | None = None
     """Use only so many usable examples, the first ones in the order of use. The test set of a
     mixture takes them from its tasks in turn."""
+
+
+def _kind_of_validation(value: object) -> str:
+    """Which of the forms of `data.validation` is meant, so that an error speaks of that one."""
+    if isinstance(value, dict | DatasetConfig):
+        return VALIDATION_KINDS[2]
+    return VALIDATION_KINDS[1] if isinstance(value, float) else VALIDATION_KINDS[0]
+
+
+VALIDATION_KINDS = ("<number>", "<fraction>", "<source>")
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+ValidationSize = Annotated[
+    Annotated[Count, Tag(VALIDATION_KINDS[0])]
+    | Annotated[Fraction, Tag(VALIDATION_KINDS[1])]
+    | Annotated[DatasetConfig, Tag(VALIDATION_KINDS[2])],
+    Discriminator(_kind_of_validation),
+]
 
 
 class DataConfig(Section):
@@ -78,9 +100,11 @@ class DataConfig(Section):
     test: DatasetConfig | None = None
     """Test set. Its questions are removed from the training set. Without one a run trains, and `evaluate`
     needs a file by `--data`, or `--split validation`."""
-    validation: Count | None = None
-    """How many training examples are left out of training to be scored: the last ones that the source has,
-    without test questions, whatever `train.limit` says (docs/experiments.md)."""
+    validation: ValidationSize | None = None
+    """Examples to be scored that are not trained on, without test questions. A number or a fraction: so many
+    of the training examples, the last ones that the source has, whatever `train.limit` says
+    (docs/experiments.md). A mapping, as `train` is: a source of their own, whose questions are removed from
+    the training set."""
     prompt: PromptName = "question_answer"
     """Template, the same in training and in evaluation; docs/data-formats.md has the texts. Rows that are
     chats (see Chats) are rendered with `chat` by themselves; `alpaca` and `cloze` are refused for them."""
@@ -104,14 +128,39 @@ class DataConfig(Section):
     """An unusable or too long row stops the run, or is skipped and counted."""
 
     @model_validator(mode="after")
-    def _one_split(self) -> DataConfig:
-        train, test = self.train, self.test
-        if test is None:
+    def _streams_what_can_be(self) -> DataConfig:
+        for name, other in (("test", self.test), ("validation", self.validation)):
+            if isinstance(other, DatasetConfig) and other.streaming:
+                raise ValueError(f"{name}.streaming: only train is streamed; leave it out")
+        train = self.train
+        if not train.streaming:
             return self
-        same_rows = train.held_out and (train.source, train.path) == (test.source, test.path)
-        if same_rows and (train.held_out, train.seed) != (test.held_out, test.seed):
+        # Each of them needs to know all rows before the first one is used.
+        if isinstance(self.validation, int | float):
             raise ValueError(
-                f"train holds out {train.held_out} rows with seed {train.seed}, test takes "
-                f"{test.held_out} with seed {test.seed} of the same data; they must agree"
+                f"validation {self.validation} is the end of all rows, and with train.streaming that is not "
+                "known; allowed there: a source of its own, and null"
             )
+        for key, value in (("held_out", train.held_out), ("limit", train.limit)):
+            if value:
+                raise ValueError(f"train.{key} {value} does not go with train.streaming; leave it out")
+        if self.packing == "stream":
+            raise ValueError(
+                "packing 'stream' fills rows with examples of all lengths, which are not known with "
+                "train.streaming; allowed there: none, batch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_split(self) -> DataConfig:
+        train = self.train
+        for name, other in (("test", self.test), ("validation", self.validation)):
+            if not isinstance(other, DatasetConfig):
+                continue
+            same_rows = train.held_out and (train.source, train.path) == (other.source, other.path)
+            if same_rows and (train.held_out, train.seed) != (other.held_out, other.seed):
+                raise ValueError(
+                    f"train holds out {train.held_out} rows with seed {train.seed}, {name} takes "
+                    f"{other.held_out} with seed {other.seed} of the same data; they must agree"
+                )
         return self

@@ -220,6 +220,22 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _streams_a_number_of_steps(self) -> RunConfig:
+        if not self.data.train.streaming:
+            return self
+        if self.training.max_steps is None:
+            raise ValueError(
+                "data.train.streaming does not know how many steps an epoch has: set training.max_steps, not "
+                "training.epochs"
+            )
+        if self.evaluation.shots:
+            raise ValueError(
+                f"evaluation.shots {self.evaluation.shots} are drawn from the full training set, which "
+                "data.train.streaming never has; allowed there: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _compiles_without_packing(self) -> RunConfig:
         if self.training.compile and self.data.packing != "none":
             came = f"training.compile does not go with data.packing {self.data.packing!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -76,7 +76,8 @@ def explain(kind: type[Section], error: ValidationError, key: str = "") -> str:
 
 def _explain(kind: type[Section], detail: ErrorDetails, prefix: str) -> str:
     """One sentence for one pydantic error, with the nearest key for an unknown one."""
-    location = [str(part) for part in detail["loc"]]
+    # `<...>` is which form of a value was meant, and no key.
+    location = [str(part) for part in detail["loc"] if not str(part).startswith("<")]
     key = prefix + ".".join(location)
     if detail["type"] == "extra_forbidden":
         renamed = RENAMED.get(re.sub(r"\.\d+", "", key))
@@ -102,8 +103,14 @@ def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
         field = kind.model_fields.get(part)
         if field is None:
             continue
-        candidates = (field.annotation, *get_args(field.annotation))
-        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        nested = list(_sections_in(field.annotation))
         if nested:
             kind = nested[0]
     return kind
+
+
+def _sections_in(annotation: object) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from qdora.data.tokenize import TokenizedExample
 _BATCHES_IN_A_RUN = 50
 """Batches that are sorted by length as one: enough that a batch's sequences are about equally long, few
 enough that batches stay random."""
+
+
+_Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +71,22 @@ class BatchPlan:
         """
         if not lengths or batch_size < 1:
             raise ValueError(f"cannot plan batches of {batch_size} from {len(lengths)} examples")
-        self._rows = [[i] for i in range(len(lengths))]
+        # Arrays, not lists of lists: of a million examples these would take 100 MB.
+        self._lengths = np.asarray(lengths)
+        self._members: list[_Numbers] | None = None
+        """The examples in each row; None where each is one."""
         if row_tokens is not None:
-            self._rows = fill_rows(lengths, row_tokens, seed)
-        self._lengths = np.array([sum(lengths[i] for i in row) for row in self._rows])
-        self._batch_size = batch_size
+            self._members = [np.array(row) for row in fill_rows(lengths, row_tokens, seed)]
+            self._lengths = np.array([self._lengths[row].sum() for row in self._members])
+        self.batch_size = batch_size
         self._seed = seed
         self._epoch = -1
-        self._batches: list[list[int]] = []
+        self._batches: tuple[_Numbers, _Numbers]
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the examples; the last, smaller one counts."""
-        return -(-len(self._rows) // self._batch_size)
+        return -(-len(self._lengths) // self.batch_size)
 
     def rows(self, step: int) -> list[list[int]]:
         """The indices of the examples in each row of optimizer step `step`, counted from 0.
@@ -91,7 +98,9 @@ class BatchPlan:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._plan(epoch)
-        return [list(self._rows[i]) for i in self._batches[position]]
+        full, rest = self._batches
+        batch = (full[position] if position < len(full) else rest).tolist()
+        return [[i] for i in batch] if self._members is None else [self._members[i].tolist() for i in batch]
 
     def batch(self, step: int) -> list[int]:
         """The indices of the examples that form optimizer step `step`, row by row.
@@ -100,18 +109,17 @@ class BatchPlan:
         """
         return [i for row in self.rows(step) for i in row]
 
-    def _plan(self, epoch: int) -> list[list[int]]:
+    def _plan(self, epoch: int) -> tuple[_Numbers, _Numbers]:
+        """The rows of each full batch, and those of the last, smaller one."""
         generator = np.random.default_rng((self._seed, epoch))
         order = generator.permutation(len(self._lengths))
-        full = len(order) - len(order) % self._batch_size
-        run = _BATCHES_IN_A_RUN * self._batch_size
-        batches: list[list[int]] = []
+        full = len(order) - len(order) % self.batch_size
+        run = _BATCHES_IN_A_RUN * self.batch_size
         for start in range(0, full, run):
             members = order[start : min(start + run, full)]
-            by_length = members[np.argsort(self._lengths[members], kind="stable")]
-            batches += by_length.reshape(-1, self._batch_size).tolist()
-        mixed = [batches[i] for i in generator.permutation(len(batches))]
-        return [*mixed, order[full:].tolist()] if full < len(order) else mixed
+            members[:] = members[np.argsort(self._lengths[members], kind="stable")]
+        batches = order[:full].reshape(-1, self.batch_size)
+        return batches[generator.permutation(len(batches))], order[full:]
 
 
 def fill_rows(lengths: Sequence[int], row_tokens: int, seed: int) -> list[list[int]]:
@@ -166,6 +174,34 @@ def divide(lengths: Sequence[int], size: int, *, balanced: bool) -> list[list[in
         open_chunks = [chunk for chunk in chunks if len(chunk) < size]
         min(open_chunks, key=lambda chunk: sum(lengths[j] for j in chunk)).append(i)
     return chunks
+
+
+def describe_batches(
+    plan: BatchPlan, lengths: Sequence[int], total_steps: int, micro_batch_size: int, packing: Packing
+) -> str:
+    """A sentence on the tokens of a step and what padding costs, over the first epoch.
+
+    Args:
+        lengths: tokens of each example.
+        total_steps: of the run.
+        micro_batch_size: most rows that are computed at once.
+    """
+    steps = min(total_steps, plan.steps_per_epoch)
+    tokens = padded = 0
+    for step in range(steps):
+        members = [lengths[i] for i in plan.batch(step)]
+        tokens += sum(members)
+        chunks = divide(members, micro_batch_size, balanced=False)
+        padded += sum(len(chunk) * max(members[i] for i in chunk) for chunk in chunks)
+    share = f"{100 * (1 - tokens / padded):.1f}% of what a step computes"
+    if packing.row_tokens is not None:
+        room = steps * plan.batch_size * packing.row_tokens
+        padding = f"none is padding; rows are filled to {100 * tokens / room:.1f}%"
+    elif packing.joined:
+        padding = f"none is padding, which would be {share} with data.packing: none"
+    else:
+        padding = f"padding is {share} (data.packing: batch computes none)"
+    return f"batches: {tokens / steps:,.0f} tokens a step on average; {padding}"
 
 
 @dataclass(frozen=True, slots=True)

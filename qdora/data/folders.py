@@ -1,13 +1,16 @@
-"""Which files of a folder are data."""
+"""Which files of a folder are data, and of a folder in the hub's layout which are a split's."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from qdora.errors import InputError
+import yaml
+
+from qdora.errors import InputError, suggest
 
 COMPRESSED = (".gz", ".bz2", ".xz")
 """Suffixes behind which a file of text may stand compressed."""
@@ -83,6 +86,63 @@ def _walk(folder: Path, hidden: list[str]) -> Iterator[Path]:
         hidden += (name for name in (*folders, *files) if name.startswith(_HIDDEN))
         folders[:] = sorted(name for name in folders if not name.startswith(_HIDDEN))
         yield from (Path(parent, name) for name in files if not name.startswith(_HIDDEN))
+
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of files and folders by which `datasets` tells splits."""
+
+
+def has_splits(folder: Path, kinds: Collection[str]) -> bool:
+    """Whether a folder is in the hub's layout: its README lists configurations, or names tell several splits.
+
+    Args:
+        kinds: as for `data_files`.
+    """
+    if "configs" in _card(folder / "README.md"):
+        return True
+    found = set()
+    for path in _walk(folder, []):
+        if kind_of(path, kinds) is not None and path.name not in _METADATA:
+            words = re.split(r"[^a-z]+", str(path.relative_to(folder)).lower())
+            found |= {split for split, names in _SPLITS.items() if not {*names}.isdisjoint(words)}
+    return len(found) > 1
+
+
+def _card(readme: Path) -> Mapping[str, object]:
+    """The YAML at the head of a dataset's README."""
+    try:
+        head = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8"), re.DOTALL)
+        card = yaml.safe_load(head[1]) if head else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def split_files(folder: Path, name: str | None, split: str) -> list[Path]:
+    """The files of one split of a folder in the hub's layout, as `datasets` finds them; none is run.
+
+    Args:
+        name: of a configuration, where the README lists several.
+    Raises: InputError: no such configuration or split, or the layout cannot be read.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(str(folder), name)
+        files = {str(key): [Path(file) for file in found] for key, found in builder.config.data_files.items()}
+    except Exception as error:  # it raises errors without a common base
+        reason = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if name else "; a configuration is chosen by source: hub, with path: FOLDER and name: NAME"
+        raise InputError(
+            f"{folder}: cannot be read as a folder in the hub's layout: {reason}{hint}"
+        ) from None
+    if split not in files:
+        raise InputError(f"{folder}: split {split!r}; {suggest(split, files)}")
+    return files[split]
 
 
 def _refuse_unreadable(path: Path, kinds: Collection[str]) -> None:

@@ -1,4 +1,8 @@
-"""Readers of json, jsonl, csv and parquet files and of hub datasets: rows with their origin."""
+"""Readers of json, jsonl, csv and parquet files: rows with their origin, one after the other.
+
+Files with one value a line, CSV and Parquet are read as their rows are asked for; an array of JSON, or
+objects over several lines, as one text.
+"""
 
 from __future__ import annotations
 
@@ -7,43 +11,69 @@ import codecs
 import csv
 import difflib
 import gzip
-import io
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-from qdora.data.folders import COMPRESSED, data_files, kind_of
-from qdora.data.rows import Row
+from qdora.data.columnar import read_parquet
+from qdora.data.folders import COMPRESSED, data_files, has_splits, kind_of, split_files
+from qdora.data.rows import Row, Rows, repeated_names
 from qdora.errors import DataError, InputError, suggest
 from qdora.files import path_exists
 
 _NAMES_SHOWN = 12
 
 
-def read_rows(path: Path) -> list[Row]:
+def stream_rows(path: Path, split: str | None = None, name: str | None = None) -> Rows:
     """The rows of a file, or of all files in a folder, which are of one kind, in the order of their names.
 
+    Args:
+        split: which files of a folder in the hub's layout are read, as `datasets` finds them; None: all.
+        name: of a configuration of such a folder.
     Raises:
-        InputError: the path does not exist, cannot be read, or holds no data file or several kinds.
-        DataError: the file is not what its suffix says; names the line.
+        InputError: the path does not exist, or holds no data file or several kinds, or no such split; as rows
+            are read: it cannot be read.
+        DataError: as rows are read: the file is not what its suffix says; names the line.
     """
     require(path, "a json, jsonl, csv or parquet file")
+    files = [path]
     if path.is_dir():
-        return [row for file in data_files(path, READERS) for row in read_rows(file)]
+        by_split = split is not None and has_splits(path, READERS)
+        files = split_files(path, name, str(split)) if by_split else data_files(path, READERS)
+    readers = {file: _reader(file) for file in files}
+    return Rows(
+        lambda: (row for file, reader in readers.items() for row in reader(file)),
+        [part for file in files for part in file_identity(file)],
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows that `stream_rows` gives."""
+    return list(stream_rows(path))
+
+
+def file_identity(path: Path) -> list[str]:
+    """Which file it is, and whether it was written since: its place, size and time; as `datasets` has it."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return [str(path.resolve()), str(path), str(found.st_size), str(found.st_mtime_ns)]
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
     kind = kind_of(path, READERS)
     if kind is None:
         raise InputError(
             f"{path}: unknown suffix {path.suffix!r}; {suggest(path.suffix, READERS)}; "
             f"all but .parquet also compressed: {', '.join(COMPRESSED)}"
         )
-    return READERS[Path(kind).stem](path)
+    return READERS[Path(kind).stem]
 
 
 def require(path: Path, expected: str) -> None:
@@ -69,6 +99,9 @@ def _nearby(path: Path) -> str:
     return f"{path.parent} holds: {shown}"
 
 
+_NOT_UTF8 = "not UTF-8 text"
+
+
 def read_text(path: Path) -> str:
     """A file's text as UTF-8, a byte order mark removed.
 
@@ -81,7 +114,7 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text: byte 0x{data[error.start]:02x}") from None
+        raise DataError(f"{path}:{line}: {_NOT_UTF8}: byte 0x{data[error.start]:02x}") from None
 
 
 _DECOMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
@@ -98,9 +131,39 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         return _DECOMPRESS.get(path.suffix.lower(), bytes)(path.read_bytes())
-    # A truncated file is an EOFError for gzip, and a ValueError for bz2.
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except _UNREADABLE as error:
+        raise _cannot_be_read(path, error) from None
+
+
+# A truncated file is an EOFError for gzip, and a ValueError for bz2.
+_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+
+
+def _cannot_be_read(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+_OPEN: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _lines(path: Path, *, text: bool = False) -> Iterator[Any]:
+    """The lines of a file, with their ends, as bytes or as text; those of a compressed one decompressed.
+
+    Bytes are split at \\n only: str.splitlines would also split at U+2028, which JSON allows in a string.
+
+    Raises:
+        InputError: the file cannot be read.
+        DataError: text is not UTF-8; names the line.
+    """
+    how = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""} if text else {"mode": "rb"}
+    try:
+        with _OPEN.get(path.suffix.lower(), Path.open)(path, **how) as file:
+            yield from file
+    except UnicodeDecodeError:
+        read_text(path)  # which says where
+        raise
+    except _UNREADABLE as error:
+        raise _cannot_be_read(path, error) from None
 
 
 _BLANK = " \t\r\n"
@@ -122,11 +185,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | RepeatedKey:
     values = dict(pairs)
     if len(values) == len(pairs):
         return values
-    return RepeatedKey(_repeated([key for key, _ in pairs])[0])
-
-
-def _repeated(names: Sequence[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1})
+    return RepeatedKey(repeated_names([key for key, _ in pairs])[0])
 
 
 # Numbers stay as the file spells them: 4.0 and 1e3 must reach the gold answer unchanged.
@@ -135,7 +194,7 @@ _DECODER = json.JSONDecoder(
 )
 
 
-def read_json(path: Path) -> list[Row]:
+def read_json(path: Path) -> Iterator[Row]:
     """Objects in an array, one after the other over several lines, or one a line.
 
     Raises:
@@ -143,6 +202,8 @@ def read_json(path: Path) -> list[Row]:
         DataError: not valid JSON, but for one object a line; names the line.  (Behind a syntax error
             rows cannot be recognized, so it stops whatever the configuration says.)
     """
+    if _surely_one_a_line(_head(path)):
+        return _json_lines(path, all_text=True)
     text = read_text(path)
     start = _skip_space(text, 0)
     if not text.startswith(("[", "{"), start):
@@ -150,11 +211,11 @@ def read_json(path: Path) -> list[Row]:
             f"{path}:{_line_of(text, start)}: expected a JSON array of objects, or one object a line"
         )
     if _one_a_line(text[start:]):
-        return _lines(read_bytes(path), path)
-    return list(_values(text, start, path))
+        return _json_lines(path)
+    return _values(text, start, path)
 
 
-def read_json_lines(path: Path) -> list[Row]:
+def read_json_lines(path: Path) -> Iterator[Row]:
     """One JSON object a line; blank lines are skipped, an unreadable line is a bad row.
 
     What begins as an array, or with an object over several lines, is read as by `read_json`.
@@ -163,10 +224,26 @@ def read_json_lines(path: Path) -> list[Row]:
         InputError: the file cannot be read.
         DataError: as `read_json`.
     """
-    data = read_bytes(path)
-    if _one_a_line(data.decode("utf-8-sig", errors="replace").lstrip(_BLANK)):
-        return _lines(data, path)
+    head = _head(path)
+    if head[:1] not in ("{", "[") or _surely_one_a_line(head):
+        return _json_lines(path)
+    if _one_a_line(read_bytes(path).decode("utf-8-sig", errors="replace").lstrip(_BLANK)):
+        return _json_lines(path)
     return read_json(path)
+
+
+def _head(path: Path) -> str:
+    """The first line that is not blank; empty where there is none."""
+    for number, line in enumerate(_lines(path)):
+        line = line if number else line.removeprefix(codecs.BOM_UTF8)
+        if stripped := line.decode(errors="replace").strip(_BLANK):
+            return str(stripped)
+    return ""
+
+
+def _surely_one_a_line(head: str) -> bool:
+    """Whether the first line says that a file has one object a line; else its text does."""
+    return head[:1] == "{" and head != "{" and _begins_with_value(head)
 
 
 def _one_a_line(text: str) -> bool:
@@ -185,17 +262,23 @@ def _begins_with_value(text: str) -> bool:
     return True
 
 
-def _lines(data: bytes, path: Path) -> list[Row]:
-    # Split bytes at \n only: str.splitlines would also split at U+2028, which JSON allows in a string.
-    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
-    return [_parse_line(line, f"{path}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+def _json_lines(path: Path, *, all_text: bool = False) -> Iterator[Row]:
+    """A value a line; with `all_text` a line that is not UTF-8 is an error, not a bad row."""
+    for number, line in enumerate(_lines(path), start=1):
+        line = line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        row = _parse_line(line.removesuffix(b"\n"), f"{path}:{number}")
+        if all_text and row.problem is not None and row.problem.startswith(_NOT_UTF8):
+            raise DataError(f"{row.origin}: {row.problem}")
+        yield row
 
 
 def _parse_line(line: bytes, origin: str) -> Row:
     try:
         return _json_row(_DECODER.decode(line.decode()), origin)
     except UnicodeDecodeError as error:
-        return Row(origin, {}, f"not UTF-8 text: byte 0x{line[error.start]:02x}")
+        return Row(origin, {}, f"{_NOT_UTF8}: byte 0x{line[error.start]:02x}")
     except (ValueError, RecursionError) as error:
         return Row(origin, {}, _syntax_error(error))
 
@@ -254,49 +337,47 @@ def _line_of(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> Iterator[Row]:
     """Records under a header; one with too few or too many fields, or the header again, is a bad row.
 
     Raises:
         InputError: the file cannot be read.
         DataError: it is not UTF-8, has no usable header, or a quote that swallows lines.
     """
-    text = read_text(path)
     # The limit, which is the module's own, is there against an unclosed quote; `strict` finds that.
-    limit = csv.field_size_limit(len(text) + 1)
+    limit = csv.field_size_limit(2**31 - 1)
     try:
-        return _records(text, path)
+        yield from _records(path)
     finally:
         csv.field_size_limit(limit)
 
 
-def _records(text: str, path: Path) -> list[Row]:
+def _records(path: Path) -> Iterator[Row]:
     # strict: an unclosed quote must not swallow the rest of the file unnoticed.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(_lines(path, text=True), strict=True)
     header = _csv_header(reader, path)
-    rows: list[Row] = []
     while True:
         line = reader.line_num + 1
         origin = f"{path}:{line}"
         try:
             record = next(reader)
         except StopIteration:
-            return rows
+            return
         except csv.Error as error:
             if reader.line_num > line:
                 raise DataError(
                     f"{origin}: not valid CSV: {error}; a quote that opens here takes in the lines up to "
                     f"{reader.line_num}, so their rows cannot be recognized"
                 ) from None
-            rows.append(Row(origin, {}, f"not valid CSV: {error}"))
+            yield Row(origin, {}, f"not valid CSV: {error}")
             continue
         if [name.strip("\ufeff \t") for name in record] == header:
-            rows.append(Row(origin, {}, "the header line again, as of files put one behind the other"))
+            yield Row(origin, {}, "the header line again, as of files put one behind the other")
         elif len(record) == len(header):
-            rows.append(Row(origin, dict(zip(header, record, strict=True))))
+            yield Row(origin, dict(zip(header, record, strict=True)))
         elif record:  # a blank line is an empty record
             problem = f"{len(record)} fields, but the header names {len(header)} columns"
-            rows.append(Row(origin, {}, problem))
+            yield Row(origin, {}, problem)
 
 
 def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
@@ -306,84 +387,12 @@ def _csv_header(reader: Iterator[list[str]], path: Path) -> list[str]:
         raise DataError(f"{path}:1: not valid CSV: {error}") from None
     if not any(header):
         raise DataError(f"{path}:1: no header line with the column names")
-    if repeated := _repeated(header):
+    if repeated := repeated_names(header):
         raise DataError(f"{path}:1: column names repeat: {', '.join(map(repr, repeated))}")
     return header
 
 
-def read_parquet(path: Path) -> list[Row]:
-    """All rows of a Parquet file.
-
-    Raises:
-        InputError: the file cannot be read as Parquet.
-        DataError: two columns have the same name.
-    """
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        # ParquetFile, unlike read_table, does not invent columns from folder names like split=train.
-        with pq.ParquetFile(path) as file:
-            if repeated := _repeated(file.schema_arrow.names):
-                raise DataError(f"{path}: column names repeat: {', '.join(map(repr, repeated))}")
-            rows = _table_rows(file.read())
-    except DataError:
-        raise
-    # ValueError and OverflowError: text that is not UTF-8, a date that Python does not have.
-    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as Parquet: {error}") from None
-    return [Row(f"{path}[{i}]", values) for i, values in enumerate(rows)]
-
-
-def _table_rows(table: Any) -> list[dict[str, Any]]:
-    """The rows of an Arrow table; 0.1 as a 32-bit float is 0.1 in 64 bits, not 0.10000000149011612."""
-    rows: list[dict[str, Any]] = table.to_pylist()
-    short = {"float": np.float32, "halffloat": np.float16}
-    for field in table.schema:
-        if kind := short.get(str(field.type)):
-            for row in rows:
-                if row[field.name] is not None:
-                    row[field.name] = float(str(kind(row[field.name])))
-    return rows
-
-
-def read_hub(dataset_id: str, name: str | None, split: str, columns: Sequence[str]) -> list[Row]:
-    """The rows of one split, in the hub's order.
-
-    Args:
-        dataset_id: for example `openai/gsm8k`.
-        name: configuration of the dataset, where it has several.
-        split: the hub's split name.
-        columns: the columns that must be there.
-    Raises: InputError: the hub cannot be reached, the dataset, configuration, split or a column
-        does not exist, or access is not granted.
-    """
-    import datasets
-
-    where = f"{dataset_id}{f' ({name})' if name else ''}, split {split!r}"
-    try:
-        table = datasets.load_dataset(dataset_id, name, split=split)
-    # The library and its transport raise errors without a common base; none of them is our bug.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"hub dataset {where}: cannot be loaded: {reason}. Check the id, the configuration and the "
-            "split, that this machine reaches the hub, and for a gated dataset that you are logged in; "
-            "a downloaded copy can be read with a local path instead"
-        ) from error
-    require_columns(where, columns, table.column_names)
-    rows = _table_rows(table.with_format("arrow")[:])
-    return [Row(f"{dataset_id}[{i}]", values) for i, values in enumerate(rows)]
-
-
-def require_columns(where: str, needed: Sequence[str], names: Sequence[str]) -> None:
-    """Raises: InputError: a hub dataset has not all columns that are needed."""
-    for column in needed:
-        if column not in names:
-            raise InputError(f"hub dataset {where}: no column {column!r}; {suggest(column, names)}")
-
-
-READERS: Mapping[str, Callable[[Path], list[Row]]] = {
+READERS: Mapping[str, Callable[[Path], Iterator[Row]]] = {
     ".parquet": read_parquet,
     ".jsonl": read_json_lines,
     ".json": read_json,

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
 from qdora.errors import DataError, suggest
+
+IN_MEMORY = 20_000
+"""Most rows of a source, or examples of a set, that are held as objects; of more there is a table on disk."""
 
 Role = Literal["system", "user", "assistant"]
 
@@ -82,7 +87,7 @@ class Skipped:
 class Dataset:
     """The examples of one split, and the rows that could not be used."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     skipped: list[Skipped]
 
 
@@ -90,11 +95,37 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """sha256 over what the examples say and their order; where they came from does not count."""
     digest = hashlib.sha256()
     for example in examples:
-        contents: list[object] = [example.question, example.completion, example.answer, example.task]
-        contents += [*example.options, *example.turns]
-        # JSON keeps the fields apart: ("ab", "c") and ("a", "bc") must differ.
-        digest.update(json.dumps(contents).encode() + b"\n")
+        digest.update(example_bytes(example))
     return digest.hexdigest()
+
+
+def example_bytes(example: Example) -> bytes:
+    """What an example says."""
+    contents: list[object] = [example.question, example.completion, example.answer, example.task]
+    contents += [*example.options, *example.turns]
+    # JSON keeps the fields apart: ("ab", "c") and ("a", "bc") must differ.
+    return json.dumps(contents).encode() + b"\n"
+
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# Everything but word characters and what carries meaning in a formula: operators, a sign or minus
+# before a digit, a decimal point.
+_PUNCTUATION = re.compile(r"(?!(?<=\d)\.\d)(?!-\s*\d)[^\w+*/=<>^%]|_")
+
+
+def normalize(question: str) -> str:
+    """Case, Unicode form (NFKC), spacing and punctuation made alike; numbers and operators kept.
+
+    Without the operators `5 - 3` and `5 + 3`, or `2.5` and `25`, would be the same question.
+    """
+    text = unicodedata.normalize("NFKC", question).casefold()
+    return " ".join(_PUNCTUATION.sub(" ", _THOUSANDS.sub("", text)).split())
+
+
+def question_key(question: str) -> int:
+    """64 bits of a digest of `normalize`: equal questions among millions are found without their texts."""
+    text = normalize(question).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
 BadRows = Literal["stop", "skip"]
@@ -127,6 +158,22 @@ class Row:
     """Whose row it is, where a source mixes tasks."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are read as they are asked for, each time anew.
+
+    Attributes:
+        read: reads them.
+        identity: what tells them from other rows: files with their sizes and times, a dataset's fingerprint.
+    """
+
+    read: Callable[[], Iterator[Row]]
+    identity: Sequence[str]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
 def value_of(row: Row, column: str) -> object:
     """A column's value.
 
@@ -148,6 +195,11 @@ def text_of(row: Row, column: str) -> str:
     if not text:
         raise BadRowError(f"column {column!r} is empty")
     return text
+
+
+def repeated_names(names: Sequence[str]) -> list[str]:
+    """Names that stand there more than once."""
+    return sorted({name for name in names if names.count(name) > 1})
 
 
 def _missing(row: Row, column: str) -> str:

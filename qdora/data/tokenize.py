@@ -254,17 +254,31 @@ def tokenize_examples(
     skipped: list[Skipped] = []
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
-        chats, texts = [e for e in chunk if e.turns], [e for e in chunk if not e.turns]
-        of_chats = _tokenize_chats(chats, tokenizer, max_length, parse_special_tokens, loss_on)
-        of_texts = _tokenize_texts(texts, tokenizer, prompt, max_length, parse_special_tokens, loss_on)
-        for example in chunk:
-            found = next(of_chats if example.turns else of_texts)
+        all_found = tokenize_chunk(chunk, tokenizer, prompt, max_length, parse_special_tokens, loss_on)
+        for example, found in zip(chunk, all_found, strict=True):
             if isinstance(found, str):
                 skipped.append(Skipped(example.origin, found))
             else:
                 kept.append(found)
     raise_for_skipped(skipped, bad_rows)
     return kept, skipped
+
+
+def tokenize_chunk(
+    chunk: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_length: int,
+    parse_special_tokens: bool,
+    loss_on: LossOn,
+) -> Iterator[TokenizedExample | str]:
+    """Each example with its tokens, or why it has none; arguments and errors are those of
+    `tokenize_examples`."""
+    chats, texts = [e for e in chunk if e.turns], [e for e in chunk if not e.turns]
+    of_chats = _tokenize_chats(chats, tokenizer, max_length, parse_special_tokens, loss_on)
+    of_texts = _tokenize_texts(texts, tokenizer, prompt, max_length, parse_special_tokens, loss_on)
+    for example in chunk:
+        yield next(of_chats if example.turns else of_texts)
 
 
 def _tokenize_texts(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Never, TypeVar, Unpack
 
 from tqdm import tqdm
 
-from qdora.config import AnswerKind, EvaluationMethod, EvaluationWeights, RunConfig
+from qdora.config import AnswerKind, DatasetConfig, EvaluationMethod, EvaluationWeights, RunConfig
 from qdora.data.padding import choose_pad_token, eos_token_ids
 from qdora.data.rows import Example
 from qdora.data.templates import PROMPTS
@@ -64,11 +64,12 @@ def evaluate_configured(
 
     Args:
         shots: of `draw_shots`.
-        split: that the examples are of; validation examples have the answer kind of the training set.
+        split: that the examples are of; left-out training examples have the training set's kind of answers.
     Raises: InputError: as `evaluate`.
     """
     settings = config.evaluation
-    source = (split == "test" and config.data.test) or config.data.train
+    own = config.data.test if split == "test" else config.data.validation
+    source = own if isinstance(own, DatasetConfig) else config.data.train
     return evaluate(
         model,
         tokenizer,

@@ -80,7 +80,8 @@ def _dotted(
     """Each key below a section, by its dotted name."""
     for name, value in properties.items():
         yield prefix + name, value
-        for reference in (value, *value.get("anyOf", ())):
+        several = (value, *value.get("anyOf", ()))
+        for reference in (*several, *(one for item in several for one in item.get("oneOf", ()))):
             if "$ref" in reference:
                 section = definitions[reference["$ref"].rpartition("/")[2]]
                 yield from _dotted(section["properties"], definitions, f"{prefix}{name}.")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, cast
 
 from qdora.config import RunConfig
-from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import free_memory
 from qdora.errors import InputError
@@ -28,7 +26,7 @@ _BUFFERS = 2 << 30
 def refuse_what_cannot_fit(
     config: RunConfig,
     checkpoint: Checkpoint,
-    examples: Sequence[TokenizedExample],
+    longest: int,
     context: DistributedContext,
 ) -> None:
     """Hold the planner's estimate of the worst batch against the memory that is free; a collective.
@@ -36,11 +34,10 @@ def refuse_what_cannot_fit(
     Where a rough bound fits, no step is simulated.
 
     Args:
-        examples: that are trained on.
+        longest: tokens of the longest example that is trained on.
     Raises: InputError: on all ranks, where it does not fit; with the settings that mend it.
     """
     kind = cast("Literal['cpu', 'cuda']", context.device.type)
-    longest = max(len(example.input_ids) for example in examples)
     launch = Launch(
         adapter=config.adapter,
         training=config.training,

@@ -60,21 +60,27 @@ def find_task(config: DatasetConfig) -> Task:
 
 
 def check_data(config: DataConfig) -> None:
-    """Check both sources and their keys before anything is loaded.
+    """Check all sources and their keys before anything is loaded.
 
-    Raises: InputError: as `find_task`; names the section. The two sets take answers of different forms.
+    Raises: InputError: as `find_task`; names the section. Two sets take answers of different forms.
     """
-    takes_answers = []
-    sets = {"data.train": config.train} | ({"data.test": config.test} if config.test else {})
+    forms = {}
+    sets = {"data.train": config.train, "data.test": config.test, "data.validation": config.validation}
     for section, dataset in sets.items():
+        if not isinstance(dataset, DatasetConfig):
+            continue
         try:
-            takes_answers.append("answers" in find_task(dataset).optional)
+            if "answers" in find_task(dataset).optional:
+                forms[section] = dataset.answers
         except InputError as error:
             raise InputError(f"{section}: {error}") from None
-    train, test = (dataset.answers for dataset in (config.train, config.test or config.train))
-    if all(takes_answers) and train != test:
-        # In another form a test question would not be found in the training set either.
-        raise InputError(f"data.train.answers {train!r} and data.test.answers {test!r}: they must agree")
+    for section, answers in forms.items():
+        if answers != forms.get("data.train", answers):
+            # In another form a test question would not be found in the training set either.
+            train = forms["data.train"]
+            raise InputError(
+                f"data.train.answers {train!r} and {section}.answers {answers!r}: they must agree"
+            )
 
 
 def check_run(config: RunConfig) -> None:

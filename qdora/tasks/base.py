@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, zip_longest
+from itertools import chain, groupby, islice, zip_longest
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from qdora.config import AnswerKind, DatasetConfig
-from qdora.data.readers import read_hub, read_rows, require
+from qdora.data.columnar import read_hub
+from qdora.data.readers import require, stream_rows
 from qdora.data.rows import (
+    IN_MEMORY,
     BadRowError,
     BadRows,
     Dataset,
     Example,
     Row,
+    Rows,
     Skipped,
     as_text,
     raise_for_skipped,
@@ -25,6 +28,9 @@ from qdora.data.rows import (
 )
 from qdora.errors import InputError, suggest
 from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_published, verdicts_of
+
+SAMPLE = 1_000
+"""Rows of a streamed source by which it is known before training."""
 
 NeedsGold = Literal["all", "questions", "none"]
 """`all`: a row without a gold answer is bad; `questions`: one that is no chat is; `none`: none is."""
@@ -66,6 +72,8 @@ class Task:
     """Further keys that may be given, besides `split`, `seed` and `limit`."""
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     """The splits; empty where the data decides."""
+    split_of_files: ClassVar[bool] = True
+    """Whether a split has files of its own; else it is a part of the rows, by `order`."""
     names_examples: ClassVar[bool] = True
     """Whether its examples carry its name; those of a mixture or of the user's own data do not."""
 
@@ -91,8 +99,8 @@ class Task:
         """How the answers of its examples are compared."""
         return self.kind
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """All rows of the split's files, in their order.
+    def rows(self, config: DatasetConfig) -> Iterable[Row]:
+        """All rows of the split's files, in their order; `Rows` where there may be too many to be held.
 
         Raises: InputError: the data is missing or cannot be read.
         """
@@ -101,13 +109,19 @@ class Task:
     def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
         """The configuration with what its rows decide: here nothing.
 
+        Args:
+            rows: the first ones.
         Raises: InputError: the rows are of no form that the task reads.
         """
         return config
 
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
-        """Which rows are used, in which order: here all, `train` shuffled, `test` as in the file."""
-        return shuffled(len(rows), config.seed) if config.split == "train" else range(len(rows))
+    def order(self, config: DatasetConfig, tasks: Sequence[str]) -> Sequence[int]:
+        """Which rows are used, in which order: here all, `train` shuffled, `test` as in the file.
+
+        Args:
+            tasks: for each row whose it is, where a source mixes tasks.
+        """
+        return shuffled(len(tasks), config.seed) if config.split == "train" else range(len(tasks))
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """Question, text to train on and gold answer of a row.
@@ -119,6 +133,8 @@ class Task:
     def load(self, config: DatasetConfig, bad_rows: BadRows) -> Dataset:
         """The examples of a split: the first `limit` usable rows in the task's order.
 
+        Of a source that is streamed these are the usable ones of its first rows, in their order.
+
         All rows of the split are checked, also those behind the limit, in the order of the file: a bad
         row shows before the first long run, and the one that is named is the first in the file.
 
@@ -126,18 +142,64 @@ class Task:
             InputError: as `rows` and `order`.
             DataError: a row is bad, and `bad_rows` is `stop`.
         """
-        rows = self.rows(config)
+        source = self.rows(config)
+        if config.streaming:
+            source = list(islice(source, SAMPLE))
+        others = iter(source)
+        rows = list(islice(others, IN_MEMORY + 1))
         config = self.resolved(config, rows)
-        order = self.order(config, rows)
+        if len(rows) > IN_MEMORY and isinstance(source, Rows):
+            return self._load_large(config, bad_rows, source.identity, chain(rows, others))
+        rows += others
+        order = range(len(rows)) if config.streaming else self.order(config, [row.task for row in rows])
         converted: dict[int, Example] = {}
         skipped: list[Skipped] = []
         for i in sorted(order):
-            try:
-                converted[i] = self.example(config, rows[i])
-            except BadRowError as error:
-                skipped.append(Skipped(rows[i].origin, str(error)))
+            example = self._convert(config, rows[i])
+            if isinstance(example, Example):
+                converted[i] = example
+            else:
+                skipped.append(Skipped(rows[i].origin, example))
         raise_for_skipped(skipped, bad_rows)
         return Dataset([converted[i] for i in order if i in converted][: config.limit], skipped)
+
+    def stream(self, config: DatasetConfig) -> Callable[[], Iterator[Example | Skipped]]:
+        """What reads the examples of a split one after the other, and the rows that have none.
+
+        Raises: InputError: as `rows` and `resolved`; what is returned raises it as rows are read.
+        """
+        rows = self.rows(config)
+        config = self.resolved(config, list(islice(rows, SAMPLE)))
+
+        def read() -> Iterator[Example | Skipped]:
+            for row in rows:
+                example = self._convert(config, row)
+                yield example if isinstance(example, Example) else Skipped(row.origin, example)
+
+        return read
+
+    def _load_large(
+        self, config: DatasetConfig, bad_rows: BadRows, identity: Sequence[str], rows: Iterator[Row]
+    ) -> Dataset:
+        """As `load`, by a table of all rows on the disk; they are read where it is not there yet."""
+        from qdora.data.table import ExampleTable, table_key  # with pyarrow
+
+        # Of questions all must have one in either case, so a file that is divided is read once.
+        questions = config.format == "question_answer" and self.needs_gold == "all"
+        needs_gold = "questions" if questions else self.needs_gold
+        same_rows = {"seed", "limit", "held_out"} | (set() if self.split_of_files else {"split"})
+        key = table_key(self.name, needs_gold, *identity, config.model_dump_json(exclude=same_rows))
+        table = ExampleTable.build(key, ((row, self._convert(config, row)) for row in rows))
+        examples, skipped = table.used(self.order(config, table.tasks))
+        raise_for_skipped(skipped, bad_rows)
+        return Dataset(examples[: config.limit], skipped)
+
+    def _convert(self, config: DatasetConfig, row: Row) -> Example | str:
+        """A row's example, or why it has none."""
+        try:
+            return self.example(config, row)
+        except BadRowError as error:
+            return str(error)
 
     def options(self, example: Example) -> Sequence[Option]:
         """What a choice task's question can be answered with: its own options, else the task's words.
@@ -176,10 +238,10 @@ class LlmAdaptersTask(Task):
 
     required = ("path",)
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+    def rows(self, config: DatasetConfig) -> Rows:
         """The rows of FOLDER/TASK/SPLIT.json, or of a file, which is then the split."""
         path = Path(str(config.path))
-        return read_rows(path) if path.is_file() else read_llm_adapters(path, self.name, config.split)
+        return stream_rows(path) if path.is_file() else read_llm_adapters(path, self.name, config.split)
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """The instruction with its input, the output, the answer."""
@@ -216,19 +278,22 @@ class Mixture(Task):
         for name in config.tasks:
             self._member(name)
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+    def rows(self, config: DatasetConfig) -> Rows:
         """The rows of FOLDER/TASK/SPLIT.json of one task after the other."""
         folder = Path(str(config.path))
         require(folder, "a folder with one folder for each task, ROOT/TASK/{train,test}.json")
         names = config.tasks or [task.name for task in self.members]
         by_task = {name: read_llm_adapters(folder, name, config.split) for name in names}
-        return [replace(row, task=name) for name, rows in by_task.items() for row in rows]
+        return Rows(
+            lambda: (replace(row, task=name) for name, rows in by_task.items() for row in rows),
+            [part for rows in by_task.values() for part in rows.identity],
+        )
 
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+    def order(self, config: DatasetConfig, tasks: Sequence[str]) -> Sequence[int]:
         """Train: all shuffled.  Test: from each task in turn, so that a limit takes equally from each."""
         if config.split == "train":
-            return super().order(config, rows)
-        by_task = [list(of_task) for _, of_task in groupby(range(len(rows)), lambda i: rows[i].task)]
+            return super().order(config, tasks)
+        by_task = [list(of_task) for _, of_task in groupby(range(len(tasks)), lambda i: tasks[i])]
         return [i for turn in zip_longest(*by_task) for i in turn if i is not None]
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
@@ -247,20 +312,21 @@ class HeldOutTask(Task):
     dataset: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     rows_held_out: ClassVar[int]
+    split_of_files = False
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
+    def rows(self, config: DatasetConfig) -> Rows:
         """The hub's rows, or those of a local copy."""
         if config.path is None:
             return read_hub(self.dataset, None, "train", list(self.columns))
-        return read_rows(Path(config.path))
+        return stream_rows(Path(config.path), "train")
 
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+    def order(self, config: DatasetConfig, tasks: Sequence[str]) -> Sequence[int]:
         """All rows shuffled; `test` is the end of them."""
         held_out = config.held_out or self.rows_held_out
-        return held_out_split(len(rows), config, held_out, config.path or self.dataset)
+        return held_out_split(len(tasks), config, held_out, config.path or self.dataset)
 
 
-def read_llm_adapters(folder: Path, task: str, split: str) -> list[Row]:
+def read_llm_adapters(folder: Path, task: str, split: str) -> Rows:
     """The rows of FOLDER/TASK/SPLIT.json.
 
     Raises: InputError: a folder or the file is missing.
@@ -268,7 +334,7 @@ def read_llm_adapters(folder: Path, task: str, split: str) -> list[Row]:
     require(folder / task, f"the folder of task {task!r}")
     file = folder / task / f"{split}.json"
     require(file, f"the {split} set of task {task!r}")
-    return read_rows(file)
+    return stream_rows(file)
 
 
 def question_of(row: Row, column: str) -> str:
@@ -293,7 +359,8 @@ def instruction_of(row: Row) -> str:
 
 def shuffled(count: int, seed: int) -> list[int]:
     """The order into which `datasets.Dataset.shuffle(seed)` brings `count` rows."""
-    return [int(i) for i in np.random.default_rng(seed).permutation(count)]
+    order: list[int] = np.random.default_rng(seed).permutation(count).tolist()
+    return order
 
 
 def held_out_split(count: int, config: DatasetConfig, held_out: int, where: str) -> list[int]:

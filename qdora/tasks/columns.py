@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from qdora.config import AnswerKind, DatasetConfig
-from qdora.data.readers import read_hub, read_rows, require_columns
-from qdora.data.rows import BadRowError, Example, Row, text_of
+from qdora.data.columnar import read_hub, require_columns
+from qdora.data.folders import has_splits
+from qdora.data.readers import READERS, stream_rows
+from qdora.data.rows import BadRowError, Example, Row, Rows, text_of
 from qdora.tasks.base import Task, held_out_split
 from qdora.tasks.formats import FORMATS, check_format, named_columns, recognize
 from qdora.tasks.scoring import gold_answer
@@ -22,8 +25,9 @@ class OwnData(Task):
     """Rows of which a configuration names the columns and the kind of answer."""
 
     required = ("path",)
-    optional = ("name", "format", "columns", "answer_kind", "held_out")
+    optional: ClassVar[tuple[str, ...]] = ("name", "format", "columns", "answer_kind", "held_out")
     names_examples = False
+    split_of_files = False
 
     def check(self, config: DatasetConfig) -> None:
         """As `Task.check`; the columns that are named are those of the format.
@@ -41,9 +45,9 @@ class OwnData(Task):
         """The configured one."""
         return config.answer_kind
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """The rows of a file, or of all files of one kind in a folder."""
-        return read_rows(Path(str(config.path)))
+    def rows(self, config: DatasetConfig) -> Rows:
+        """The rows of a file, of all files in a folder, or of a split of a folder in the hub's layout."""
+        return stream_rows(Path(str(config.path)), "train" if config.held_out else config.split)
 
     def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
         """With the format that the rows have.
@@ -52,9 +56,9 @@ class OwnData(Task):
         """
         return config.model_copy(update={"format": recognize(config, rows)})
 
-    def order(self, config: DatasetConfig, rows: Sequence[Row]) -> Sequence[int]:
+    def order(self, config: DatasetConfig, tasks: Sequence[str]) -> Sequence[int]:
         """The shuffled rows, of which the last `held_out` are the split `test`."""
-        return held_out_split(len(rows), config, config.held_out, str(config.path))
+        return held_out_split(len(tasks), config, config.held_out, str(config.path))
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """What the format reads; without a column of answers the gold answer is read in the completion."""
@@ -77,16 +81,22 @@ class OwnData(Task):
 class HubData(OwnData):
     """Rows of a dataset on the hub; with `held_out`, its split `train` is divided."""
 
+    optional = (*OwnData.optional, "streaming", "shuffle_buffer")
     splits = ()
 
     def task_name(self, config: DatasetConfig) -> str:
         """Under which scores are reported: the last part of the id."""
-        return str(config.path).rpartition("/")[2]
+        return Path(str(config.path)).name
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """The rows of the split, in the hub's order."""
+    def rows(self, config: DatasetConfig) -> Rows:
+        """The rows of the split, in the hub's order, or those of a local copy."""
         split = "train" if config.held_out else config.split
-        return read_hub(str(config.path), config.name, split, named_columns(config))
+        folder = Path(str(config.path))
+        if folder.is_dir() and not config.streaming and has_splits(folder, READERS):
+            return stream_rows(folder, split, config.name)
+        return read_hub(
+            str(config.path), config.name, split, named_columns(config), streaming=config.streaming
+        )
 
     def resolved(self, config: DatasetConfig, rows: Sequence[Row]) -> DatasetConfig:
         """As `OwnData.resolved`; a table's columns are those of all its rows.

@@ -6,12 +6,13 @@ Source: arXiv:2110.14168; files train.jsonl and test.jsonl, on the hub `openai/g
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from qdora.config import DatasetConfig
-from qdora.data.readers import read_hub, read_rows, require
-from qdora.data.rows import BadRowError, Example, Row, text_of
+from qdora.data.columnar import read_hub
+from qdora.data.folders import has_splits
+from qdora.data.readers import READERS, require, stream_rows
+from qdora.data.rows import BadRowError, Example, Row, Rows, text_of
 from qdora.tasks.base import Task
 from qdora.tasks.scoring import gold_answer
 
@@ -24,16 +25,19 @@ class Gsm8k(Task):
 
     optional = ("path",)
 
-    def rows(self, config: DatasetConfig) -> Sequence[Row]:
-        """The hub's rows, those of SPLIT.jsonl in a folder, or those of a file, which is then the split."""
+    def rows(self, config: DatasetConfig) -> Rows:
+        """The hub's rows, those of a local copy or of SPLIT.jsonl in a folder, or a file's, which is then the
+        split."""
         if config.path is None:
             return read_hub(DATASET, "main", config.split, ["question", "answer"])
         path = Path(config.path)
         require(path, "a GSM8K file, or a folder with train.jsonl and test.jsonl")
         if path.is_dir():
+            if not (path / f"{config.split}.jsonl").exists() and has_splits(path, READERS):
+                return stream_rows(path, config.split, "main")
             path = path / f"{config.split}.jsonl"
             require(path, f"the GSM8K {config.split} set")
-        return read_rows(path)
+        return stream_rows(path)
 
     def example(self, config: DatasetConfig, row: Row) -> Example:
         """The solution without its annotations for a calculator, and the number behind its ####."""

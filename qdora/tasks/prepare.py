@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
+import copy
+import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from qdora.config import DataConfig, PromptName, RunConfig
+from qdora.config import DataConfig, DatasetConfig, PromptName, RunConfig
 from qdora.data.chats import require_chat_template
-from qdora.data.encode import special_tokens
 from qdora.data.padding import choose_pad_token
-from qdora.data.rows import Dataset, Example, Skipped, fingerprint
-from qdora.data.tokenize import TokenizedExample, fitting_prompts, tokenize_examples
+from qdora.data.rows import Dataset, Example, Skipped, question_key
+from qdora.data.stream import ExampleStream
+from qdora.data.table import (
+    fingerprint_of,
+    first_chat,
+    repeated_questions,
+    without_origins,
+    without_questions,
+)
+from qdora.data.token_table import lengths_of, special_texts, tokenize_set
+from qdora.data.tokenize import TokenizedExample, fitting_prompts
 from qdora.errors import InputError
-from qdora.tasks import check_data, load_dataset, task_for
+from qdora.tasks import check_data, find_task, load_dataset, task_for
 from qdora.tasks.base import NeedsGold
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ Split = Literal["test", "validation"]
 class PreparedData:
     """Everything a run takes from its data."""
 
-    train: list[TokenizedExample]
+    train: Sequence[TokenizedExample]
     test: list[Example]
     """Empty where `data.test` is null."""
     validation: list[Example]
@@ -40,8 +48,13 @@ class PreparedData:
     """Training examples removed because their question is a test question."""
     leaked_validation: int
     """Training examples removed because their question is a validation question."""
+    leaked_of_validation: int | None
+    """Validation examples removed because their question is a test question; None where they are training
+    examples, of which that is known."""
     skipped: list[Skipped]
     """Bad rows left out, of all sets."""
+    repeated_questions: int
+    """Training examples whose question is that of one before them."""
     special_text: list[str]
     """Examples with the text of a special token: origin and token."""
     fingerprints: dict[str, str]
@@ -50,19 +63,36 @@ class PreparedData:
     """By which they are rendered: that of the configuration, but `chat` for chats."""
     keeps_template: bool
     """Whether a chat template is trained that belongs to the adapter: that of chats, or one by name."""
+    stream: ExampleStream | None = None
+    """What is trained on with `data.train.streaming`; `train` and the numbers are of its first rows."""
+
+    def left_out_of_stream(self) -> dict[str, str]:
+        """What the stream has left out so far, as a row of a table; nothing without a stream."""
+        if self.stream is None:
+            return {}
+        left_out = f"{self.stream.leaked} for their question, {self.stream.skipped} that cannot be used"
+        return {"rows left out": f"{left_out} (first pass)"}
+
+    def longest(self, config: DataConfig) -> int:
+        """Most tokens of an example that may come."""
+        return config.max_length if self.stream is not None else max(lengths_of(self.train))
 
     def counts(self) -> dict[str, Any]:
         """Fingerprints, numbers of examples and of those that were left out, as a manifest has them."""
         counts = {
             "fingerprints": self.fingerprints,
-            "train": len(self.train),
+            "train": len(self.train) if self.stream is None else None,
             "test": len(self.test),
             "leaked_questions_removed": self.leaked,
             "rows_skipped": len(self.skipped),
         }
+        if self.stream is not None:
+            counts["streamed"] = True
         if self.validation:
             counts["validation"] = len(self.validation)
             counts["leaked_validation_questions_removed"] = self.leaked_validation
+            if self.leaked_of_validation is not None:
+                counts["test_questions_removed_from_validation"] = self.leaked_of_validation
         return counts
 
 
@@ -70,13 +100,15 @@ class PreparedData:
 class TrainingSets:
     """The training set without test questions, and the validation examples set apart from it."""
 
-    train: list[Example]
+    train: Sequence[Example]
     validation: list[Example]
     loaded: int
     """Training examples before any was removed."""
     leaked: int
     leaked_validation: int
     skipped: list[Skipped]
+    leaked_of_validation: int | None = None
+    """Of a validation set with a source of its own: examples whose question is a test question."""
 
 
 def prepare(
@@ -103,7 +135,7 @@ def prepare(
     test = Dataset([], []) if config.test is None else load_test(config, tokenizer)
     sets = load_training(config, test.examples)
     own_prompt = config.prompt
-    config = for_rows(config, [*sets.train, *test.examples, *sets.validation])
+    config = for_rows(config, sets.train, test.examples, sets.validation)
     if config.prompt != own_prompt and config.test is not None:
         test = load_test(config, tokenizer)
     if config.prompt == "chat":
@@ -116,46 +148,60 @@ def prepare(
     validation = Dataset([], [])
     if sets.validation:
         validation = _fitting(Dataset(sets.validation, []), config, tokenizer, "validation")
-    train, too_long = tokenize_examples(
-        sets.train,
-        tokenizer,
-        config.prompt,
-        config.max_length,
-        config.bad_rows,
-        parse_special_tokens=config.parse_special_tokens,
-        loss_on=config.loss_on,
-    )
+    tokenized = tokenize_set(sets.train, tokenizer, config)
+    train, too_long = tokenized.examples, tokenized.skipped
     if not train:
         first = f" or not rendered; the first: {too_long[0]}" if too_long else ""
         raise InputError(
             f"the training set is empty: {sets.loaded} examples loaded, {sets.leaked} of them are test "
-            f"questions, {len(too_long)} longer than data.max_length {config.max_length}{first}"
+            f"questions, {sets.leaked_validation} validation questions, {len(too_long)} longer than "
+            f"data.max_length {config.max_length}{first}"
         )
-    left_out = {row.origin for row in too_long}
-    used = [example for example in sets.train if example.origin not in left_out]
-    sets_used = {"train": used, "test": test.examples, "validation": validation.examples}
-    fingerprints = {name: fingerprint(examples) for name, examples in sets_used.items() if examples}
+    scored = [*validation.examples, *test.examples]
+    sets_used = {"train": tokenized.used, "test": test.examples, "validation": validation.examples}
+    fingerprints = {name: fingerprint_of(examples) for name, examples in sets_used.items() if examples}
+    stream = None
+    if config.train.streaming:
+        stream = _stream(config, tokenizer, [*sets.validation, *test.examples])
+        parts = config.train.model_dump_json(include={"path", "name", "split", "seed", "shuffle_buffer"})
+        fingerprints["train"] = hashlib.sha256((fingerprints["train"] + parts).encode()).hexdigest()
     return PreparedData(
+        stream=stream,
         train=train,
-        test=test.examples,
-        validation=validation.examples,
+        test=list(test.examples),
+        validation=list(validation.examples),
         pad_id=pad_id,
         leaked=sets.leaked,
         leaked_validation=sets.leaked_validation,
+        leaked_of_validation=sets.leaked_of_validation,
         skipped=[*sets.skipped, *too_long, *test.skipped, *validation.skipped],
-        special_text=_special_text(used, [*validation.examples, *test.examples], tokenizer),
+        repeated_questions=repeated_questions(tokenized.used),
+        special_text=[
+            *tokenized.special_text,
+            *special_texts(((e.origin, e.question) for e in scored), tokenizer),
+        ],
         fingerprints=fingerprints,
         prompt=config.prompt,
-        keeps_template=config.chat_template is not None or any(example.turns for example in used),
+        keeps_template=config.chat_template is not None or first_chat(tokenized.used) is not None,
     )
 
 
-def for_rows(config: DataConfig, examples: Sequence[Example]) -> DataConfig:
-    """The configuration with the prompt by which its examples are rendered: `chat` where some are chats.
+def _stream(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, scored: Sequence[Example]
+) -> ExampleStream:
+    gold: NeedsGold = "none" if config.test is None else "questions"
+    read = replace(find_task(config.train), needs_gold=gold).stream(config.train)
+    excluded = {question_key(example.question) for example in scored}
+    # A copy: its EOS token may become another one, and tokens are to be those of rows in memory.
+    return ExampleStream(read, copy.deepcopy(tokenizer), config, excluded)
+
+
+def for_rows(config: DataConfig, *sets: Sequence[Example]) -> DataConfig:
+    """The configuration with the prompt by which its sets are rendered: `chat` where some are chats.
 
     Raises: InputError: the configured prompt has room for one question only.
     """
-    chat = next((example for example in examples if example.turns), None)
+    chat = next(filter(None, map(first_chat, sets)), None)
     if chat is None or config.prompt == "chat":
         return config
     if config.prompt != DataConfig.model_fields["prompt"].default:
@@ -176,36 +222,63 @@ def rendered(config: RunConfig, data: PreparedData) -> RunConfig:
 def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
     """Load the training set, remove the test questions, set the validation examples apart.
 
-    The validation examples are the last ones of all that the source has, whatever `train.limit` is: training
-    sets of several sizes leave out the same ones. An example with the question of one of them is removed
-    from training as one with a test question is.
+    Where the validation examples are training examples, they are the last ones of all that the source has,
+    whatever `train.limit` is: training sets of several sizes leave out the same ones. An example with the
+    question of one of them is removed from training as one with a test question is.
 
     Raises:
-        InputError: data missing or unreadable, or `data.validation` leaves nothing to train on.
+        InputError: data missing or unreadable, or `data.validation` leaves nothing to train on, or nothing to
+            validate on.
         DataError: a bad row, and `bad_rows` is `stop`; names file and line.
     """
     size = config.validation
     # Without a test set a question may be answered by any text.
     gold: NeedsGold = "none" if config.test is None else "questions"
-    if size is None:
+    if size is None or isinstance(size, DatasetConfig):
         loaded = load_dataset(config.train, config.bad_rows, needs_gold=gold)
         clean, leaked = remove_leaked(loaded.examples, test)
-        return TrainingSets(clean, [], len(loaded.examples), leaked, 0, loaded.skipped)
+        sets = TrainingSets(clean, [], len(loaded.examples), leaked, 0, loaded.skipped)
+        return sets if size is None else _with_own_validation(sets, size, config, gold, test)
     unlimited = config.train.model_copy(update={"limit": None})
     loaded = load_dataset(unlimited, config.bad_rows, needs_gold=gold)
     everything, _ = remove_leaked(loaded.examples, test)
+    if isinstance(size, float):
+        size = max(1, round(size * len(everything)))
     if size >= len(everything):
         raise InputError(
-            f"data.validation {size} leaves nothing to train on: there are {len(everything)} training "
-            f"examples whose question is no test question"
+            f"data.validation {config.validation} leaves nothing to train on: there are {len(everything)} "
+            f"training examples whose question is no test question"
         )
-    validation = everything[-size:]
+    validation = list(everything[-size:])
     limited = loaded.examples[: config.train.limit]
     clean, leaked = remove_leaked(limited, test)
     apart = {example.origin for example in validation}
-    rest = [example for example in clean if example.origin not in apart]
+    rest = without_origins(clean, apart)
     train, leaked_validation = remove_leaked(rest, validation)
     return TrainingSets(train, validation, len(limited), leaked, leaked_validation, loaded.skipped)
+
+
+def _with_own_validation(
+    sets: TrainingSets, source: DatasetConfig, config: DataConfig, gold: NeedsGold, test: Sequence[Example]
+) -> TrainingSets:
+    """With the validation examples of a source of their own, whose questions are removed from training."""
+    loaded = load_dataset(source, config.bad_rows, needs_gold=gold)
+    clean, of_validation = remove_leaked(loaded.examples, test)
+    validation = list(clean)
+    if not validation:
+        raise InputError(
+            f"the validation set is empty: the questions of all {of_validation} examples of data.validation "
+            "are test questions"
+        )
+    train, leaked = remove_leaked(sets.train, validation)
+    return replace(
+        sets,
+        train=train,
+        validation=validation,
+        leaked_validation=leaked,
+        skipped=[*sets.skipped, *loaded.skipped],
+        leaked_of_validation=of_validation,
+    )
 
 
 def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -221,6 +294,7 @@ def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
             "a file with --data"
         )
     loaded = load_dataset(config.test, config.bad_rows, needs_gold="all")
+    loaded = replace(loaded, examples=list(loaded.examples))
     return _fitting(loaded, config, tokenizer, "test")
 
 
@@ -276,22 +350,7 @@ def _fitting(
     return Dataset(kept, [*loaded.skipped, *too_long])
 
 
-def _special_text(
-    train: Sequence[Example], scored: Sequence[Example], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    tokens = special_tokens(tokenizer)
-    texts = [(example.origin, "\n".join(example.texts)) for example in train]
-    texts += [(example.origin, example.question) for example in scored]
-    return [f"{origin} ({found.group()!r})" for origin, text in texts if (found := tokens.search(text))]
-
-
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-# Everything but word characters and what carries meaning in a formula: operators, a sign or minus
-# before a digit, a decimal point.
-_PUNCTUATION = re.compile(r"(?!(?<=\d)\.\d)(?!-\s*\d)[^\w+*/=<>^%]|_")
-
-
-def remove_leaked(train: Sequence[Example], test: Iterable[Example]) -> tuple[list[Example], int]:
+def remove_leaked(train: Sequence[Example], test: Iterable[Example]) -> tuple[Sequence[Example], int]:
     """The training examples whose question is not a test question, and how many were removed.
 
     The full questions are compared (for the commonsense tasks: the instruction with its answer choices)
@@ -301,15 +360,5 @@ def remove_leaked(train: Sequence[Example], test: Iterable[Example]) -> tuple[li
     training question that stands there several times is removed, and counted, each time. A chat is removed
     for any question that a user asks in it.
     """
-    questions = {normalize(example.question) for example in test}
-    kept = [e for e in train if questions.isdisjoint(map(normalize, e.questions))]
+    kept = without_questions(train, {question_key(example.question) for example in test})
     return kept, len(train) - len(kept)
-
-
-def normalize(question: str) -> str:
-    """Case, Unicode form (NFKC), spacing and punctuation made alike; numbers and operators kept.
-
-    Without the operators `5 - 3` and `5 + 3`, or `2.5` and `25`, would be the same question.
-    """
-    text = unicodedata.normalize("NFKC", question).casefold()
-    return " ".join(_PUNCTUATION.sub(" ", _THOUSANDS.sub("", text)).split())

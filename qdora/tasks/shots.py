@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qdora.config import RunConfig
 from qdora.data.rows import Example
+from qdora.data.table import ExampleTable, first_chat
 from qdora.data.tokenize import tokenize_examples
 from qdora.errors import InputError
 from qdora.tasks.prepare import load_test, load_training
@@ -37,25 +38,33 @@ def draw_shots(
         return {}
     data = config.data
     clean = load_training(data, load_test(data, tokenizer).examples).train
-    if any(example.turns for example in clean):
+    if first_chat(clean) is not None:
         raise InputError(
             f"evaluation.shots {count}: the training set holds chats, which cannot stand before a question "
             "as answered ones do; allowed there: 0"
         )
     tasks = dict.fromkeys(example.task for example in scored)
-    return {
-        task: _draw([e for e in clean if e.task == task] or clean, count, config, tokenizer) for task in tasks
-    }
+    of_example = clean.tasks if isinstance(clean, ExampleTable) else [e.task for e in clean]
+    found = {}
+    for task in tasks:
+        own = [i for i, name in enumerate(of_example) if name == task]
+        found[task] = _draw(clean, own or range(len(clean)), count, config, tokenizer)
+    return found
 
 
 def _draw(
-    pool: Sequence[Example], count: int, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+    clean: Sequence[Example],
+    pool: Sequence[int],
+    count: int,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Example]:
+    """Some of the examples that `pool` numbers."""
     data = config.data
     order = Random(config.evaluation.shots_seed).sample(pool, len(pool))
     drawn: list[Example] = []
     while order and len(drawn) < count:
-        candidates, order = order[:count], order[count:]
+        candidates, order = [clean[i] for i in order[:count]], order[count:]
         fitting, _ = tokenize_examples(
             candidates,
             tokenizer,

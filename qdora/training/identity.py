@@ -11,6 +11,7 @@ from qdora.adapters.inject import initial_update_fingerprint
 from qdora.adapters.saved import SavedAdapter
 from qdora.config import RunConfig
 from qdora.data.batches import BatchPlan, Packing
+from qdora.data.token_table import lengths_of
 from qdora.distributed.context import DistributedContext
 from qdora.models.load import compute_dtype
 from qdora.run import make_manifest
@@ -43,11 +44,13 @@ def run_manifest(
 ) -> dict[str, Any]:
     """What the run directory says about its run, beside the configuration."""
     report, start = adapted.report, adapted.start
-    training, lengths = config.training, [len(example.input_ids) for example in data.train]
+    training, lengths = config.training, lengths_of(data.train)
     rows = packing_of(config).row_tokens
     order = hashlib.sha256(
         repr((training.seed, training.batch_size, lengths, *([] if rows is None else [rows]))).encode()
     )
+    if data.stream is not None:
+        order.update(b"streamed" + data.fingerprints["train"].encode())
     plan = BatchPlan(lengths, training.batch_size, training.seed, rows)
     fields = {
         "base": {"fingerprint": base_fingerprint(model), "parameters": report.total - report.trainable},

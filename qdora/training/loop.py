@@ -25,7 +25,18 @@ from tqdm import tqdm
 from qdora.adapters.full import trained_storage
 from qdora.adapters.inject import adapted_layers
 from qdora.config import TrainingConfig
-from qdora.data.batches import NO_PACKING, Batch, BatchPlan, Packing, collate, divide, without_labels
+from qdora.data.batches import (
+    NO_PACKING,
+    Batch,
+    BatchPlan,
+    Packing,
+    collate,
+    describe_batches,
+    divide,
+    without_labels,
+)
+from qdora.data.stream import ExampleStream
+from qdora.data.token_table import lengths_of
 from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import as_forward
@@ -108,6 +119,7 @@ class Trainer:
         validate_every: steps between validations; None for none.
         packing: how examples share the rows of a micro-batch.
         rate_ratio: as for `AdapterOptimizer`.
+        stream: what is trained on instead of the examples, which are some of its first ones.
     Raises: InputError: the batch does not divide over the ranks, or the model's output layer, or joining
         sequences for its attention, is not supported.
     """
@@ -123,6 +135,7 @@ class Trainer:
         packing: Packing = NO_PACKING,
         validate_every: int | None = None,
         rate_ratio: Callable[[str], float] = _same_rate,
+        stream: ExampleStream | None = None,
     ) -> None:
         check_output_layer(model)
         if packing.joined:
@@ -130,8 +143,8 @@ class Trainer:
         self.micro_batch_size = micro_batch_size(config, context.world_size)
         self.model, self.examples, self.config = model, examples, config
         self.context, self.pad_id, self.evaluate_every = context, pad_id, evaluate_every
-        self.packing, self.validate_every = packing, validate_every
-        self._lengths = [len(e.input_ids) for e in examples]
+        self.packing, self.validate_every, self.stream = packing, validate_every, stream
+        self._lengths = lengths_of(examples)
         self.plan = BatchPlan(self._lengths, config.batch_size, config.seed, packing.row_tokens)
         self.total_steps = count_steps(config, self.plan.steps_per_epoch)
         self.parameters: dict[str, nn.Parameter] = {
@@ -203,26 +216,19 @@ class Trainer:
 
     def batch_sizes(self) -> str:
         """A sentence on the tokens of a step and what padding costs, over the first epoch."""
-        steps = min(self.total_steps, self.plan.steps_per_epoch)
-        tokens = padded = 0
-        for step in range(steps):
-            lengths = [self._lengths[i] for i in self.plan.batch(step)]
-            tokens += sum(lengths)
-            chunks = divide(lengths, self.micro_batch_size, balanced=False)
-            padded += sum(len(chunk) * max(lengths[i] for i in chunk) for chunk in chunks)
-        share = f"{100 * (1 - tokens / padded):.1f}% of what a step computes"
-        if self.packing.row_tokens is not None:
-            room = steps * self.config.batch_size * self.packing.row_tokens
-            padding = f"none is padding; rows are filled to {100 * tokens / room:.1f}%"
-        elif self.packing.joined:
-            padding = f"none is padding, which would be {share} with data.packing: none"
-        else:
-            padding = f"padding is {share} (data.packing: batch computes none)"
-        return f"batches: {tokens / steps:,.0f} tokens a step on average; {padding}"
+        if self.stream is not None:
+            tokens = self.config.batch_size * sum(self._lengths) / len(self._lengths)
+            return f"batches: about {tokens:,.0f} tokens a step by the first rows; not sorted by length"
+        return describe_batches(
+            self.plan, self._lengths, self.total_steps, self.micro_batch_size, self.packing
+        )
 
     def prepare(self, step: int) -> StepBatch:
         """The batch of optimizer step `step`, counted from 0; it follows from the step alone."""
-        rows = [[self.examples[i] for i in row] for row in self.plan.rows(step)]
+        if self.stream is not None:
+            rows = [[example] for example in self.stream.batch(step, self.config.batch_size)]
+        else:
+            rows = [[self.examples[i] for i in row] for row in self.plan.rows(step)]
         return StepBatch([example for row in rows for example in row], self.batches(rows))
 
     def batches(self, rows: list[list[TokenizedExample]]) -> list[Batch]:

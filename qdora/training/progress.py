@@ -12,6 +12,7 @@ from qdora.adapters.gated import GATES
 from qdora.adapters.inject import InjectionReport
 from qdora.adapters.saved import CONFIG_FILE
 from qdora.config import DataConfig
+from qdora.data.token_table import have_gaps, labels_of, lengths_of
 from qdora.files import read_json
 from qdora.run import RunDirectory
 from qdora.tasks.prepare import PreparedData
@@ -142,12 +143,21 @@ def data_lines(data: PreparedData, config: DataConfig) -> list[str]:
             f"{len(data.train)} training examples, {len(data.test)} test examples; "
             f"{data.leaked} training examples removed because their question is a test question"
         ]
-    if any(e.gaps for e in data.train) or config.loss_on != "assistant":
-        share = sum(e.labels for e in data.train) / sum(len(e.input_ids) for e in data.train)
+    if data.stream is not None:
+        lines = [
+            "training examples are streamed; what follows is of the first rows of them",
+            f"{len(data.train)} examples; {data.leaked} removed because their question is a test question; "
+            f"{len(data.test)} test examples",
+        ]
+    if have_gaps(data.train) or config.loss_on != "assistant":
+        share = labels_of(data.train) / sum(lengths_of(data.train))
         lines.append(f"{100 * share:.1f}% of the training tokens carry loss (data.loss_on)")
     if data.validation:
+        origin = "left out of training"
+        if data.leaked_of_validation is not None:
+            origin = f"of data.validation, without {data.leaked_of_validation} that are test questions"
         lines.append(
-            f"{len(data.validation)} validation examples left out of training; "
+            f"{len(data.validation)} validation examples {origin}; "
             f"{data.leaked_validation} training examples removed because their question is one of theirs"
         )
     lines += [f"skipped {row}" for row in data.skipped[:5]]

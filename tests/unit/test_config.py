@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -348,3 +349,21 @@ def test_arms_that_make_no_comparison_are_refused(tmp_path, arms, message):
     text = f"base: b.yaml\narms: {arms}\noutput: {{dir: r}}\n"
     with pytest.raises(InputError, match=message):
         load_config(write(tmp_path, text), [], CompareConfig)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("0", "data.validation: .*greater than or equal to 1, got 0"),
+        ("1.5", "data.validation: .*less than 1, got 1.5"),
+        ("many", "data.validation: .*got 'many'"),
+        ("{source: file, pth: x}", "unknown key 'data.validation.pth'.*did you mean 'path'"),
+        ("{path: x}", "key 'data.validation.source' is required"),
+    ],
+)
+def test_what_validation_may_not_be(tmp_path, value, message):
+    """Catches: a message about each form that the value might have had, or about the name of such a form."""
+    said = refusal(tmp_path, f"data.validation={value}")
+    assert re.search(message, said)
+    assert "\n" not in said
+    assert "<" not in said

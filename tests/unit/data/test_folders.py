@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qdora.data.readers import read_rows
+from qdora.data.readers import read_rows, stream_rows
 from qdora.errors import InputError
 
 
@@ -113,3 +113,73 @@ def test_folder_that_cannot_be_read(put, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match="closed: cannot be read: Permission denied"):
         read_rows(folder)
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: sums
+  default: true
+  data_files:
+  - split: train
+    path: "a/*.jsonl"
+  - split: test
+    path: b/second.jsonl
+- config_name: others
+  data_files: c/third.jsonl
+---
+# Sums
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "test"),
+    [
+        (
+            (
+                "data/train-00000-of-00002.jsonl",
+                "data/train-00001-of-00002.jsonl",
+                "data/test-00000-of-00001.jsonl",
+            ),
+            ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"],
+            ["data/test-00000-of-00001.jsonl"],
+        ),
+        (
+            ("train/a.jsonl", "train/b.jsonl", "test/a.jsonl"),
+            ["train/a.jsonl", "train/b.jsonl"],
+            ["test/a.jsonl"],
+        ),
+        (("my_train.jsonl", "my_test.jsonl"), ["my_train.jsonl"], ["my_test.jsonl"]),
+    ],
+)
+def test_splits_by_names(put, names, train, test):
+    """Catches: the test files of a downloaded dataset trained on, because the folder was read as one set."""
+    folder = put(*names, "dataset_infos.json")
+    (folder / "dataset_infos.json").write_text("{}")
+    assert [row.values["q"] for row in stream_rows(folder, "train")] == train
+    assert [row.values["q"] for row in stream_rows(folder, "test")] == test
+    with pytest.raises(InputError, match=r"split 'validation'; allowed: test, train|split 'validation'"):
+        stream_rows(folder, "validation")
+    assert len(read_rows(folder)) == len(names)
+
+
+def test_splits_by_the_readme(put):
+    """Catches: a README's configurations not followed, or another configuration's files read beside."""
+    folder = put("a/first.jsonl", "b/second.jsonl", "c/third.jsonl")
+    (folder / "README.md").write_text(CARD)
+    assert [row.values["q"] for row in stream_rows(folder, "train")] == ["a/first.jsonl"]
+    (row,) = stream_rows(folder, "test")
+    assert row.origin == f"{folder / 'b' / 'second.jsonl'}:1"
+    assert [row.values["q"] for row in stream_rows(folder, "train", "others")] == ["c/third.jsonl"]
+    with pytest.raises(InputError, match=r"hub's layout: .*others"):
+        stream_rows(folder, "train", "other")
+
+
+@pytest.mark.parametrize(
+    "names", [("a.jsonl", "b.jsonl"), ("train.jsonl",), ("train/a.jsonl", "train/b.jsonl")]
+)
+def test_a_folder_of_one_set(put, names):
+    """Catches: a folder without splits that is no longer read, or read by another library."""
+    folder = put(*names)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert [row.values["q"] for row in stream_rows(folder, "test")] == list(names)

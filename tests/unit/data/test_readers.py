@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdora.data.readers import read_hub, read_json, read_rows
+from qdora.data.columnar import read_hub
+from qdora.data.readers import read_json, read_rows
 from qdora.data.rows import BadRowError, text_of
 from qdora.errors import DataError, InputError
 
@@ -54,7 +55,7 @@ def test_json_array_equals_the_parser(tmp_path_factory, rows, indent):
     """Catches: an element lost or changed by walking the array by hand."""
     text = json.dumps(rows, indent=indent)
     path = write(tmp_path_factory.mktemp("h") / "a.json", text)
-    read = read_json(path)
+    read = list(read_json(path))
     assert [row.values for row in read] == rows
     for row in read:
         line = int(row.origin.rpartition(":")[2].partition("[")[0])
@@ -355,9 +356,9 @@ def test_unreadable_file(tmp_path, monkeypatch):
     """Catches: a permission error that ends in a traceback."""
     path = write(tmp_path / "a.json", "[]")
 
-    def refuse(self: Path) -> bytes:
+    def refuse(self: Path, *args: object, **kwargs: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"a\.json: cannot be read: Permission denied"):
         read_rows(path)

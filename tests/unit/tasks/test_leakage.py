@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from qdora.config import ColumnsConfig, DatasetConfig
+from qdora.data.rows import normalize
 from qdora.tasks import load_dataset
-from qdora.tasks.prepare import normalize, remove_leaked
+from qdora.tasks.prepare import remove_leaked
 
 INSTRUCTION = ColumnsConfig(question="instruction", completion="output", answer="answer")
 

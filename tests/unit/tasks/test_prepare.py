@@ -189,6 +189,48 @@ def test_validation_examples_are_the_last_ones_and_are_not_trained_on(tokenizer,
         prepare(file_config(train, test, validation=6), tokenizer, None)
 
 
+def test_a_fraction_for_validation(tokenizer, write_jsonl):
+    """Catches: a fraction taken of the rows with the test questions, of the limited rows, or cut to none."""
+    train = write_jsonl([worked(i) for i in range(40)], "train.jsonl")
+    test = write_jsonl([worked(i) for i in range(38, 60)], "test.jsonl")
+    data = prepare(file_config(train, test, validation=0.1, limit=10), tokenizer, None)
+    assert numbers(data.validation) == [34, 35, 36, 37]
+    assert (
+        data.fingerprints
+        == prepare(file_config(train, test, validation=4, limit=10), tokenizer, None).fingerprints
+    )
+    assert numbers(prepare(file_config(train, test, validation=0.001), tokenizer, None).validation) == [37]
+    with pytest.raises(InputError, match=r"data\.validation 0\.999 leaves nothing to train on"):
+        prepare(file_config(train, test, validation=0.999), tokenizer, None)
+
+
+def test_a_source_for_validation(tokenizer, write_jsonl):
+    """Catches: a validation question in the training set, a test question in the validation set, a number
+    that the manifest lacks, a source that `evaluate --split validation` does not score."""
+    train = write_jsonl([worked(i) for i in range(6)], "train.jsonl")
+    test = write_jsonl([worked(0), worked(9)], "test.jsonl")
+    rows = [worked(9), {**worked(2), "question": "what is 2 + 1"}, worked(7)]
+    own = {"source": "gsm8k", "path": str(write_jsonl(rows, "own.jsonl")), "split": "test"}
+    config = file_config(train, test, validation=own)
+    data = prepare(config, tokenizer, None)
+    assert numbers(data.train) == [1, 3, 4, 5]
+    assert [example.answer for example in data.validation] == ["3", "8"]
+    counts = data.counts()
+    removed = ("leaked_questions_removed", "leaked_validation_questions_removed")
+    assert [counts[key] for key in (*removed, "validation", "test_questions_removed_from_validation")] == [
+        1,
+        1,
+        2,
+        1,
+    ]
+    assert load_split(config, tokenizer, "validation").examples == data.validation
+    all_test = {**own, "path": str(write_jsonl([worked(9)], "none.jsonl"))}
+    with pytest.raises(InputError, match="the validation set is empty: the questions of all 1 examples"):
+        prepare(file_config(train, test, validation=all_test), tokenizer, None)
+    with pytest.raises(InputError, match=r"data\.validation: source 'file' needs a path"):
+        prepare(file_config(train, test, validation={"source": "file"}), tokenizer, None)
+
+
 def test_the_validation_split_for_evaluation_is_that_of_training(tokenizer, write_jsonl):
     """Catches: other examples scored than were left out; a prompt that is too long for an answer scored."""
     rows = [worked(0), worked(1), {**worked(2), "question": "x " * 200}, worked(3)]

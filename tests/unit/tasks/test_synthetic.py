@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
+from qdora.data.rows import normalize
 from qdora.errors import InputError
-from qdora.tasks.prepare import normalize
 from qdora.tasks.synthetic import KINDS, LARGEST, capacity, generate, solve
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
