@@ -179,7 +179,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             ]
             for point in report["grid"]
         ]
-        headers = ["arm", "settings", "validation exact match % [95%]", ""]
+        headers = ["arm", "settings", f"validation {report['metric']} % [95%]", ""]
         lines += ["", "## Grids", "", _table(rows, headers)]
         if any(point["at_edge"] for point in report["grid"]):
             lines += [

@@ -203,14 +203,14 @@ def draw_loss(axes: Axes, curves: Mapping[str, Sequence[StepMetrics]], *, log: b
 
 
 def draw_scores(axes: Axes, report: Mapping[str, Any], task: str) -> None:
-    """Exact match of bases and arms with 95% intervals, and each seed; a line at the reference's score."""
+    """Scores of bases and arms with 95% intervals, and each seed; a line at the reference's score."""
     rows = [_interval(name, _entry(of, task), _GREY) for name, of in report["bases"].items()]
     rows += [_interval(name, _entry(arm, task), _ACCENT) for name, arm in report["arms"].items()]
     axes.axvline(
         100 * _entry(report["arms"][report["reference"]], task)["score"], color=_INK, alpha=0.5, ls=":", lw=1
     )
     _draw_intervals(axes, rows)
-    axes.set_xlabel("exact match (%), 95% interval")
+    axes.set_xlabel(f"{report['metric']} (%), 95% interval")
 
 
 def draw_differences(axes: Axes, report: Mapping[str, Any], task: str) -> None:

@@ -86,6 +86,7 @@ def build_report(
     return {
         "title": _title(list(arms)),
         "reference": reference.arm,
+        "metric": reference.scores[0].metric.replace("_", " "),
         "seeds": sorted({run.seed for run in runs}),
         "tasks": {
             scores.task: {"total": scores.total, "scorers": list(_scorers(scores))}
