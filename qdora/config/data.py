@@ -74,6 +74,15 @@ class DatasetConfig(Section):
     """Use only so many usable examples, the first ones in the order of use. The test set of a
     mixture takes them from its tasks in turn."""
 
+    @model_validator(mode="after")
+    def _buffers_a_stream(self) -> DatasetConfig:
+        usual = type(self).model_fields["shuffle_buffer"].default
+        if not self.streaming and self.shuffle_buffer != usual:
+            raise ValueError(
+                f"shuffle_buffer {self.shuffle_buffer} is of a stream; set streaming: true, or leave it out"
+            )
+        return self
+
 
 def _kind_of_validation(value: object) -> str:
     """Which of the forms of `data.validation` is meant, so that an error speaks of that one."""

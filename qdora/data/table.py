@@ -51,7 +51,7 @@ _SCHEMA = pa.schema(
     ]
 )
 
-Rows = np.ndarray[Any, np.dtype[np.int64]]
+RowNumbers = np.ndarray[Any, np.dtype[np.int64]]
 """Numbers of rows."""
 
 
@@ -107,13 +107,13 @@ class MappedRows:
         """A column of all rows, as an Arrow array in chunks."""
         return pa.chunked_array([batch.column(name) for batch in self._batches])
 
-    def numbers(self, name: str) -> Rows:
+    def numbers(self, name: str) -> RowNumbers:
         """A column of numbers."""
         found = np.array(self.column(name).to_numpy())
         self.release()
-        return cast("Rows", found)
+        return cast("RowNumbers", found)
 
-    def take(self, rows: Rows, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def take(self, rows: RowNumbers, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The values of rows, in their order.
 
         Args:
@@ -148,7 +148,7 @@ class ExampleTable(Sequence[Example]):
         path: of the file.
     """
 
-    def __init__(self, path: Path, file: MappedRows, rows: Rows) -> None:
+    def __init__(self, path: Path, file: MappedRows, rows: RowNumbers) -> None:
         self.path, self.file, self.rows = path, file, rows
 
     @classmethod
@@ -181,7 +181,7 @@ class ExampleTable(Sequence[Example]):
         for start in range(0, len(self), _CHUNK):
             yield from map(example_of, self.file.take(self.rows[start : start + _CHUNK]))
 
-    def chosen(self, rows: Rows) -> Sequence[Example]:
+    def chosen(self, rows: RowNumbers) -> Sequence[Example]:
         """The examples of rows of the file, as objects where they are few."""
         self.file.release()
         table = ExampleTable(self.path, self.file, rows)
@@ -219,9 +219,9 @@ class ExampleTable(Sequence[Example]):
         ).to_numpy()
         return self.chosen(self.rows[~removed[self.rows]])
 
-    def question_keys(self) -> Rows:
+    def question_keys(self) -> RowNumbers:
         """The key of each example's question."""
-        return cast("Rows", pc.list_element(self.file.column("keys"), 0).to_numpy()[self.rows])
+        return cast("RowNumbers", pc.list_element(self.file.column("keys"), 0).to_numpy()[self.rows])
 
     def first_chat(self) -> Example | None:
         """The first example that is one."""

@@ -24,7 +24,7 @@ from qdora.data.rows import Example, Skipped, raise_for_skipped
 from qdora.data.table import (
     ExampleTable,
     MappedRows,
-    Rows,
+    RowNumbers,
     cache_folder,
     table_key,
     without_origins,
@@ -111,7 +111,7 @@ class TokenTable(Sequence[TokenizedExample]):
         rows: which of them are used, in order.
     """
 
-    def __init__(self, file: MappedRows, rows: Rows) -> None:
+    def __init__(self, file: MappedRows, rows: RowNumbers) -> None:
         self.file, self.rows = file, rows
         self.lengths: list[int] = file.numbers("length")[rows].tolist()
 
@@ -202,7 +202,7 @@ def _tokenize_table(table: ExampleTable, tokenizer: PreTrainedTokenizerBase, con
     )
 
 
-def _map(path: Path, rows: Rows, tokenizer: PreTrainedTokenizerBase, how: _How, key: str) -> list[str]:
+def _map(path: Path, rows: RowNumbers, tokenizer: PreTrainedTokenizerBase, how: _How, key: str) -> list[str]:
     """Tokenize rows of a table by several processes; the files that they wrote."""
     import datasets
 

@@ -111,9 +111,9 @@ def record(architecture: Architecture, launch: Launch) -> StepRecord:
     group = launch.training.checkpoint_every if launch.checkpointing else 1
     least = SHALLOW + (architecture.depth - SHALLOW) % group
     if architecture.depth <= least + group or not layers_alike(architecture, launch):
-        return record_step(architecture.build(), launch, run=1)
-    step = record_step(architecture.build(least + group), launch, run=1)
-    idle = record_step(architecture.build(least), launch, run=0)
+        return record_step(architecture.build(), launch, micro_batches=1)
+    step = record_step(architecture.build(least + group), launch, micro_batches=1)
+    idle = record_step(architecture.build(least), launch, micro_batches=0)
     groups = (architecture.depth - least) // group - 1
     return _extended(step, idle, _Middle(least + group, group, _accumulation(launch)), groups)
 
@@ -219,12 +219,12 @@ def layers_alike(architecture: Architecture, launch: Launch) -> bool:
     return same and len(set(kinds)) < 2
 
 
-def record_step(model: PreTrainedModel, launch: Launch, run: int | None = None) -> StepRecord:
+def record_step(model: PreTrainedModel, launch: Launch, micro_batches: int | None = None) -> StepRecord:
     """Run one step of the worst batch: every example of the greatest length, each token with a label.
 
     Args:
         model: on the meta device, nothing trainable; of `Architecture.build`.
-        run: micro-batches that are run, the last ones, with two chunks of their loss: their peaks are those
+        micro_batches: how many are run, the last ones, with two chunks of their loss: their peaks are those
             of all.  Of the others there are the gradients alone.  Everything where None.
     Raises: InputError: the batch does not divide over the ranks, or the adapter does not fit the model.
     """
@@ -237,7 +237,7 @@ def record_step(model: PreTrainedModel, launch: Launch, run: int | None = None) 
             load_fakes(model)
             tracker.follow_fsdp(model)
             reset_adapters(model, context)
-            return record_worst_step(model, launch, context, tracker, run)
+            return record_worst_step(model, launch, context, tracker, micro_batches)
 
 
 def record_worst_step(
@@ -245,17 +245,20 @@ def record_worst_step(
     launch: Launch,
     context: DistributedContext,
     tracker: StepTracker,
-    run: int | None = None,
+    micro_batches: int | None = None,
 ) -> StepRecord:
     """`record_step` of a model that is loaded, of fake or real tensors.
 
     Args:
         tracker: entered, and following the model's collectives.
     """
-    # From the second chunk of a loss on, each finds the logits of the one before.
-    first_chunks = lambda *args: islice(chunks(*args), 2)  # noqa: E731
-    with nullcontext() if run is None else replaced(loss, "chunks", first_chunks):
-        return _WorstBatch(model, launch, context, tracker, run).record()
+
+    def first_chunks(count: int, step: int) -> Iterator[slice]:
+        # From the second chunk of a loss on, each finds the logits of the one before.
+        return islice(chunks(count, step), 2)
+
+    with nullcontext() if micro_batches is None else replaced(loss, "chunks", first_chunks):
+        return _WorstBatch(model, launch, context, tracker, micro_batches).record()
 
 
 def load_fakes(model: PreTrainedModel) -> None:
@@ -289,7 +292,7 @@ class _WorstBatch(Trainer):
         launch: Launch,
         context: DistributedContext,
         tracker: StepTracker,
-        run: int | None,
+        micro_batches: int | None,
     ) -> None:
         accumulation = _accumulation(launch)
         batch_size = launch.micro_batch_size * accumulation * launch.world_size
@@ -304,7 +307,7 @@ class _WorstBatch(Trainer):
         self._tracker = tracker
         tracker.follow_gradients(self.parameters.values())
         self._micro_batch = 0
-        self._skipped = 0 if run is None else max(0, accumulation - run)
+        self._skipped = 0 if micro_batches is None else max(0, accumulation - micro_batches)
         self._loss_of, self.loss = self.loss, self._loss
         layers = decoder_layers(model)
         for i, layer in enumerate(layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from qdora.cli import run_command
 from qdora.run import RunDirectory
@@ -79,3 +80,16 @@ def test_what_needs_all_rows_is_refused(tmp_path, tree, capsys, change, message)
     tree["training"].pop("save_every")
     assert run_command("train", ["--config", write_config(tmp_path, tree), "--set", change]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_arms_are_not_compared_on_a_stream(tmp_path, tree, capsys):
+    """Catches: arms on training sets whose fingerprints say nothing of what they will be trained on."""
+    base = write_config(tmp_path, tree)
+    comparison = tmp_path / "compare.yaml"
+    arms = [{"name": "qlora", "set": {"adapter.dora": False}}, {"name": "qdora"}]
+    comparison.write_text(
+        yaml.safe_dump({"base": base, "arms": arms, "output": {"dir": str(tmp_path / "c")}})
+    )
+    assert run_command("compare", ["--config", str(comparison)]) == 2
+    assert "data.train.streaming: arms are compared on a known set" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()

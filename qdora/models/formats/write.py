@@ -66,7 +66,7 @@ def write_settings(
     config.dtype = dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    write_json(folder / CONFIG_FILE, for_all_readers(json.loads(config.to_json_string())))
+    write_json(folder / CONFIG_FILE, with_version_4_names(json.loads(config.to_json_string())))
     if generation_config is not None:
         generation_config.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
     if tokenizer is not None:
@@ -93,7 +93,7 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     write_json(path, settings)
 
 
-def for_all_readers(settings: dict[str, Any]) -> dict[str, Any]:
+def with_version_4_names(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of config.json with the names that readers of version 4 know beside those of version 5.
 
     Version 4 of transformers, and servers that follow it, read `rope_theta`, `rope_scaling`, `torch_dtype`;
@@ -102,7 +102,7 @@ def for_all_readers(settings: dict[str, Any]) -> dict[str, Any]:
     Source: `PreTrainedConfig.convert_rope_params_to_dict` of transformers 5.23, `LlamaConfig` of 4.57.
     """
     settings = {
-        key: for_all_readers(value) if isinstance(value, dict) and key.endswith("_config") else value
+        key: with_version_4_names(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in settings.items()
     }
     if "dtype" in settings:

@@ -8,6 +8,7 @@ import pytest
 
 from qdora.config import DataConfig, DatasetConfig
 from qdora.config_file import check_config
+from qdora.data.rows import question_key
 from qdora.data.tokenize import tokenize_examples
 from qdora.errors import DataError, InputError
 from qdora.tasks import load_dataset
@@ -104,15 +105,9 @@ def test_rows_that_change_behind_the_sample(folder, tokenizer, monkeypatch):
     with pytest.raises(DataError, match=r"mine\[40\]: column 'question' is empty"):
         origins(stream, range(10))
     stream = prepare(config(folder, bad_rows="skip"), tokenizer, None).stream
-    stream._excluded = {0, *(e for i in range(ROWS) for e in [_key(worked(i)["question"])])}
+    stream._excluded = {question_key(worked(i)["question"]) for i in range(ROWS)}
     with pytest.raises(InputError, match="no row of the stream can be used"):
         stream.batch(0, 4)
-
-
-def _key(question):
-    from qdora.data.rows import question_key
-
-    return question_key(question)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +116,7 @@ def _key(question):
         ({"validation": 5}, r"validation 5 is the end of all rows.*a source of its own"),
         ({"validation": 0.1}, r"validation 0\.1 is the end of all rows"),
         ({"packing": "stream"}, r"packing 'stream' fills rows.*allowed there: none, batch"),
+        ({"train": {"streaming": False, "shuffle_buffer": 5}}, "shuffle_buffer 5 is of a stream"),
         ({"train": {"held_out": 5}}, r"train\.held_out 5 does not go with train\.streaming"),
         ({"train": {"limit": 5}}, r"train\.limit 5 does not go with"),
         (
