@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, LlamaConfi
 from qdora.export.write import merge_and_export
 from qdora.models.formats.write import write_settings
 from qdora.models.load import load_base
+from tests.environments import environment_python
 from tests.tiny import tiny_tokenizer, write_tiny_model
-from tests.transformers4 import transformers4_python
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA3 = {
@@ -87,7 +87,7 @@ print(json.dumps({"ids": ids, "logits": logits.tolist(), "special": tokenizer.ad
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 3e6}, {"rope_theta": 5e5, **LLAMA3}])
 def test_version_4_computes_the_same(tmp_path, rope):
     """Catches: an export that transformers 4 and servers built on it refuse, or read as another model."""
-    python = transformers4_python()
+    python = environment_python("transformers4")
     model, tokenizer = load_base(str(write_tiny_model(tmp_path / "m", rope_parameters=rope)), dtype="float32")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|call|>"]})
     model.resize_token_embeddings(len(tokenizer))
