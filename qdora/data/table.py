@@ -36,8 +36,11 @@ from qdora.files import write_file
 
 _CHUNK = 1_000
 """Rows that are objects at the same time."""
-_MAPPED = 20_000
-"""Rows that are read until their pages of the file are given back, which count as the process's memory."""
+_MAPPED = 1_000
+"""Rows that are taken until their pages of the file are given back. They count as the process's memory, and
+with each page that is read the system maps those around it, 64 KiB."""
+_BATCHES = 16
+"""Batches of rows of which a column is read until then."""
 
 _TEXTS = ("question", "completion", "answer", "task", "origin")
 _SCHEMA = pa.schema(
@@ -103,15 +106,24 @@ class MappedRows:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def column(self, name: str) -> Any:
-        """A column of all rows, as an Arrow array in chunks."""
-        return pa.chunked_array([batch.column(name) for batch in self._batches])
+    def each(self, name: str, value: Callable[[Any], Any]) -> Any:
+        """An array of what `value` makes of a column of all rows; it gets the Arrow array of some of them."""
+        found = []
+        for number, batch in enumerate(self._batches):
+            # A copy: an array of Arrow's lies in pages that are given back.
+            found.append(np.array(value(batch.column(name))))
+            if number % _BATCHES == _BATCHES - 1:
+                self.release()
+        self.release()
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def numbers(self, name: str) -> RowNumbers:
         """A column of numbers."""
-        found = np.array(self.column(name).to_numpy())
-        self.release()
-        return cast("RowNumbers", found)
+        return cast("RowNumbers", self.each(name, np.asarray))
+
+    def differs(self, name: str, value: str) -> Any:
+        """For each row whether its column of texts has another value."""
+        return self.each(name, lambda column: pc.not_equal(column, value))
 
     def take(self, rows: RowNumbers, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The values of rows, in their order.
@@ -190,51 +202,58 @@ class ExampleTable(Sequence[Example]):
     @property
     def tasks(self) -> list[str]:
         """For each row whose it is."""
-        column = self.file.column("task").combine_chunks().dictionary_encode()
-        names = column.dictionary.to_pylist()
-        self.file.release()
-        return [names[i] for i in column.indices.to_numpy()[self.rows]]
+        numbers: dict[str, int] = {}
+
+        def number(column: Any) -> Any:
+            encoded = column.dictionary_encode()
+            of_name = [numbers.setdefault(name, len(numbers)) for name in encoded.dictionary.to_pylist()]
+            return np.array(of_name)[encoded.indices]
+
+        of_row = self.file.each("task", number)[self.rows]
+        names = list(numbers)
+        return [names[i] for i in of_row]
 
     def used(self, order: Sequence[int]) -> tuple[Sequence[Example], list[Skipped]]:
         """The examples of rows in an order, and the rows that have none, in the order of the file."""
         wanted = np.asarray(order, dtype=np.int64)
-        bad = pc.not_equal(self.file.column("problem"), "").to_numpy()
+        bad = self.file.differs("problem", "")
         rows = np.sort(wanted[bad[wanted]])
         skipped = [Skipped(r["origin"], r["problem"]) for r in self.file.take(rows, ("origin", "problem"))]
         return self.chosen(wanted[~bad[wanted]]), skipped
 
     def without_questions(self, keys: Collection[int]) -> Sequence[Example]:
         """Without examples of which a question has one of these keys."""
-        column = self.file.column("keys")
-        of_row = np.repeat(np.arange(len(self.file)), pc.list_value_length(column).to_numpy())
-        found = np.isin(pc.list_flatten(column).to_numpy(), np.fromiter(keys, np.int64, len(keys)))
-        removed = np.zeros(len(self.file), dtype=bool)
-        removed[of_row[found]] = True
-        return self.chosen(self.rows[~removed[self.rows]])
+        sought = np.fromiter(keys, np.int64, len(keys))
+
+        def removed(column: Any) -> Any:
+            found = np.isin(column.flatten(), sought)
+            return np.bincount(np.asarray(column.value_parent_indices())[found], minlength=len(column)) > 0
+
+        return self.chosen(self.rows[~self.file.each("keys", removed)[self.rows]])
 
     def without_origins(self, origins: Collection[str]) -> Sequence[Example]:
         """Without examples of these origins."""
-        removed = pc.is_in(
-            self.file.column("origin"), value_set=pa.array(list(origins), pa.string())
-        ).to_numpy()
+        sought = pa.array(list(origins), pa.string())
+        removed = self.file.each("origin", lambda column: pc.is_in(column, value_set=sought))
         return self.chosen(self.rows[~removed[self.rows]])
 
     def question_keys(self) -> RowNumbers:
         """The key of each example's question."""
-        return cast("RowNumbers", pc.list_element(self.file.column("keys"), 0).to_numpy()[self.rows])
+        first = self.file.each("keys", lambda column: pc.list_element(column, 0))
+        return cast("RowNumbers", first[self.rows])
 
     def first_chat(self) -> Example | None:
         """The first example that is one."""
-        is_chat = pc.not_equal(self.file.column("turns"), "").to_numpy()[self.rows]
-        self.file.release()
+        is_chat = self.file.differs("turns", "")[self.rows]
         return self[int(np.argmax(is_chat))] if is_chat.any() else None
 
     def fingerprint(self) -> str:
         """sha256 over digests of what the examples say, in their order."""
-        digests = pc.list_flatten(self.file.column("digest")).to_numpy().reshape(-1, 2)
-        chosen = np.ascontiguousarray(digests[self.rows])
-        self.file.release()
-        return hashlib.sha256(chosen.tobytes()).hexdigest()
+        digests = self.file.each("digest", lambda column: np.asarray(column.flatten()).reshape(-1, 2))
+        sha256 = hashlib.sha256()
+        for start in range(0, len(self), _CHUNK):
+            sha256.update(digests[self.rows[start : start + _CHUNK]].tobytes())
+        return sha256.hexdigest()
 
 
 def _write(path: Path, converted: Iterable[tuple[Row, Example | str]]) -> None:
