@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import operator
+import os
 import struct
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any, cast, overload
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
+from huggingface_hub import constants
 from tqdm import tqdm
 
 from qdora.data.rows import (
@@ -36,9 +38,9 @@ from qdora.files import write_file
 
 _CHUNK = 1_000
 """Rows that are objects at the same time."""
-_MAPPED = 1_000
+_MAPPED = 100
 """Rows that are taken until their pages of the file are given back. They count as the process's memory, and
-with each page that is read the system maps those around it, 64 KiB."""
+with each page that is read the system maps those around it, 64 KiB: some 10 MiB of rows at random."""
 _BATCHES = 16
 """Batches of rows of which a column is read until then."""
 
@@ -54,15 +56,15 @@ _SCHEMA = pa.schema(
     ]
 )
 
-RowNumbers = np.ndarray[Any, np.dtype[np.int64]]
-"""Numbers of rows."""
+RowNumbers = np.ndarray[Any, np.dtype[np.int32]]
+"""Numbers of rows; there are several arrays of them at a time."""
 
 
 def cache_folder() -> Path:
     """Where tables are kept; `HF_DATASETS_CACHE` moves it."""
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE) / "qdora"
+    # `datasets.config` has it too, and costs 60 MB.
+    given = os.environ.get("HF_DATASETS_CACHE")
+    return Path(given or Path(constants.HF_HOME, "datasets")) / "qdora"
 
 
 def table_key(*parts: str) -> str:
@@ -108,14 +110,16 @@ class MappedRows:
 
     def each(self, name: str, value: Callable[[Any], Any]) -> Any:
         """An array of what `value` makes of a column of all rows; it gets the Arrow array of some of them."""
-        found = []
-        for number, batch in enumerate(self._batches):
-            # A copy: an array of Arrow's lies in pages that are given back.
-            found.append(np.array(value(batch.column(name))))
+        found = None
+        for number, (start, batch) in enumerate(zip(self._starts, self._batches, strict=False)):
+            values = np.asarray(value(batch.column(name)))
+            if found is None:
+                found = np.empty((len(self), *values.shape[1:]), values.dtype)
+            found[start : start + len(values)] = values
             if number % _BATCHES == _BATCHES - 1:
                 self.release()
         self.release()
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        return np.empty(0, np.int64) if found is None else found
 
     def numbers(self, name: str) -> RowNumbers:
         """A column of numbers."""
@@ -139,9 +143,9 @@ class MappedRows:
             values = batch.take(pa.array(rows[places] - self._starts[number])).to_pylist()
             for place, row in zip(places, values, strict=True):
                 found[place] = row
-        self._taken += len(rows)
-        if self._taken > _MAPPED:
-            self.release()
+            self._taken += len(places)
+            if self._taken >= _MAPPED:
+                self.release()
         return found
 
     def release(self) -> None:
@@ -174,7 +178,7 @@ class ExampleTable(Sequence[Example]):
         path = cache_folder() / f"{key}.arrow"
         write_once(path, lambda temporary: _write(temporary, converted))
         file = MappedRows([path])
-        return cls(path, file, np.arange(len(file)))
+        return cls(path, file, np.arange(len(file), dtype=np.int32))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -215,7 +219,7 @@ class ExampleTable(Sequence[Example]):
 
     def used(self, order: Sequence[int]) -> tuple[Sequence[Example], list[Skipped]]:
         """The examples of rows in an order, and the rows that have none, in the order of the file."""
-        wanted = np.asarray(order, dtype=np.int64)
+        wanted = np.asarray(order, dtype=np.int32)
         bad = self.file.differs("problem", "")
         rows = np.sort(wanted[bad[wanted]])
         skipped = [Skipped(r["origin"], r["problem"]) for r in self.file.take(rows, ("origin", "problem"))]
@@ -237,10 +241,10 @@ class ExampleTable(Sequence[Example]):
         removed = self.file.each("origin", lambda column: pc.is_in(column, value_set=sought))
         return self.chosen(self.rows[~removed[self.rows]])
 
-    def question_keys(self) -> RowNumbers:
+    def question_keys(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The key of each example's question."""
         first = self.file.each("keys", lambda column: pc.list_element(column, 0))
-        return cast("RowNumbers", first[self.rows])
+        return cast("np.ndarray[Any, np.dtype[np.int64]]", first[self.rows])
 
     def first_chat(self) -> Example | None:
         """The first example that is one."""
@@ -322,5 +326,7 @@ def fingerprint_of(examples: Sequence[Example]) -> str:
 def repeated_questions(examples: Sequence[Example]) -> int:
     """How many examples have the question of another one before them."""
     if isinstance(examples, ExampleTable):
-        return len(examples) - len(np.unique(examples.question_keys()))
+        keys = examples.question_keys()
+        keys.sort()
+        return int((keys[1:] == keys[:-1]).sum())
     return len(examples) - len({question_key(example.question) for example in examples})

@@ -186,7 +186,7 @@ def _tokenize_table(table: ExampleTable, tokenizer: PreTrainedTokenizerBase, con
     )
     tokens = MappedRows(Path(name) for name in json.loads(listed.read_text()))
     # Where a row of the table stands among the tokenized ones, which are in the order of the file.
-    places = np.searchsorted(in_file, table.rows)
+    places = np.searchsorted(in_file, table.rows).astype(np.int32)
     bad = tokens.numbers("length") == 0
     problems = tokens.take(places[bad[places]], ("origin", "problem"))
     skipped = [Skipped(row["origin"], row["problem"]) for row in problems]

@@ -25,6 +25,7 @@ STEPS = 60
 # that still run, so here it is refused then.
 SLURM = {
     "srun": """
+        [[ $1 == --cpus-per-task=* ]] && shift
         for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & echo $! >> "$STATE/tasks"; done
         code=0; for task in $(cat "$STATE/tasks"); do wait "$task" || code=$?; done; exit $code
     """,

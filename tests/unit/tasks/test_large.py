@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import datasets
 import pytest
 
 from qdora.config import DataConfig, DatasetConfig
@@ -23,7 +24,7 @@ from qdora.tasks.prepare import prepare
 @pytest.fixture
 def on_disk(monkeypatch, tmp_path):
     """From the call on, a few rows are too many to be held."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
     def start():
         monkeypatch.setattr("qdora.tasks.base.IN_MEMORY", 5)
@@ -188,3 +189,12 @@ def test_a_local_copy_of_a_hub_dataset(write_jsonl, tmp_path):
     assert answers("two", source="file", held_out=1, split="test") != ["2"]
     with pytest.raises(InputError, match=r"two: split 'validation'"):
         answers("two", split="validation")
+
+
+@pytest.mark.parametrize("given", [{}, {"HF_HOME": "/a/home"}, {"HF_DATASETS_CACHE": "/a/cache"}])
+def test_tables_lie_in_the_cache_of_datasets(given):
+    """Catches: a rule of `datasets` that has changed; a folder that its variables do not move."""
+    ask = "import datasets; from qdora.data.table import cache_folder; "
+    ask += "assert cache_folder() == __import__('pathlib').Path(datasets.config.HF_DATASETS_CACHE, 'qdora')"
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HOME", "HF_DATASETS_CACHE")}
+    subprocess.run([sys.executable, "-c", ask], env=environment | given, check=True)
