@@ -96,12 +96,15 @@ class MappedRows:
     """The rows of Arrow files, which are mapped into memory and read where they are asked for."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._maps = []
+        self._maps: list[mmap.mmap] = []
+        self._batches: list[Any] = []
         for path in paths:
             with path.open("rb") as file:
                 self._maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        buffers = [pa.BufferReader(pa.py_buffer(mapped)) for mapped in self._maps]
-        self._batches = [batch for buffer in buffers for batch in pa.ipc.open_stream(buffer)]
+            for batch in pa.ipc.open_stream(pa.BufferReader(pa.py_buffer(self._maps[-1]))):
+                self._batches.append(batch)  # of which the head was read
+                if len(self._batches) % _BATCHES == 0:
+                    self.release()
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._taken = 0
 

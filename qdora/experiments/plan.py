@@ -111,7 +111,7 @@ class Progress:
         self._finished.append(str(item))
         split = "validation " if item.on_validation else ""
         took = "finished before" if again else show_duration(seconds)
-        left = self._left()
+        left = "" if again else self._left()  # of those that come next, some are finished too
         self.say(
             f"[{len(self._finished)}/{len(self.items)}] {item}: {split}{show_scores(scores)}, {took}"
             + (f"; {left}" if left else "")

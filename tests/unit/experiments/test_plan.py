@@ -76,7 +76,7 @@ def test_a_line_for_each_finished_run():
     assert lines == [
         "[1/5] zero: exact match 25.0%, 7 s; time left unknown",
         "[2/5] a seed 0: exact match 50.0%, 4 min 12 s; about 13 min left",
-        "[3/5] b seed 0: exact match 75.0%, finished before; about 38 min left",
+        "[3/5] b seed 0: exact match 75.0%, finished before",
         "[4/5] a seed 1: exact match 50.0%, 2 h 47 min; about 33 min left",
         "[5/5] b seed 1: exact match 75.0% (mean of 2 tasks), 1 min 0 s",
     ]
