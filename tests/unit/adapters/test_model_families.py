@@ -52,7 +52,7 @@ def llava() -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
         image_size=16,
         patch_size=8,
