@@ -98,14 +98,14 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Shape and dtype of W, for models that ask for them as T5 does: on the meta device, no values.
+        """Shape, dtype and device of W, for models that ask for them as T5 does; its values are NaN.
 
-        Its dtype is float32 where W is quantized.  A module that computes with it instead of calling the layer
-        would leave out the adapter; so it fails.
+        Its dtype is float32 where W is quantized.  A module that computed with W and did not call the layer
+        would leave out the adapter unseen; NaN is seen.
         """
         stored = getattr(self.base, "weight", None)
         dtype = self.base.norm_dtype if stored is None else stored.dtype
-        return torch.empty(self.shape, dtype=dtype, device="meta")
+        return torch.full((), torch.nan, dtype=dtype, device=self.base.device).expand(self.shape)
 
     @property
     def has_adapter(self) -> bool:

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    BitsAndBytesConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -218,3 +219,54 @@ def test_a_plain_loop_trains_saves_merges_and_reloads(name, tmp_path):
         plain = type(model).from_pretrained(tmp_path / "merged").eval()
         for other in (merged, backbone.output(reloaded), backbone.output(plain)):
             assert relative(other, trained) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llava", "t5"])
+def test_four_bits_of_bitsandbytes_are_those_of_peft(name, tmp_path):
+    """Catches: bytes that are read otherwise in a vision tower or an encoder, T5's `wo`, which stays float32
+    beside them, taken for a quantized one, a rounding of it to the dtype of the rest."""
+    make(name).save_pretrained(tmp_path / "base")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+    def load() -> nn.Module:
+        kind = type(make(name))
+        return kind.from_pretrained(
+            tmp_path / "base", quantization_config=settings, dtype=torch.float32
+        ).train()
+
+    backbone, ours = BACKBONES[name], adapted(name, load())
+    formats = {layer.base.quantization for layer in adapted_layers(ours).values()}
+    assert formats == {"nf4", "none"}
+    save_adapter(ours, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter", is_trainable=True).train()
+    outputs = [backbone.output(model) for model in (ours, theirs)]
+    assert relative(*outputs) < 1e-5
+    for output in outputs:
+        output.square().mean().backward()
+    assert_same_gradients(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_output_projection_of_t5_keeps_its_float32(quantization, tmp_path):
+    """Catches: T5 in float16 whose `wo`, kept in float32 because it overflows otherwise, gets 16-bit inputs
+    once it has an adapter, quantized or not."""
+    make("t5").save_pretrained(tmp_path)
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+    inject(model, adapter_config("dora", r=4, targets=("wo", "wi_0")), quantization=quantization)
+    seen = {}
+
+    def note(name: str, layer: nn.Module) -> None:
+        layer.register_forward_hook(lambda _, given, y: seen.update({name: (given[0].dtype, y.dtype)}))
+
+    for name, layer in adapted_layers(model).items():
+        note(name, layer)
+    seq2seq_logits(model)
+    expected = {
+        name: torch.float32 if name.endswith("wo") else torch.float16 for name in adapted_layers(model)
+    }
+    assert seen == {name: (dtype, dtype) for name, dtype in expected.items()}

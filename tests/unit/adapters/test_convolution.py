@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from qdora.adapters.convolution import AdaptedConv2d, plain_layer
 from qdora.adapters.inject import adapted_layers, inject
@@ -139,3 +140,23 @@ def test_a_convolution_that_computes_in_its_own_way_is_refused():
     block.conv = Doubled(6, 10, 1)
     with pytest.raises(InputError, match=r"conv is a Doubled .* computes in a way of its own"):
         inject(block, adapter_config(r=4, targets=("conv",)))
+
+
+def test_a_model_without_embeddings_is_saved_and_loaded(tmp_path):
+    """Catches: an adapter that is lost after its training, for transformers can name no embeddings there."""
+
+    def resnet() -> ResNetForImageClassification:
+        torch.manual_seed(0)
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+        return ResNetForImageClassification(config).eval()
+
+    model, x = resnet(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    inject(model, adapter_config("dora", r=2, targets=("*.layer.*.convolution",), dtype="float32"))
+    for seed, layer in enumerate(adapted_layers(model).values()):
+        move_off_the_identity(layer, seed)
+    save_adapter(model, tmp_path)
+    again = resnet()
+    load_adapter(again, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(resnet(), tmp_path)
+    for other in (again, theirs):
+        assert relative(other(x).logits, model(x).logits) < 1e-5

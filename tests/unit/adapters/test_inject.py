@@ -83,8 +83,7 @@ def test_a_layer_that_is_read_and_not_called_is_refused():
     with pytest.raises(InputError, match=r"attention\.out_proj belongs to a MultiheadAttention of torch"):
         inject(model, adapter_config(r=2, targets=("out_proj",)))
     inject(model, adapter_config(r=2, targets=("head",)))
-    with pytest.raises(RuntimeError, match="meta"):
-        nn.functional.linear(torch.ones(8), model.head.weight)
+    assert nn.functional.linear(torch.ones(2, 8), model.head.weight).isnan().all()
 
 
 def test_half_a_name_does_not_match():
