@@ -12,7 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qdora.adapters.inject import InjectionReport, adapters_off, inject, merge_adapters, unmerge_adapters
+    from qdora.adapters.inject import (
+        InjectionReport,
+        adapters_off,
+        inject,
+        merge_adapters,
+        merge_and_unload,
+        unmerge_adapters,
+    )
     from qdora.adapters.layer import AdaptedLinear
     from qdora.adapters.peft_io import load_adapter, save_adapter
     from qdora.config import AdapterConfig
@@ -36,6 +43,7 @@ __all__ = [
     "load_base",
     "merge_adapters",
     "merge_and_export",
+    "merge_and_unload",
     "save_adapter",
     "score_answer",
     "unmerge_adapters",
@@ -54,6 +62,7 @@ _HOMES = {
     "load_base": "qdora.models.load",
     "merge_adapters": "qdora.adapters.inject",
     "merge_and_export": "qdora.export.write",
+    "merge_and_unload": "qdora.adapters.inject",
     "save_adapter": "qdora.adapters.peft_io",
     "score_answer": "qdora.tasks.scoring",
     "unmerge_adapters": "qdora.adapters.inject",

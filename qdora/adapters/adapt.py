@@ -13,12 +13,12 @@ from qdora.adapters.base import DTYPES
 from qdora.adapters.full import train_everything
 from qdora.adapters.inject import (
     InjectionReport,
+    adaptable_layers,
     count_parameters,
     inject,
     layer_config,
-    linear_layers,
-    match_layers,
 )
+from qdora.adapters.patterns import match_layers
 from qdora.adapters.peft_io import check_shapes, saved_config, saved_seed
 from qdora.adapters.saved import SavedAdapter, read_saved
 from qdora.adapters.tokens import token_rows, train_tokens
@@ -110,7 +110,7 @@ def continued(model: nn.Module, config: AdapterConfig, saved: SavedAdapter) -> A
             _refuse(key, config, getattr(own, key))
     if "init" in given and config.init != saved.init:
         _refuse("init", config, saved.init)
-    layers = list(linear_layers(model))
+    layers = list(adaptable_layers(model))
     updates = list(own.targets) if own.type != "none" else []
     magnitudes = list(own.magnitude_targets or ())
     if own.type != "none" and "targets" in given:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn, TypeAlias, TypeVar
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qdora.adapters import UPDATES
+from qdora.adapters.convolution import AdaptedConv2d, plain_layer, refuse_convolution
 from qdora.adapters.fingerprint import combine, tensor_digest
 from qdora.adapters.init import layer_seed
 from qdora.adapters.layer import AdaptedLinear, refuse_large_rank
+from qdora.adapters.patterns import first_match, match_layers, matches
 from qdora.adapters.tokens import TokenRows, token_rows
 from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
@@ -25,7 +25,7 @@ from qdora.quant.base import FrozenWeight
 from qdora.quant.stored import adopt_linear
 
 Linear: TypeAlias = nn.Linear | AdaptedLinear
-Value = TypeVar("Value")
+Adaptable: TypeAlias = Linear | nn.Conv2d
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def inject(
     """Adapt the layers that the configuration names, in place, and freeze everything else.
 
     Args:
-        model: its linear layers are `nn.Linear`, bitsandbytes' 4-bit ones (adopted with their bytes) or,
-            from `load_base`, `AdaptedLinear`.
+        model: any module; its linear layers are `nn.Linear`, bitsandbytes' 4-bit ones (adopted with their
+            bytes) or, from `load_base`, `AdaptedLinear`.  Of its convolutions `nn.Conv2d` take an adapter.
         config: what to add and where.
         quantization: format that the weight of an `nn.Linear` becomes; the others keep theirs.
         seed: of the updates' random values, of which each layer draws its own from it and its name.
@@ -71,7 +71,7 @@ def inject(
         already, its weight is shared or quantized in a way that is not supported, or a magnitude is to start
         from an original weight that is not at hand.
     """
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     update_names, magnitude_names = _choose(model, layers, config)
     chosen = {name: layers[name] for name in layers if name in {*update_names, *magnitude_names}}
     _refuse_unfit(model, chosen, update_names, config)
@@ -88,14 +88,16 @@ def inject(
         parameter.requires_grad_(False)
     kind, shared = UPDATES[config.type], None
     if kind is not None:
-        shapes = [(chosen[name].out_features, chosen[name].in_features) for name in update_names]
+        shapes = [layer_shape(chosen[name]) for name in update_names]
         device = next(chosen[update_names[0]].parameters()).device
         shared = kind.create_shared(shapes, config, device, seed)
     for name, layer in chosen.items():
         original_OI = None if bases.get(name) else _unquantized(layer)
-        if isinstance(layer, nn.Linear):
-            base = bases[name] or _from_dense(layer, name, quantization)
-            layer = AdaptedLinear(base, layer.bias)
+        if not isinstance(layer, AdaptedLinear):
+            if isinstance(layer, nn.Linear):
+                layer = AdaptedLinear(bases[name] or _from_dense(layer, name, quantization), layer.bias)
+            else:
+                layer = AdaptedConv2d(layer)
             model.set_submodule(name, layer)
         layer.add_adapter(
             layer_config(config, name),
@@ -110,8 +112,21 @@ def inject(
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """The layers that can carry an adapter, by full name."""
+    """The linear layers, by full name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, AdaptedLinear))}
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, Adaptable]:
+    """The layers that can carry an adapter, linear ones and convolutions, by full name."""
+    kinds = (nn.Linear, AdaptedLinear, nn.Conv2d)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def layer_shape(layer: Adaptable) -> tuple[int, int]:
+    """(out, in) of a layer's weight as a matrix: the patches of a convolution are its inputs."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.weight[0].numel()
+    return layer.out_features, layer.in_features
 
 
 def decoder_linears(model: nn.Module) -> dict[str, Linear]:
@@ -198,6 +213,25 @@ def unmerge_adapters(model: nn.Module) -> None:
         layer.unmerge()
 
 
+def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace every adapted layer by a plain one with the merged weight, in place.
+
+    What is left is the model of its library, for that library's own `save_pretrained`.
+
+    Args:
+        dtype: of the merged weights; the stored ones' unless told otherwise, float32 of quantized ones.
+    Returns: the model.
+    Raises: InputError: the norm of a weight overflows, or rows of tokens were trained too.
+    """
+    refuse_overflow(model, "the model")
+    if rows := token_rows(model):
+        raise InputError(f"{next(iter(rows))} has trained rows of tokens: use merge_and_export")
+    for name, layer in linear_layers(model).items():
+        if isinstance(layer, AdaptedLinear):
+            model.set_submodule(name, plain_layer(layer, dtype))
+    return model
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The base model for a while, for example as a reference or as the baseline of an evaluation."""
@@ -217,50 +251,14 @@ def layer_config(config: AdapterConfig, name: str) -> AdapterConfig:
     if not config.rank_pattern and not config.alpha_pattern:
         return config
     own = {
-        "r": _first(config.rank_pattern, name, config.r),
-        "alpha": _first(config.alpha_pattern, name, config.alpha),
+        "r": first_match(config.rank_pattern, name, config.r),
+        "alpha": first_match(config.alpha_pattern, name, config.alpha),
     }
     return config.model_copy(update=own)
 
 
-def match_layers(names: Iterable[str], patterns: Iterable[str], key: str) -> list[str]:
-    """The names that any pattern matches, in their own order.
-
-    A pattern is a full name, a dotted suffix of one (`q_proj`, `mlp.up_proj`), or a glob over the
-    full name (`model.layers.0.*`).
-
-    Raises: InputError: a pattern matches nothing; the nearest last components are named.
-    """
-    names = list(names)
-    matched: set[str] = set()
-    for pattern in patterns:
-        hits = [name for name in names if matches(name, pattern)]
-        if not hits:
-            raise InputError(f"{key}: {pattern!r} matches no linear layer; {_nearest(pattern, names)}")
-        matched.update(hits)
-    return [name for name in names if name in matched]
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern means this layer."""
-    if any(sign in pattern for sign in "*?["):
-        return fnmatch.fnmatchcase(name, pattern)
-    return name == pattern or name.endswith("." + pattern)
-
-
-def _first(values: Mapping[str, Value], name: str, default: Value) -> Value:
-    return next((value for pattern, value in values.items() if matches(name, pattern)), default)
-
-
-def _nearest(pattern: str, names: list[str]) -> str:
-    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], ends, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}this model has: {', '.join(ends) or 'no linear layers'}"
-
-
 def _choose(
-    model: nn.Module, layers: Mapping[str, Linear], config: AdapterConfig
+    model: nn.Module, layers: Mapping[str, Adaptable], config: AdapterConfig
 ) -> tuple[list[str], list[str]]:
     """Names of the layers that get an update, and of those that get a magnitude."""
     _refuse_unsupported(model, layers, config)
@@ -275,7 +273,7 @@ def _choose(
     return updates, magnitudes
 
 
-def _refuse_unsupported(model: nn.Module, layers: Mapping[str, Linear], config: AdapterConfig) -> None:
+def _refuse_unsupported(model: nn.Module, layers: Mapping[str, Adaptable], config: AdapterConfig) -> None:
     """A pattern that means layers of another kind only is told so, not that it matches nothing."""
     experts = expert_tensors(model)
     for pattern in (*config.targets, *(config.magnitude_targets or ())) if experts else ():
@@ -297,9 +295,11 @@ def _refuse_unsupported(model: nn.Module, layers: Mapping[str, Linear], config: 
         if isinstance(others[hits[0]], Conv1D):
             raise InputError(
                 f"{hits[0]} is a Conv1D of transformers, which stores its weight as (in, out); "
-                f"only linear layers are supported, and GPT-2's are not"
+                f"only linear layers and Conv2d are supported, and GPT-2's are not"
             )
-        raise InputError(f"{hits[0]} is a {type(others[hits[0]]).__name__}; only linear layers are supported")
+        raise InputError(
+            f"{hits[0]} is a {type(others[hits[0]]).__name__}; only linear layers and Conv2d are supported"
+        )
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -308,7 +308,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _refuse_unfit(
-    model: nn.Module, layers: Mapping[str, Linear], update_names: list[str], config: AdapterConfig
+    model: nn.Module, layers: Mapping[str, Adaptable], update_names: list[str], config: AdapterConfig
 ) -> None:
     """Everything that can go wrong is found before the first layer is touched."""
     users = _users_of_weights(model)
@@ -316,7 +316,14 @@ def _refuse_unfit(
         if isinstance(layer, AdaptedLinear) and layer.has_adapter:
             raise InputError(f"{name} has an adapter already")
         if name in update_names:
-            refuse_large_rank(layer_config(config, name), name, (layer.out_features, layer.in_features))
+            refuse_large_rank(layer_config(config, name), name, layer_shape(layer))
+        if isinstance(layer, nn.Conv2d):
+            refuse_convolution(layer, name, config.type if name in update_names else "none")
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise InputError(
+                f"{name} belongs to a MultiheadAttention of torch, which reads its weight and does not call "
+                f"it, so that an adapter would change nothing: leave it out of adapter.targets"
+            )
         weights = layer.base.parameters() if isinstance(layer, AdaptedLinear) else [layer.weight]
         others = sorted({user for weight in weights for user in users[id(weight)] if user != name})
         if others:
@@ -349,10 +356,10 @@ def refuse_lost_original(name: str, quantization: str) -> NoReturn:
     )
 
 
-def _unquantized(layer: Linear) -> torch.Tensor | None:
+def _unquantized(layer: Adaptable) -> torch.Tensor | None:
     """(O, I) the weight of a layer that is not quantized and not on the meta device."""
-    weight = layer.weight if isinstance(layer, nn.Linear) else getattr(layer.base, "weight", None)
-    return weight.detach() if isinstance(weight, torch.Tensor) and not weight.is_meta else None
+    weight = getattr(layer.base, "weight", None) if isinstance(layer, AdaptedLinear) else layer.weight
+    return weight.detach().flatten(1) if isinstance(weight, torch.Tensor) and not weight.is_meta else None
 
 
 def _from_dense(layer: nn.Linear, name: str, quantization: QuantizationName) -> FrozenWeight:

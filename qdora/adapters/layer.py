@@ -97,6 +97,17 @@ class AdaptedLinear(nn.Module):
         return self.out_features, self.in_features
 
     @property
+    def weight(self) -> torch.Tensor:
+        """Shape, dtype and device of W, for models that ask for them as T5 does; its values are NaN.
+
+        Its dtype is float32 where W is quantized.  A module that computed with W and did not call the layer
+        would leave out the adapter unseen; NaN is seen.
+        """
+        stored = getattr(self.base, "weight", None)
+        dtype = self.base.norm_dtype if stored is None else stored.dtype
+        return torch.full((), torch.nan, dtype=dtype, device=self.base.device).expand(self.shape)
+
+    @property
     def has_adapter(self) -> bool:
         """Whether there is a low-rank update or a magnitude."""
         return self.update is not None or self.magnitude is not None
@@ -282,7 +293,7 @@ class AdaptedLinear(nn.Module):
         Args:
             dtype: of the merged copy; the output differs from the adapted layer's by its rounding.
         """
-        self._merged = (DenseWeight(self.merged(dtype)),)
+        self._merged = (DenseWeight(self.merged(dtype).flatten(1)),)
 
     def unmerge(self) -> None:
         """Compute with weight and adapter again; neither has changed in between."""

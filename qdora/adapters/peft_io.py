@@ -18,7 +18,15 @@ from torch import nn
 from qdora.adapters.base import LowRankUpdate, assign_full, full_tensor
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.full import full_report, full_tensors, is_fully_trained, load_full, trained_storage
-from qdora.adapters.inject import InjectionReport, Linear, adapted_layers, inject, layer_config, linear_layers
+from qdora.adapters.inject import (
+    Adaptable,
+    InjectionReport,
+    adaptable_layers,
+    adapted_layers,
+    inject,
+    layer_config,
+    layer_shape,
+)
 from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.lora import LoraUpdate
 from qdora.adapters.peft_settings import refuse_unchosen
@@ -83,7 +91,7 @@ def save_adapter(model: nn.Module, directory: str | Path | None) -> None:
     if directory is None:
         return
     settings |= {
-        "task_type": "CAUSAL_LM",
+        "task_type": _task_type(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "inference_mode": True,
     }
@@ -168,13 +176,14 @@ def assign_saved(model: nn.Module, saved: SavedAdapter) -> None:
         tensors = saved.layers[name]
         if layer.update is not None:
             for attribute, key in layer.update.peft_keys.items():
-                assign_full(getattr(layer.update, attribute), tensors[key], layer.update.storage)
+                parameter = getattr(layer.update, attribute)
+                assign_full(parameter, tensors[key].reshape(parameter.shape), layer.update.storage)
             layer.update.load_extra(tensors, saved.settings, layer.base)
             rest_OI = layer.update.residual(layer.base)
             if rest_OI is not None:
                 layer.replace_base(rest_OI)
         if layer.magnitude is not None:
-            layer.magnitude.load(tensors[MAGNITUDE])
+            layer.magnitude.load(tensors[MAGNITUDE].flatten())
     rows = saved_rows(model, saved.settings, saved.others, PREFIX)
     assign_tokens(model, rows, trained_storage(model) or torch.float32)
     for key, (name, leaf) in vocabulary_copies(model, saved.others, PREFIX).items():
@@ -202,6 +211,29 @@ def _settings(layers: Mapping[str, AdaptedLinear]) -> dict[str, Any]:
     return settings
 
 
+def _task_type(model: nn.Module) -> str | None:
+    """The wrapper that PEFT puts around the model; a plain one around what does not generate text."""
+    if not hasattr(model, "prepare_inputs_for_generation"):
+        return None
+    seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
+
+
+def _file_shape(layer: Adaptable, part: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a tensor of a layer has in a file: PEFT's A and B of a convolution are convolutions.
+
+    Args:
+        part: PEFT's key.
+        shape: in the layer, whose weight is a matrix.
+    """
+    channels, *kernel = layer.weight.shape[1:]
+    ones = (1,) * len(kernel)
+    if not kernel:
+        return shape
+    own = {"lora_A.weight": (shape[0], channels, *kernel), MAGNITUDE: (1, *shape, *ones)}
+    return own.get(part, (*shape, *ones) if part == "lora_B.weight" else shape)
+
+
 def _type_of(layers: Mapping[str, AdaptedLinear]) -> str:
     return next((layer.update.kind for layer in layers.values() if layer.update is not None), "none")
 
@@ -211,11 +243,15 @@ def _adapter_tensors(layers: Mapping[str, AdaptedLinear]) -> dict[str, torch.Ten
     tensors: dict[str, torch.Tensor] = {}
     updates = {name: layer.update for name, layer in layers.items() if layer.update is not None}
     for name, layer in layers.items():
+        own: dict[str, torch.Tensor] = {}
         if (update := updates.get(name)) is not None:
             own = {k: full_tensor(getattr(update, a), update.storage) for a, k in update.peft_keys.items()}
-            tensors |= {f"{PREFIX}{name}.{k}": t for k, t in (own | update.extra_tensors()).items()}
+            own |= update.extra_tensors()
         if layer.magnitude is not None:
-            tensors[f"{PREFIX}{name}.{MAGNITUDE}"] = layer.magnitude.value().float()
+            own[MAGNITUDE] = layer.magnitude.value().float()
+        for key, tensor in own.items():
+            shape = _file_shape(layer, key, tuple(tensor.shape))
+            tensors[f"{PREFIX}{name}.{key}"] = tensor.reshape(shape)
     if updates:
         tensors |= type(next(iter(updates.values()))).shared_tensors(updates)
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -234,7 +270,7 @@ def saved_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
     strangers = [key for key in saved.others if key not in known and not key.endswith(SUFFIX)]
     if strangers:
         raise InputError(f"{path / WEIGHTS_FILE}: tensor {strangers[0]!r} is not part of a supported adapter")
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     missing = [name for name in saved.layers if name not in dict(model.named_modules())]
     if missing or not saved.layers:
         raise InputError(
@@ -243,7 +279,9 @@ def saved_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
         )
     unfit = [name for name in saved.layers if name not in layers]
     if unfit:
-        raise InputError(f"{path}: the adapter was made for another base: {unfit[0]} is no linear layer")
+        raise InputError(
+            f"{path}: the adapter was made for another base: {unfit[0]} is no linear layer and no Conv2d"
+        )
     _check_parts(saved)
     updates = [name for name, parts in saved.layers.items() if parts.keys() - {MAGNITUDE}]
     magnitudes = [name for name, parts in saved.layers.items() if MAGNITUDE in parts]
@@ -270,7 +308,7 @@ def saved_config(model: nn.Module, saved: SavedAdapter) -> AdapterConfig:
         raise InputError(f"{path / CONFIG_FILE}: {error}") from None
 
 
-def _format_of(layer: Linear) -> str:
+def _format_of(layer: Adaptable) -> str:
     if isinstance(layer, AdaptedLinear):
         return layer.base.quantization
     return "none" if layer.weight.is_floating_point() else type(layer).__name__
@@ -296,14 +334,15 @@ def _check_parts(saved: SavedAdapter) -> None:
 
 def check_shapes(model: nn.Module, saved: SavedAdapter, config: AdapterConfig) -> None:
     """Raises: InputError: a tensor of another shape than the model's layer and the rank ask for."""
-    layers = linear_layers(model)
+    layers = adaptable_layers(model)
     for name, tensors in saved.layers.items():
         layer, r = layers[name], layer_config(config, name).r
-        shape = (layer.out_features, layer.in_features)
-        expected = {
+        shape = layer_shape(layer)
+        inside = {
             MAGNITUDE: shape[:1],
             **{k: v for kind in KINDS for k, v in kind.saved_shapes(shape, r).items()},
         }
+        expected = {key: _file_shape(layer, key, size) for key, size in inside.items()}
         for part, tensor in tensors.items():
             if tuple(tensor.shape) != expected[part]:
                 if expected[part][0] == shape[0]:

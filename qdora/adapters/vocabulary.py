@@ -7,6 +7,7 @@ base are passed over, others refused.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -23,8 +24,11 @@ CLOSE = 1e-5
 
 def vocabulary_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The embedding and the output layer, by full name."""
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    found = [getattr(model, getter)() for getter in getters if hasattr(model, getter)]
+    found: list[nn.Module | None] = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        # A vision model of transformers has the method, and refuses to answer.
+        with suppress(AttributeError, NotImplementedError):
+            found.append(getattr(model, getter)())
     return {name: module for name, module in model.named_modules() if any(module is one for one in found)}
 
 

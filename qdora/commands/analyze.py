@@ -14,7 +14,8 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from qdora.adapters.base import describe
-from qdora.adapters.inject import inject, linear_layers, match_layers, matches
+from qdora.adapters.inject import inject, linear_layers
+from qdora.adapters.patterns import match_layers, matches
 from qdora.analysis.curvature import Curvature, curvature, subspace
 from qdora.analysis.decomposition import ALL, Change, Fit, changes, fits
 from qdora.analysis.ranks import Plan, overlay, overlay_words, overlay_yaml, plan, spectral_gains

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from qdora.adapters.inject import adapted_layers, initial_update_fingerprint, inject
@@ -52,6 +53,37 @@ def test_pattern_without_a_match_names_the_nearest():
     """Catches: a typo in a target that trains fewer layers than the user thinks."""
     with pytest.raises(InputError, match=r"'q_prj' matches no linear layer; did you mean 'q_proj'\?"):
         inject(make_model(), adapter_config(targets=("v_proj", "q_prj")))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("layers.0.*_proj", r"for example model\.layers\.0\.\S+: '\*\.layers\.0\.\*_proj' matches 7 layers"),
+        ("self_attn", r"for example model\.layers\.0\.\S+: '\*\.self_attn\.\*' matches 8 layers"),
+        ("model.layers.1", r"'model\.layers\.1\.\*' matches 7 layers"),
+        (r".*\.(q|v)_proj", "it is no regular expression, but a name, a dotted suffix of one or a glob"),
+    ],
+)
+def test_a_part_of_the_model_is_named_as_a_pattern(pattern, words):
+    """Catches: 'did you mean q_proj?' for a tower or a projector that is there, under a longer name."""
+    with pytest.raises(InputError, match=words):
+        inject(make_model(), adapter_config(targets=("v_proj", pattern)))
+
+
+def test_a_numbered_layer_is_named_with_its_parent():
+    """Catches: 'this model has: 0, 2', which names no layer that a pattern could mean."""
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))})
+    with pytest.raises(InputError, match=r"this model has: net\.0, net\.2$"):
+        inject(model, adapter_config(r=2, targets=("q_proj",)))
+
+
+def test_a_layer_that_is_read_and_not_called_is_refused():
+    """Catches: an adapter on the output of torch's attention that changes nothing and gets no gradient."""
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 4)})
+    with pytest.raises(InputError, match=r"attention\.out_proj belongs to a MultiheadAttention of torch"):
+        inject(model, adapter_config(r=2, targets=("out_proj",)))
+    inject(model, adapter_config(r=2, targets=("head",)))
+    assert nn.functional.linear(torch.ones(2, 8), model.head.weight).isnan().all()
 
 
 def test_half_a_name_does_not_match():

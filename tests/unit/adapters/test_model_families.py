@@ -50,9 +50,9 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 def llava() -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
+        hidden_size=64,  # rows of whole blocks: bitsandbytes' CPU kernel dequantizes others with wrong scales
+        intermediate_size=128,
+        num_hidden_layers=2,
         num_attention_heads=2,
         image_size=16,
         patch_size=8,
