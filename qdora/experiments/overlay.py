@@ -46,8 +46,10 @@ def load_comparison(
     config = check_config(read_yaml(path), CompareConfig, str(path))
     if small and not config.small:
         raise InputError(f"--small: {path} names no overlays under the key 'small'; give one with --overlay")
-    chosen = [find_shipped(name, beside=find_shipped(path)) for name in config.small] if small else []
-    for overlay in (*chosen, *map(find_shipped, overlays)):
+    chosen: list[str | Path] = []
+    if small:
+        chosen += [find_shipped(name, beside=find_shipped(path)) for name in config.small]
+    for overlay in [*chosen, *overlays]:
         config = overlaid(config, load_config(overlay, [], OverlayConfig), str(overlay))
     tree = config.model_dump(mode="json")
     names = [*(["small"] if small else []), *(Path(overlay).stem for overlay in overlays)]
