@@ -1,4 +1,4 @@
-"""Configuration files: strict YAML into the models of `qdora/config/`, and back.
+"""Configuration files: strict YAML into the models of `qdora/config/`, and back; the shipped ones by name.
 
 An unknown key, a wrong type or an impossible combination is an `InputError` that names file,
 key, what came, what is allowed and the nearest key.
@@ -17,10 +17,13 @@ import yaml
 from pydantic import ValidationError
 
 from qdora.config import RunConfig, Section, explain
-from qdora.errors import InputError
+from qdora.errors import InputError, suggest
 
 C = TypeVar("C", bound=Section)
 
+SHIPPED = "qdora:"
+"""Before the name of a shipped file or folder."""
+QUICKSTART = f"{SHIPPED}quickstart"
 _MOST_VALUES = 100_000
 """Aliases let a few lines of YAML stand for billions of values."""
 
@@ -45,6 +48,40 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
 
 
+def shipped_folder() -> Path:
+    """The folder of the shipped configurations: `configs/` of the package, or of its checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def shipped_names() -> dict[str, Path]:
+    """Shipped configurations, launch files and folders of architectures by name, without `qdora:`."""
+    root = shipped_folder()
+    files = [*root.rglob("*.yaml"), *root.rglob("*.sbatch")]
+    named = {path.relative_to(root).as_posix().removesuffix(".yaml"): path for path in files}
+    folders = {path.parent.relative_to(root).as_posix(): path.parent for path in root.rglob("config.json")}
+    return dict(sorted((named | folders).items()))
+
+
+def find_shipped(name: str | Path, beside: Path | None = None) -> Path:
+    """The file or folder that a name stands for: `qdora:NAME` a shipped one, any other a path.
+
+    Args:
+        name: `qdora:compare/quickstart`, with or without `.yaml`, or a path.
+        beside: a file to whose folder a path is relative; None for the working directory.
+    Raises: InputError: nothing of that name ships; with the nearest name and all of them.
+    """
+    text = str(name)
+    if not text.startswith(SHIPPED):
+        return Path(name) if beside is None else beside.parent / name
+    names = {f"{SHIPPED}{own}": path for own, path in shipped_names().items()}
+    found = names.get(text.removesuffix(".yaml"))
+    if found is None:
+        raise InputError(f"{text!r}: nothing of that name ships; {suggest(text, names)}")
+    return found
+
+
 @overload
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
 @overload
@@ -53,7 +90,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Sect
     """Read a YAML file, apply `a.b=c` overrides, and check everything.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or `qdora:NAME`.
         overrides: `key.key=value`, the value in YAML.
         kind: the section that the file holds.
     Raises: InputError: file missing or not YAML; unknown key, wrong type, impossible combination.
@@ -98,12 +135,13 @@ def config_digest(config: Section) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping.
+    """A YAML mapping, of a file or of `qdora:NAME`.
 
     Raises: InputError: missing, unreadable, not YAML or not a mapping.
     """
+    file = find_shipped(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class InputError(ValueError):
@@ -32,6 +33,28 @@ class InterruptedRunError(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+EXTRAS = {"matplotlib": "plots", "gguf": "gguf", "lm_eval": "eval", "triton": "gpu"}
+"""Modules that a plain installation lacks: the extra that brings each."""
+
+
+def not_installed(module: str) -> str | None:
+    """What to install for a module of an extra; None where it is there."""
+    if find_spec(module) is not None:
+        return None
+    return f'the package {module}, which is not installed: pip install "qdora[{EXTRAS[module]}]"'
+
+
+def require(module: str, what: str) -> None:
+    """Refuse what needs a module of an extra.
+
+    Args:
+        what: begins the sentence.
+    Raises: InputError: it is not installed; with the extra that brings it.
+    """
+    if lacking := not_installed(module):
+        raise InputError(f"{what} needs {lacking}")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str | None:

@@ -22,7 +22,6 @@ from qdora.errors import InputError
 from qdora.files import clear_leftovers, read_json, remove, write_json, write_text
 from qdora.output import LOCK, locked
 
-QUICKSTART = "configs/quickstart.yaml"
 _VERSIONED = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors", "qdora")
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -220,7 +219,12 @@ def _version(name: str) -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the source tree, with `+changes` where it differs; None outside a checkout."""
+    """Commit of the source tree, with `+changes` where it differs; None outside a checkout.
+
+    An installed package may lie inside a repository of somebody else's.
+    """
+    if not (Path(__file__).parents[1] / ".git").exists():
+        return None
     try:
         return _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -357,19 +361,3 @@ def _without_run() -> dict[str, Any]:
         "training": {"max_steps": 1},
         "output": {"dir": "runs/unused"},
     }
-
-
-def find_quickstart() -> Path:
-    """The shipped configuration, of the checkout whose launch/ runs or of the current folder; says so.
-
-    Raises: InputError: neither has it.
-    """
-    for root in (Path(sys.argv[0]).resolve().parent.parent, Path()):
-        path = root / QUICKSTART
-        if path.is_file():
-            if os.environ.get("RANK", "0") == "0":
-                print(f"no --config given: training the shipped quickstart, {path}", file=sys.stderr)
-            return path
-    raise InputError(
-        f"name a configuration with --config; {QUICKSTART} is shipped in the source checkout only"
-    )

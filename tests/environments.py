@@ -83,11 +83,16 @@ def build(environment: Environment) -> Path:
                 _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *environment.removed])
             (folder / "ready").touch()
         if environment.borrows:
-            ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-            done = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
-            # Behind its own packages on the path, so that only what it lacks comes from there.
-            (Path(done.stdout.strip()) / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+            borrow(python)
     return python
+
+
+def borrow(python: Path) -> None:
+    """Let an environment take the packages that it lacks from that of the tests."""
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    done = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True)
+    # Behind its own packages on the path.
+    (Path(done.stdout.strip()) / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
 
 
 def _run(command: list[str]) -> None:

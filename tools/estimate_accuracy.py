@@ -116,9 +116,7 @@ def estimated(path: str, count: int, checkpointing: bool) -> Estimate:
         fsdp=FsdpSettings() if count > 1 else None,
         device="cpu",
     )
-    return estimate(
-        find_architecture(model_config(path), None, ROOT / "configs" / "none.yaml", "cpu"), launch
-    )
+    return estimate(find_architecture(model_config(path), None, "cpu"), launch)
 
 
 def launch(path: str, count: int, checkpointing: bool, default_heap: bool) -> list[tuple[int, int]]:

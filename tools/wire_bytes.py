@@ -50,7 +50,7 @@ def main() -> None:
     rows = []
     for world_size in arguments.processes:
         launch = Launch(ADAPTER, training(world_size), LENGTH, world_size, FsdpSettings(), "cpu")
-        architecture = find_architecture(MODEL, None, Path("none"), "cpu")
+        architecture = find_architecture(MODEL, None, "cpu")
         moved = traffic(architecture, launch)
         expected = world_size * moved.sent
         with_sums = expected + (world_size - 1) * moved.scattered

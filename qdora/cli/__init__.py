@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": "train arms under identical conditions and report",
     "analyze": "what training changed in weights, ranks for layers, fewer bits and entries",
     "estimate": "what a run takes on each GPU, found without one",
+    "configs": "the shipped configurations, which --config qdora:NAME takes",
     "schema": "the JSON schema of a configuration file, for editors",
     "benchmark": "what a layer or a training step costs next to PEFT's, and what a GPU does",
     "demo": "train, score and export the shipped quickstart",

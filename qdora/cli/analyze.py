@@ -15,7 +15,7 @@ from typing import get_args
 from qdora.cli import add_threads
 from qdora.config import AdapterConfig, QuantizationName, RunConfig
 from qdora.config_file import load_config
-from qdora.errors import InputError, suggest
+from qdora.errors import InputError, require, suggest
 from qdora.output import check_writable
 from qdora.run import RunDirectory, Target, add_target_arguments, newest_run, resolve_target
 from qdora.tasks import check_data
@@ -342,8 +342,9 @@ def _sparsity(text: str) -> float:
 def _output(arguments: argparse.Namespace, directory: RunDirectory | None) -> Path:
     """The folder that is written.
 
-    Raises: InputError: it cannot be written, or none is named and there is no run.
+    Raises: InputError: it cannot be written, none is named and there is no run, or matplotlib is missing.
     """
+    require("matplotlib", f"analyze {arguments.analysis} draws a figure, which")
     if arguments.output:
         output = Path(arguments.output)
     elif directory is not None:

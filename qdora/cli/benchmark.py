@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qdora.benchmark.gpu.sizes import SIZES, STAGE_NAMES
-from qdora.config_file import load_config
+from qdora.config_file import QUICKSTART, SHIPPED, load_config
 from qdora.errors import InputError, suggest
 from qdora.output import check_file
 
@@ -33,7 +33,7 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any]] = {
     "size": (("gpu",), None),
 }
 """Options that not every measurement has: those that do, and the default."""
-_CONFIGS = {"train": "configs/quickstart.yaml", "generate": "configs/arc-easy-135m.yaml"}
+_CONFIGS = {"train": QUICKSTART, "generate": f"{SHIPPED}arc-easy-135m"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

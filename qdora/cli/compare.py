@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
-from qdora.config_file import read_yaml
-from qdora.errors import InputError
+from qdora.config_file import find_shipped, read_yaml
+from qdora.errors import InputError, require
 from qdora.experiments.arms import expand
 from qdora.experiments.overlay import load_comparison
 
@@ -31,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Check the configuration of every arm; what is left to do."""
     overlays, small = arguments.overlay, arguments.small
+    if not arguments.dry_run:
+        require("matplotlib", "compare draws the figures of its report, which")
     config = load_comparison(arguments.config, arguments.set, overlays, small=small)
-    runs = expand(read_yaml(Path(arguments.config).parent / config.base), config)
+    runs = expand(read_yaml(find_shipped(config.base, beside=find_shipped(arguments.config))), config)
     for run in runs:
         if run.config.data.train.streaming:
             raise InputError(f"{run}: data.train.streaming: arms are compared on a known set; leave it out")

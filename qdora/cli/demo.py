@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from qdora.config_file import load_config
+from qdora.config_file import QUICKSTART, load_config
 from qdora.output import check_output
-from qdora.run import QUICKSTART
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

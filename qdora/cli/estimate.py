@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from qdora.config_file import load_config
-from qdora.errors import InputError
+from qdora.errors import InputError, require
 from qdora.output import check_file
 from qdora.resources import parse_size
 
@@ -44,6 +44,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     reserve = parse_size(arguments.reserve, "--reserve")
     if arguments.plot and not arguments.scaling:
         raise InputError("--plot goes with --scaling")
+    if arguments.plot:
+        require("matplotlib", "--plot")
     if arguments.gpus is not None and arguments.gpus < 1:
         raise InputError(f"--gpus {arguments.gpus}; allowed: 1 or more")
     plot, figures = check_file(arguments.plot, "--plot"), check_file(arguments.json, "--json")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 
-from qdora.config_file import load_config
-from qdora.run import QUICKSTART, find_quickstart
+from qdora.config_file import QUICKSTART, load_config
 from qdora.tasks import check_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--config", help=f"YAML file of the run (default: the shipped {QUICKSTART})")
+    parser.add_argument("--config", help=f"YAML file of the run (default: {QUICKSTART})")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key")
     parser.add_argument(
         "--resume",
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Check the configuration; what is left to do."""
-    config = load_config(arguments.config or find_quickstart(), arguments.set)
+    if arguments.config is None and os.environ.get("RANK", "0") == "0":
+        print(f"no --config given: training the shipped quickstart, {QUICKSTART}", file=sys.stderr)
+    config = load_config(arguments.config or QUICKSTART, arguments.set)
     check_run(config)
 
     def work() -> None:

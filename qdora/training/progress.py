@@ -13,6 +13,7 @@ from qdora.adapters.inject import InjectionReport
 from qdora.adapters.saved import CONFIG_FILE
 from qdora.config import DataConfig
 from qdora.data.token_table import have_gaps, labels_of, lengths_of
+from qdora.errors import not_installed
 from qdora.files import read_json
 from qdora.run import RunDirectory
 from qdora.tasks.prepare import PreparedData
@@ -116,7 +117,7 @@ def summarize(
     rows.append(("adapter", str(directory.adapter)))
     if best:
         rows.append(("best adapter", f"{directory.best_adapter}, of step {best['step']}"))
-    rows.append(("loss plot", str(directory.loss_plot)))
+    rows.append(("loss plot", shown_plot(directory)))
     best_option = " [--best]" if best else ""
     examples = manifest["data"]
     if examples["test"] or examples.get("validation"):
@@ -125,6 +126,12 @@ def summarize(
     rows.append(("ask it", f"qdora chat --run {directory.path}{best_option}"))
     rows.append(("export it", f"qdora export --run {directory.path}{best_option} --output DIR"))
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def shown_plot(directory: RunDirectory) -> str:
+    """Where the loss plot is, or what it takes to have one."""
+    lacking = not_installed("matplotlib")
+    return f"not drawn, it needs {lacking}" if lacking else str(directory.loss_plot)
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import re
@@ -13,8 +14,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from qdora import config as schema
+from qdora.cli import compare
 from qdora.config import RunConfig, Section
-from qdora.config_file import load_config, read_yaml
+from qdora.config_file import find_shipped, load_config, read_yaml, shipped_names
 from qdora.errors import InputError
 from qdora.experiments import arms, overlay
 from qdora.experiments.arms import CompareConfig, covers, differences, expand
@@ -230,3 +232,55 @@ def misspelt(tree):
     if isinstance(tree.get("arms"), list):
         first, *rest = tree["arms"]
         yield {**tree, "arms": [{**first, "set": {"adapter.rr": 4}}, *rest]}
+
+
+def test_every_shipped_file_has_a_name():
+    """Catches: a file or architecture that a package installed without a checkout cannot be asked for."""
+    for path in CONFIGS:
+        own = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+        assert find_shipped(f"qdora:{own}") == find_shipped(f"qdora:{own}.yaml") == path
+    assert find_shipped("qdora:models/llama-3-8b") == ROOT / "configs" / "models" / "llama-3-8b"
+    assert load_config("qdora:quickstart") == load_config(ROOT / "configs" / "quickstart.yaml")
+
+
+def test_any_other_name_is_a_path(tmp_path):
+    """Catches: a user's file that is looked for among the shipped ones, or beside the wrong file."""
+    assert find_shipped("quickstart") == Path("quickstart")
+    assert find_shipped("../a.yaml", beside=tmp_path / "b" / "c.yaml") == tmp_path / "b" / "../a.yaml"
+    assert find_shipped(tmp_path / "a.yaml", beside=Path("c.yaml")) == tmp_path / "a.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("qdora:lama3-8b-orca-math", "llama3-8b-orca-math"),
+        ("qdora:compare/quikstart.yaml", "compare/quickstart"),
+        ("qdora:configs/compare/quickstart", "compare/quickstart"),
+    ],
+)
+def test_an_unknown_shipped_name_suggests_the_nearest(name, near):
+    """Catches: a typo that is answered with a path in some site-packages, or without what there is."""
+    with pytest.raises(InputError) as refused:
+        load_config(name)
+    said = str(refused.value)
+    assert f"{name!r}: nothing of that name ships; did you mean 'qdora:{near}'? allowed: " in said
+    assert all(f"qdora:{other}" in said for other in shipped_names())
+
+
+def test_a_comparison_of_ones_own_builds_on_shipped_files(tmp_path):
+    """Catches: `base` or `small` as a name that is looked for beside the comparison's file, or an overlay of
+    the command line as one."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "base: qdora:quickstart\nsmall: [qdora:paper/small/common]\noutput: {dir: runs/mine}\n"
+        "arms: [{name: a}, {name: full, set: {adapter.dora: false}}]\n"
+    )
+    comparison = load_comparison(mine, [], ["qdora:paper/small/orca-math"], small=True)
+    assert comparison.output.dir.startswith("runs/mine-small-")
+    common, orca = (
+        load_config(f"qdora:paper/small/{name}", [], OverlayConfig).set for name in ("common", "orca-math")
+    )
+    assert comparison.set == {**common, **orca}
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    compare.prepare(parser.parse_args(["--config", str(mine), "--dry-run"]))  # its base is found

@@ -6,14 +6,15 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from qdora.adapters.kernels import reference
+from qdora.errors import not_installed
 from qdora.quant.base import StoredWeight
 
 MIN_TRITON = (3, 6)
@@ -23,6 +24,7 @@ _WEIGHT = (
 )
 _FIELDS = len(StoredWeight._fields)
 
+_logger = logging.getLogger(__name__)
 _library = torch.library.Library("qdora", "DEF")
 _library.define(
     f"adapted_tile({_WEIGHT}, int first, int last, ScalarType dtype, "
@@ -52,7 +54,10 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _has_triton(device: torch.device) -> bool:
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return False
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    if lacking := not_installed("triton"):
+        _logger.warning("torch computes in place of the kernels, and slower; they need %s", lacking)
         return False
     import triton
 

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 
 from qdora.benchmark.gpu.models import write_tiny_model
 from qdora.benchmark.gpu.run import Figures, OutOfTimeError, Setup, SkipStageError, attempt
-from qdora.config_file import dump_config, load_config
+from qdora.config_file import QUICKSTART, SHIPPED, dump_config, find_shipped, load_config
 from qdora.evaluation.scores import read_reports
 from qdora.files import write_text
-from qdora.run import QUICKSTART, RunDirectory
+from qdora.run import RunDirectory
 from qdora.training.metrics import StepMetrics, read_metrics
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +64,7 @@ def _launch(setup: Setup) -> tuple[str, ...]:
     file = "fsdp" if setup.device.type == "cuda" else "fsdp_cpu"
     words = (
         "--config_file",
-        f"configs/accelerate/{file}.yaml",
+        str(find_shipped(f"{SHIPPED}accelerate/{file}")),
         "--num_processes",
         "1",
         "--main_process_port",
@@ -102,7 +102,7 @@ def _train(setup: Setup, name: str, launch: Sequence[str]) -> Run:
     """Train half of the steps and resume; without sharding all in one go."""
     folder = setup.folder / name
     config = load_config(
-        ROOT / QUICKSTART,
+        QUICKSTART,
         [
             f"model.path={setup.folder / 'tiny'}",
             "model.dtype=float32",
@@ -119,13 +119,7 @@ def _train(setup: Setup, name: str, launch: Sequence[str]) -> Run:
     )
     folder.mkdir()
     write_text(folder / "config.yaml", dump_config(config))
-    command = [
-        sys.executable,
-        *launch,
-        str(ROOT / "launch" / "train.py"),
-        "--config",
-        str(folder / "config.yaml"),
-    ]
+    command = [sys.executable, *launch, "-m", "qdora", "train", "--config", str(folder / "config.yaml")]
     if launch:
         execute(setup, [*command, "--set", f"training.max_steps={STEPS // 2}"])
         command.append("--resume")
@@ -162,8 +156,7 @@ def demo(setup: Setup, figures: Figures) -> None:
     run, left = setup.folder / "demo", setup.clock.left
     changes = (f"model.path={setup.model.resolve()}", f"output.dir={run}", *setup.size.demo)
     words = [word for change in changes for word in ("--set", change)]
-    call = "import sys; from qdora.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", call, "demo", *words, "--export", str(setup.folder / "export")]
+    command = [sys.executable, "-m", "qdora", "demo", *words, "--export", str(setup.folder / "export")]
     execute(setup, command)
     [before], [after] = (
         read_reports(folder) for folder in (RunDirectory(run).base_evaluation, RunDirectory(run).evaluation)

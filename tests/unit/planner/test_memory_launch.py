@@ -44,13 +44,19 @@ def test_every_shipped_architecture_is_tested():
     assert {path.name for path in files} == {"config.json"}
 
 
-def test_a_hub_id_is_found_among_the_shipped_ones(tmp_path):
-    """Catches: an estimate that needs the hub, and its licence, for a model whose architecture ships."""
-    for configuration in (CONFIGS / "any.yaml", CONFIGS / "compare" / "any.yaml"):
-        shipped = shipped_architectures(configuration)
-        assert shipped["meta-llama/Meta-Llama-3-8B"] == CONFIGS / "models" / "llama-3-8b"
-    assert shipped_architectures(tmp_path / "any.yaml") == {}
-    found = find_architecture(ModelConfig(path="meta-llama/Llama-2-70b-hf"), None, CONFIGS / "x.yaml", "cuda")
+def test_a_hub_id_is_found_among_the_shipped_ones(tmp_path, monkeypatch):
+    """Catches: an estimate that needs the hub, and its licence, for a model whose architecture ships, or one
+    that finds it from a checkout alone."""
+    monkeypatch.chdir(tmp_path)
+    assert shipped_architectures()["meta-llama/Meta-Llama-3-8B"] == "qdora:models/llama-3-8b"
+    assert set(shipped_architectures().values()) == {f"qdora:models/{name}" for name in PUBLISHED}
+    by_name = find_architecture(ModelConfig(path="any"), "qdora:models/llama-3-8b", "cuda")
+    assert (by_name.depth, by_name.config.num_key_value_heads) == (32, 8)
+    with pytest.raises(
+        InputError, match=r"nothing of that name ships; did you mean 'qdora:models/llama-3-8b'"
+    ):
+        find_architecture(ModelConfig(path="any"), "qdora:models/lama-3-8b", "cuda")
+    found = find_architecture(ModelConfig(path="meta-llama/Llama-2-70b-hf"), None, "cuda")
     assert (found.depth, found.config.hidden_size, found.stored) == (80, 8192, torch.float16)
 
 
@@ -58,11 +64,11 @@ def test_an_unknown_model_is_an_error_that_names_a_way_out(monkeypatch):
     """Catches: a traceback of the network, or a guess, where there is no configuration to be had."""
     monkeypatch.setattr("qdora.planner.architecture.hf_hub_download", lambda *_, **__: 1 / 0)
     with pytest.raises(
-        InputError, match=r"model 'some/model': .*division by zero.*--architecture.*configs/models"
+        InputError, match=r"model 'some/model': .*division by zero.*--architecture.*qdora:models/llama-2"
     ):
-        find_architecture(ModelConfig(path="some/model"), None, CONFIGS / "x.yaml", "cuda")
+        find_architecture(ModelConfig(path="some/model"), None, "cuda")
     with pytest.raises(InputError, match=r"not a model folder: it has no config\.json"):
-        find_architecture(ModelConfig(path="x"), str(CONFIGS), CONFIGS / "x.yaml", "cuda")
+        find_architecture(ModelConfig(path="x"), str(CONFIGS), "cuda")
 
 
 def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
@@ -71,7 +77,7 @@ def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
     folder = str(CONFIGS / "models" / "llama-3-8b")
 
     def of(device="cuda", **settings):
-        return find_architecture(ModelConfig(path="x", **settings), folder, CONFIGS / "x.yaml", device)
+        return find_architecture(ModelConfig(path="x", **settings), folder, device)
 
     assert of().compute == torch.bfloat16
     assert of(device="cpu").compute == torch.float32
@@ -87,7 +93,7 @@ def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
         "bnb_4bit_use_double_quant": False,
     }
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    found = find_architecture(ModelConfig(path=str(tmp_path)), None, CONFIGS / "x.yaml", "cuda")
+    found = find_architecture(ModelConfig(path=str(tmp_path)), None, "cuda")
     assert found.quantization == Quantization("nf4", 64, False)
     assert found.build(1).model.layers[0].mlp.up_proj.base.nested_absmax is None
 

@@ -32,7 +32,7 @@ def architectures(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> d
     monkeypatch.setattr(advise, "estimate", once)
     model = ModelConfig(path=str(tiny_model_folder))
     return {
-        name: find_architecture(model.model_copy(update={"quantization": name}), None, Path("x.yaml"), "cuda")
+        name: find_architecture(model.model_copy(update={"quantization": name}), None, "cuda")
         for name in ("none", "nf4")
     }
 
