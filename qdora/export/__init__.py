@@ -16,8 +16,8 @@ from qdora.errors import InputError
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--dtype": {
-        "choices": ("bf16", "fp16"),
-        "help": "of the written weights",
+        "choices": ("bf16", "fp16", "fp32"),
+        "help": "of the written weights that are not quantized",
     },
     "--onto": {
         "choices": ("nf4", "original"),
@@ -27,6 +27,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--quantize": {
         "choices": sorted(get_args(QuantizationName)),
         "help": "full fine-tuning: quantize what was trained to this format, and write what it says",
+    },
+    "--requantize": {
+        "action": "store_true",
+        "help": "merge and quantize again: one 4-bit checkpoint without an adapter, with the error of that",
     },
 }
 """Options of all formats, as argparse takes them; several formats may share one."""
@@ -50,6 +54,10 @@ class FormatRow:
 FORMATS: Mapping[str, FormatRow] = {
     "merged": FormatRow(
         "the adapter merged into 16-bit weights", {"--dtype": "fp16", "--onto": "nf4", "--quantize": None}
+    ),
+    "nf4": FormatRow(
+        "the 4-bit weights that were trained on, and a plain LoRA: a checkpoint of bitsandbytes",
+        {"--dtype": "fp16", "--requantize": False},
     ),
 }
 DEFAULT = "merged"
