@@ -34,6 +34,7 @@ def make_job(
     defaults = {name.removeprefix("--").replace("-", "_"): None for name in OPTIONS}
     defaults |= {name.removeprefix("--"): value for name, value in FORMATS[form].options.items()}
     chosen = {name: options.pop(name) for name in list(options) if name in defaults}
+    tmp_path.mkdir(exist_ok=True)
     quantization = options.pop("quantization", METHODS[method].quantization)
     model, tokenizer = load_base(str(model_folder), quantization=quantization, dtype="float32")
     inject(model, adapter_config(method=method, **({"r": 4, "alpha": 12} | options)))
