@@ -132,19 +132,23 @@ def _dense_layers(
     return dense
 
 
+def _scale(layer: AdaptedLinear) -> torch.Tensor | None:
+    """(O, 1) s; None without a magnitude."""
+    return None if layer.magnitude is None else (layer.magnitude.value() / layer.weight_norm())[:, None]
+
+
 def scaled_scales(layer: AdaptedLinear, name: str) -> torch.Tensor:
     """(blocks,) float32: the block scales of s ∘ W."""
     assert isinstance(layer.base, BlockwiseWeight)
-    scales = layer.base.scales()
-    if layer.magnitude is not None:
-        s_O = layer.magnitude.value() / layer.weight_norm()
-        scales = (scales.view(layer.out_features, -1) * s_O[:, None]).view(-1)
+    scales, s_O1 = layer.base.scales(), _scale(layer)
+    if s_O1 is not None:
+        scales = (scales.view(layer.out_features, -1) * s_O1).view(-1)
     return cast_checked(f"{name}.weight.absmax", scales, torch.float32)
 
 
 @torch.no_grad()
 def served_updates(
-    layers: Mapping[str, AdaptedLinear], dense: frozenset[str] = frozenset()
+    layers: Mapping[str, AdaptedLinear], dense: frozenset[str]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A (R, I) and s ∘ c B (O, R) of each layer with an update, float32 on the CPU.
 
@@ -157,10 +161,8 @@ def served_updates(
             continue
         factors = layer.update.factors()
         a_RI, b_OR = factors.combined(torch.float32)
-        b_OR = b_OR * factors.scale
-        if layer.magnitude is not None:
-            b_OR = b_OR * (layer.magnitude.value() / layer.weight_norm())[:, None]
-        updates[name] = (a_RI.cpu(), b_OR.cpu())
+        b_OR, s_O1 = b_OR * factors.scale, _scale(layer)
+        updates[name] = (a_RI.cpu(), (b_OR if s_O1 is None else b_OR * s_O1).cpu())
     return updates
 
 
