@@ -12,10 +12,10 @@ import qdora
 from qdora.benchmark.gpu.sizes import STAGE_NAMES
 from qdora.benchmark.gpu.stages import STAGES
 from qdora.cli import COMMANDS
-from qdora.cli.export import DTYPES
 from qdora.config import QuantizationName
 from qdora.errors import EXTRAS
-from qdora.export import write
+from qdora.export import FORMATS, OPTIONS, merged
+from qdora.export.job import load_format
 from tests.e2e.runs import ROOT, tiny_tree, write_config
 
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes", "datasets", "pandas", "scipy", "matplotlib")
@@ -67,6 +67,10 @@ def refused(tmp_path: Path) -> dict[str, tuple[str, ...]]:
         "--formats: 'nf5'; did you mean 'nf4'?": ("analyze", "quantization", *run, "--formats", "nf3,nf5"),
         "--sparsity: '1'; allowed: numbers": ("analyze", "prune", *run, "--sparsity", "0.5,1"),
         "invalid choice: 'fp8'": ("export", *run, *out, "--dtype", "fp8"),
+        "--r is an option of --format lora; --format nf4 takes --dtype, --requantize": (
+            *("export", *run, *out, "--format", "nf4", "--r", "8"),
+        ),
+        "--format lora needs --r N": ("export", *run, *out, "--format", "lora"),
         "key 'arms' is required": ("compare", "--config", config),
         "--gpu-memory 'much'": ("estimate", "--config", config, "--gpu-memory", "much"),
         "--rounds 0; allowed: 1 or more": ("benchmark", "layer", "--rounds", "0"),
@@ -159,5 +163,8 @@ def test_names_written_out_for_the_options_are_those_that_there_are():
     from qdora.quant import QUANTIZATIONS
 
     assert tuple(STAGES) == STAGE_NAMES
-    assert set(DTYPES) == set(write.DTYPES)
+    assert set(OPTIONS["--dtype"]["choices"]) == set(merged.DTYPES)
+    for name, row in FORMATS.items():
+        assert row.options.keys() <= OPTIONS.keys()
+        assert all(callable(getattr(load_format(name), step)) for step in ("check", "write", "verify"))
     assert set(get_args(QuantizationName)) == set(QUANTIZATIONS)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
-from qdora.export.write import merge_and_export
+from qdora.export.merged import merge_and_export
 from qdora.models.formats import write
 from qdora.models.load import load_base
 from tests.tiny import write_tiny_model
@@ -39,7 +39,7 @@ def test_a_folder_in_use_is_refused_and_replaced_on_request(tiny_model_folder, t
     (out / "model-00001-of-00009.safetensors").write_text("stale")
     with pytest.raises(InputError, match=r"already exists and is not empty.*--overwrite"):
         merge_and_export(model, tokenizer, out)
-    with pytest.raises(InputError, match="dtype 'fp8'; allowed: fp16, bf16"):
+    with pytest.raises(InputError, match="dtype 'fp8'; allowed: fp16, bf16, fp32"):
         merge_and_export(model, tokenizer, out, "fp8", overwrite=True)
     assert (out / "model-00001-of-00009.safetensors").is_file()
     merge_and_export(model, tokenizer, out, overwrite=True)
