@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from qdora.config_file import find_shipped, read_yaml
 from qdora.errors import InputError, require
 from qdora.experiments.arms import expand
-from qdora.experiments.overlay import load_comparison
+from qdora.experiments.overlay import base_sections, load_comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     if not arguments.dry_run:
         require("matplotlib", "compare draws the figures of its report, which")
     config = load_comparison(arguments.config, arguments.set, overlays, small=small)
-    runs = expand(read_yaml(find_shipped(config.base, beside=find_shipped(arguments.config))), config)
+    base = base_sections(config, arguments.config)
+    runs = expand(base, config)
     for run in runs:
         if run.config.data.train.streaming:
             raise InputError(f"{run}: data.train.streaming: arms are compared on a known set; leave it out")
@@ -41,6 +41,8 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     def work() -> None:
         from qdora.commands.compare import compare
 
-        compare(config, runs, resume=arguments.resume, dry_run=arguments.dry_run)
+        # Its copy beside the report needs no other file.
+        complete = config.model_copy(update={"base": base, "small": ()})
+        compare(complete, runs, resume=arguments.resume, dry_run=arguments.dry_run)
 
     return work

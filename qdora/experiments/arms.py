@@ -129,8 +129,9 @@ class ArmConfig(Section):
 class CompareConfig(Section):
     """Arms trained under identical conditions."""
 
-    base: str
-    """The run configuration shared by all arms, relative to the comparison's file, or `qdora:NAME`."""
+    base: str | dict[str, Any]
+    """The run configuration shared by all arms: a file, relative to the comparison's, `qdora:NAME`, or the
+    sections themselves."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the shared configuration for all arms: dotted key, value."""
     arms: tuple[ArmConfig, ...]
@@ -336,7 +337,8 @@ def arm_config(
             set_key(own, key, deepcopy(value))
     except InputError as error:
         raise InputError(f"{named}: {error}") from None
-    return check_config(own, RunConfig, f"{config.base} with {named}")
+    origin = config.base if isinstance(config.base, str) else "base"
+    return check_config(own, RunConfig, f"{origin} with {named}")
 
 
 def covers(keys: Iterable[str], key: str) -> bool:

@@ -60,6 +60,18 @@ def load_comparison(
     return check_config(tree, CompareConfig, str(path))
 
 
+def base_sections(config: CompareConfig, path: str | Path) -> dict[str, Any]:
+    """The run configuration that all arms share, before it is checked.
+
+    Args:
+        path: the comparison's YAML file, or `qdora:NAME`.
+    Raises: InputError: there is no such base.
+    """
+    if isinstance(config.base, str):
+        return read_yaml(find_shipped(config.base, beside=find_shipped(path)))
+    return config.base
+
+
 def overlaid(config: CompareConfig, overlay: OverlayConfig, origin: str) -> CompareConfig:
     """A comparison with the settings of one overlay.
 

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.e2e
 
 
 def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_folder, tmp_path, capsys):
-    """Catches: arms with other data, order or initial A; a report without its parts."""
+    """Catches: arms with other data, order or initial A; a report without its parts; a copy of the comparison
+    that cannot be repeated where the files that it came from are not."""
     arms = {"name": "qlora", "set": {"adapter.dora": False}}, {"name": "qdora"}
     words = write_comparison(tmp_path, tiny_model_folder, arms, seeds=[0, 1])
     assert run_command("compare", [*words, "--set", "set={model.path: /nowhere/at-all}"]) == 2
@@ -36,7 +37,8 @@ def test_compare_writes_one_report_of_arms_that_differ_in_one_axis(tiny_model_fo
     assert {"base.fingerprint", "batch_order", "steps", "initial_a"} <= report["conditions"].keys()
     assert run_command("compare", words) == 2
     assert "already holds a comparison" in capsys.readouterr().err
-    assert run_command("compare", [*words, "--resume"]) == 0
+    (tmp_path / "base.yaml").unlink()
+    assert run_command("compare", ["--config", str(folder / "compare.yaml"), "--resume"]) == 0
 
 
 def test_dora_on_16_bits_against_qdora(tiny_model_folder, tmp_path):

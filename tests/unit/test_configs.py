@@ -21,7 +21,7 @@ from qdora.errors import InputError
 from qdora.experiments import arms, overlay
 from qdora.experiments.arms import CompareConfig, covers, differences, expand
 from qdora.experiments.grid import grid_points
-from qdora.experiments.overlay import OverlayConfig, load_comparison
+from qdora.experiments.overlay import OverlayConfig, base_sections, load_comparison
 from qdora.experiments.schema import schema_text
 from qdora.tasks import TASKS, check_data
 from tools import config_page
@@ -81,7 +81,7 @@ def test_runs_parse(path):
 def test_comparisons_parse_with_their_base_and_every_arm(path):
     """Catches: a comparison whose base is gone, or an arm that its base refuses."""
     comparison = load_config(path, [], CompareConfig)
-    runs = expand(read_yaml(path.parent / comparison.base), comparison)
+    runs = expand(base_sections(comparison, path), comparison)
     pairs = [
         (seed, arm)
         for seed in comparison.seeds
