@@ -318,6 +318,12 @@ MUTANTS = {
         "along_N1 = product_NI.mul_(weight_wide).sum(1, keepdim=True).mul_(-(inverse_N1**3))",
         "tests/unit/models/test_norm.py::test_as_near_to_float64_as_transformers",
     ),
+    "the sides of a convolution's output swapped": Mutant(
+        "adapters/convolution.py",
+        "reshape(*x.shape[:-3], self.out_channels, *size)",
+        "reshape(*x.shape[:-3], self.out_channels, *size[::-1])",
+        "tests/unit/adapters/test_convolution.py::test_a_convolution_is_that_of_peft",
+    ),
 }
 
 

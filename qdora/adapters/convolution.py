@@ -34,7 +34,11 @@ class AdaptedConv2d(AdaptedLinear):
         """Take over the weight of a convolution that `refuse_convolution` lets pass; it is not copied."""
         super().__init__(DenseWeight(conv.weight.detach().flatten(1)), conv.bias)
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.kernel_size, self.stride, self.padding = conv.kernel_size, conv.stride, _padding(conv)
+        self.kernel_size, self.stride, self.padding = (
+            _pair(conv.kernel_size),
+            _pair(conv.stride),
+            _padding(conv),
+        )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -68,8 +72,15 @@ def plain_layer(layer: AdaptedLinear, dtype: torch.dtype | None = None) -> nn.Li
     """
     plain: nn.Linear | nn.Conv2d
     if isinstance(layer, AdaptedConv2d):
-        settings = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
-        plain = nn.Conv2d(layer.in_channels, layer.out_channels, **settings, bias=False, device="meta")
+        plain = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            bias=False,
+            device="meta",
+        )
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(layer.merged(dtype or layer.weight.dtype), requires_grad=False)
@@ -111,6 +122,11 @@ def refuse_convolution(conv: nn.Conv2d, name: str, update: str) -> None:
 
 def _padding(conv: nn.Conv2d) -> tuple[int, int]:
     if not isinstance(conv.padding, str):
-        return conv.padding
+        return _pair(conv.padding)
     height, width = conv.kernel_size
     return (height // 2, width // 2) if conv.padding == "same" else (0, 0)
+
+
+def _pair(sides: tuple[int, ...]) -> tuple[int, int]:
+    height, width = sides
+    return height, width

@@ -226,12 +226,14 @@ def _file_shape(layer: Adaptable, part: str, shape: tuple[int, ...]) -> tuple[in
         part: PEFT's key.
         shape: in the layer, whose weight is a matrix.
     """
-    channels, *kernel = layer.weight.shape[1:]
-    ones = (1,) * len(kernel)
+    kernel = layer.weight.shape[2:]
     if not kernel:
         return shape
-    own = {"lora_A.weight": (shape[0], channels, *kernel), MAGNITUDE: (1, *shape, *ones)}
-    return own.get(part, (*shape, *ones) if part == "lora_B.weight" else shape)
+    if part == "lora_A.weight":
+        return (shape[0], *layer.weight.shape[1:])
+    if part == "lora_B.weight":
+        return (*shape, 1, 1)
+    return (1, *shape, 1, 1) if part == MAGNITUDE else shape
 
 
 def _type_of(layers: Mapping[str, AdaptedLinear]) -> str:

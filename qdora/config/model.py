@@ -72,8 +72,8 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an input of the low-rank branch."""
     targets: tuple[str, ...] = LLAMA_LINEARS
-    """Layers with a low-rank update: module names, dotted suffixes, or globs over the full name. A pattern
-    that matches no layer is an error."""
+    """Layers with a low-rank update, linear ones and `Conv2d`: module names, dotted suffixes, or globs over
+    the full name. A pattern that matches no layer is an error."""
     magnitude_targets: tuple[str, ...] | None = None
     """Layers with a magnitude; the same as `targets` where not given."""
     rank_pattern: dict[str, Count] = Field(default_factory=dict)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -27,6 +30,7 @@ from tests.axes import adapter_config
 from .oracle import move_off_the_identity, relative
 from .test_model_families import IDS, bart, llava
 
+ROOT = Path(__file__).parents[3]
 PEFT_NAMES = {
     "update.a_RI": "lora_A.default.weight",
     "update.b_OR": "lora_B.default.weight",
@@ -270,3 +274,24 @@ def test_the_output_projection_of_t5_keeps_its_float32(quantization, tmp_path):
         name: torch.float32 if name.endswith("wo") else torch.float16 for name in adapted_layers(model)
     }
     assert seen == {name: (dtype, dtype) for name, dtype in expected.items()}
+
+
+def test_the_recipes_of_the_page_run(tmp_path, monkeypatch):
+    """Catches: a recipe in docs/paper.md that no longer runs, whose adapter another tool reads otherwise, or
+    whose merged model is another one."""
+    blocks = re.findall(r"(?ms)^```python$(.*?)^```$", (ROOT / "docs/paper.md").read_text(encoding="utf-8"))
+    assert len(blocks) == 5
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    for folder in ("llava-adapter", "bart-adapter", "t5-adapter", "unet-adapter"):
+        assert (tmp_path / folder / "adapter_model.safetensors").is_file()
+    latents, text, added = (names["batch"][key] for key in ("latents", "text", "added"))
+    models = names["unet"], names["theirs"], UNet2DConditionModel.from_pretrained("unet-merged")
+    outputs = [model.eval()(latents, 7, text, added_cond_kwargs=added).sample for model in models]
+    base = UNet2DConditionModel.from_pretrained("unet").eval()
+    assert relative(base(latents, 7, text, added_cond_kwargs=added).sample, outputs[0]) > 1e-2
+    for output in outputs[1:]:
+        assert relative(output, outputs[0]) < 1e-5

@@ -84,6 +84,8 @@ def test_a_layer_that_is_read_and_not_called_is_refused():
         inject(model, adapter_config(r=2, targets=("out_proj",)))
     inject(model, adapter_config(r=2, targets=("head",)))
     assert nn.functional.linear(torch.ones(2, 8), model.head.weight).isnan().all()
+    weight = model.bfloat16().head.weight
+    assert (weight.shape, weight.dtype) == ((4, 8), torch.bfloat16)
 
 
 def test_half_a_name_does_not_match():
