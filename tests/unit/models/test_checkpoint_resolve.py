@@ -120,6 +120,7 @@ def test_no_pickle_and_no_code_is_downloaded() -> None:
         "tokenizer.model",
         "merges.txt",
         "chat_template.jinja",
+        "README.md",
     ]
     unwanted = [
         "pytorch_model.bin",
