@@ -10,9 +10,11 @@ from tabulate import tabulate
 
 from qdora.config_file import config_digest
 from qdora.distributed.context import DistributedContext
+from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.harness import FOLDER, HarnessScores, evaluate_harness
 from qdora.evaluation.scores import Scores
+from qdora.export.card import write_run_cards
 from qdora.run import Target
 
 
@@ -34,6 +36,7 @@ def evaluate(arguments: argparse.Namespace, target: Target) -> None:
         print(_table(scores))
         if folder is not None:
             print(f"reports: {folder}")
+            _write_card(target, folder)
         elif target.directory is not None and not arguments.data:
             print("reports: none, the adapter is not the run's own; --output DIR writes them")
 
@@ -58,6 +61,19 @@ def evaluate_with_harness(arguments: argparse.Namespace, target: Target, tasks: 
         print(_harness_table(scores))
         if folder is not None:
             print(f"reports: {folder / FOLDER}")
+            _write_card(target, folder)
+
+
+def _write_card(target: Target, folder: Path) -> None:
+    """The run's own reports are in the card beside its adapter."""
+    run = target.directory
+    if run is None or folder not in (run.evaluation, run.base_evaluation, run.best_evaluation):
+        return
+    try:
+        said = write_run_cards(run)
+    except InputError as error:  # the scores are written
+        said = [f"no model card: {error}"]
+    print(*said, sep="\n", end="\n" if said else "")
 
 
 def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None:

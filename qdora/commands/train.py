@@ -22,6 +22,7 @@ from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.scores import Scores, write_scores
+from qdora.export.card import write_run_cards
 from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
@@ -194,7 +195,6 @@ def _train_locked(
         run.train(done, held_out, validation)
     if config.training.trackers:
         context.end()
-    steps, validations = list[StepMetrics](), list[ValidationMetrics]()
     with context.raise_on_all_ranks():
         if context.is_main:
             from qdora.experiments.plots import plot_run  # with matplotlib
@@ -205,6 +205,7 @@ def _train_locked(
     # Last, since a run that has its adapter counts as finished.
     run.save_adapter(directory.adapter if context.is_main else None)
     if context.is_main:
+        write_run_cards(directory)
         rows = trained_rows(directory, report) | data.left_out_of_stream()
         print(summarize(directory, steps, validations, rows))
     if after is not None:
@@ -224,9 +225,8 @@ def _hold_out(
     held_out, skipped = hold_out(config.data, tokenizer, data.validation)
     if skipped:
         context.say(f"{len(skipped)} validation examples have no part in the loss, the first: {skipped[0]}")
-    examples = [example for of_task in held_out.values() for example in of_task]
-    rows = table_rows(tokenizer, checkpoint, config)
-    check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in examples))
+    ids = ((example.origin, example.input_ids) for of_task in held_out.values() for example in of_task)
+    check_ids(tokenizer, table_rows(tokenizer, checkpoint, config), ids)
     return held_out
 
 

@@ -331,15 +331,11 @@ def write_harness_scores(scores: HarnessScores, samples: Sequence[Any], folder: 
     return write_pair(folder, quote(scores.task, safe=""), asdict(scores), "samples", lines)
 
 
-def read_harness_reports(folder: Path) -> list[HarnessScores]:
-    """The scores in a folder of reports, in order of their file names; none where there are none.
+def read_harness_scores(path: Path) -> HarnessScores:
+    """Read one task's scores back.
 
-    Raises: InputError: a file is not what `write_harness_scores` writes.
+    Raises: InputError: the file is missing, or is not what `write_harness_scores` writes.
     """
-    return [_read(path) for path in sorted((folder / FOLDER).glob("*.json"))]
-
-
-def _read(path: Path) -> HarnessScores:
     try:
         return TypeAdapter(HarnessScores).validate_python(read_json(path))
     except ValidationError as error:

@@ -14,6 +14,18 @@ from typing import Any, get_args
 from qdora.config import QuantizationName
 from qdora.errors import InputError
 
+TRANSFORMERS_USAGE = """\
+from transformers import pipeline
+
+generate = pipeline("text-generation", "{name}")  # OWNER/NAME on the hub, or the folder of this card
+print(generate("...", max_new_tokens=64, do_sample=False)[0]["generated_text"])"""
+PEFT_USAGE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")  # trained on: {quantization}
+model = PeftModel.from_pretrained(base, "{name}")  # OWNER/NAME on the hub, or the folder of this card"""
+
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--dtype": {
         "choices": ("bf16", "fp16"),
@@ -40,16 +52,37 @@ class FormatRow:
         summary: what is written, in a few words.
         options: those that it takes, of `OPTIONS`, with their defaults.
         check: refuses values that no model makes right; raises InputError.
+        needs_base: whether the base is opened; else the adapter is copied.
+        scored: whether, with these options, what is written computes the same as the model that was scored;
+            else its card lists the run's scores as another model's.
+        library, relation, tags: of its card, in the hub's words.
+        usage: Python of its card, with `{name}`, `{base}` and `{quantization}`.
     """
 
     summary: str
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[argparse.Namespace], None] = lambda arguments: None
+    needs_base: bool = True
+    scored: Callable[[argparse.Namespace], bool] = lambda arguments: False
+    library: str = "transformers"
+    relation: str = "finetune"
+    tags: tuple[str, ...] = ()
+    usage: str = TRANSFORMERS_USAGE
 
 
 FORMATS: Mapping[str, FormatRow] = {
     "merged": FormatRow(
-        "the adapter merged into 16-bit weights", {"--dtype": "fp16", "--onto": "nf4", "--quantize": None}
+        "the adapter merged into 16-bit weights",
+        {"--dtype": "fp16", "--onto": "nf4", "--quantize": None},
+        scored=lambda arguments: arguments.onto == "nf4" and arguments.quantize is None,
+    ),
+    "adapter": FormatRow(
+        "the adapter alone, as PEFT loads it",
+        needs_base=False,
+        scored=lambda arguments: True,
+        library="peft",
+        relation="adapter",
+        usage=PEFT_USAGE,
     ),
 }
 DEFAULT = "merged"

@@ -183,7 +183,15 @@ def _is_complete(folder: Path) -> bool:
 _LOCAL_PREFIXES = ("/", "./", "../", "~")
 _LOCAL_SUFFIXES = (".gguf", ".safetensors")
 # Data only: never pickles (.bin, .pt, .pth) and never code (.py). The card states the licence.
-_ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja", "README.md")
+MODEL_FILES = (
+    "*.safetensors",
+    "*.json",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "*.jinja",
+    "README.md",
+)
 # Second copies of the same weights, in another layout.
 _IGNORED = ("consolidated*.safetensors", "*/*.safetensors")
 
@@ -223,7 +231,7 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
     try:
         # Without a connection, or with HF_HUB_OFFLINE=1, this is the cached snapshot.
         folder = snapshot_download(
-            path_or_id, revision=revision, allow_patterns=list(_ALLOWED), ignore_patterns=list(_IGNORED)
+            path_or_id, revision=revision, allow_patterns=list(MODEL_FILES), ignore_patterns=list(_IGNORED)
         )
     except Exception as error:  # network libraries raise errors of their own through this call
         hint = f"nor is there a folder of that name here{_sibling_hint(path)}"
@@ -243,7 +251,7 @@ def fetch_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase | None:
         return read_tokenizer(path)
     if path_exists(path) or not is_hub_id(path_or_id):
         return open_checkpoint(path_or_id).tokenizer()
-    files = [name for name in _ALLOWED if not name.endswith(".safetensors")]
+    files = [name for name in MODEL_FILES if not name.endswith(".safetensors")]
     try:
         folder = snapshot_download(path_or_id, allow_patterns=files)
     except Exception as error:  # network libraries raise errors of their own through this call

@@ -27,11 +27,11 @@ from qdora.evaluation.harness import (
     HarnessMetric,
     evaluate_harness,
     load_tasks,
-    read_harness_reports,
+    read_harness_scores,
     score_loaded,
 )
 from qdora.evaluation.scores import wilson_interval
-from qdora.export.write import merge_and_export
+from qdora.export.merged import merge_and_export
 from qdora.models.load import load_base
 from qdora.tasks import load_dataset
 from tests.axes import adapter_config
@@ -61,8 +61,9 @@ CHOICES = [
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness' documents are kept with the test."""
+    """The harness' documents are kept with the test, and `pip list` is not run for each of its results."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,7 @@ def test_a_run_is_scored_as_it_is_in_memory(weights: str, saved: dict[str, Path]
     assert scores.metrics[0] == HarnessMetric(
         "acc", "none", pytest.approx(correct / 7), stderr, wilson_interval(correct, 7), True
     )
-    assert read_harness_reports(tmp_path / "evaluation") == [scores]
+    assert read_harness_scores(tmp_path / "evaluation/lm-eval/choices.json") == scores
 
 
 def test_groups_and_limits(saved: dict[str, Path], tmp_path: Path) -> None:
