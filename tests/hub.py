@@ -15,13 +15,16 @@ from typing import Any
 
 import yaml
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @dataclass
 class Repo:
     private: bool | None
     files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b""})
+
+    @property
+    def commit(self) -> str:
+        """Another one for other contents."""
+        return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
 
 
 @dataclass
@@ -106,7 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, (status, message) in self.hub.failures.items():
             if re.search(pattern, asked):
                 return self._send(status, {"error": message})
-        if not path.startswith("/blobs/") and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+        is_open = path.startswith("/blobs/") or path == "/api/validate-yaml"
+        if not is_open and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self._send(401, {"error": "Invalid credentials in Authorization header"})
         for pattern, answer in _ROUTES.items():
             if found := re.fullmatch(pattern, asked):
@@ -143,9 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, _: bytes, name: str) -> None:
         if name not in self.hub.repos:
             return self._missing()
-        return self._send(
-            200, {"id": name, "private": self.hub.repos[name].private, "sha": COMMIT, "tags": []}
-        )
+        repo = self.hub.repos[name]
+        return self._send(200, {"id": name, "private": repo.private, "sha": repo.commit, "tags": []})
 
     def tree(self, _: bytes, name: str) -> None:
         files = self.hub.repos[name].files
@@ -189,12 +192,14 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
-        self._send(200, {"commitUrl": f"{self.hub.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+        commit = self.hub.repos[name].commit
+        self._send(200, {"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit})
 
     def resolve(self, _: bytes, name: str, path: str) -> None:
-        data = self.hub.repos[name].files[path]
+        repo = self.hub.repos[name]
+        data = repo.files[path]
         etag = f'"{hashlib.sha1(data).hexdigest()}"'
-        self._send(200, data=data, ETag=etag, X_Repo_Commit=COMMIT)
+        self._send(200, data=data, ETag=etag, X_Repo_Commit=repo.commit)
 
 
 _NAME = r"([\w.-]+/[\w.-]+)"

@@ -152,11 +152,21 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> list[Any]:
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
         if folder is not None and any(not _found(manager, name) for name in names):
             manager = TaskManager(include_path=folder)
-        found: list[Any] = []
+        found: dict[str, Any] = {}
         for name in names:
             for matched in _matched(manager, name):
-                found += [each for each in _load(manager, matched) if each not in found]
-    return found
+                found |= _load(manager, matched)
+    of_groups = [task for item in found.values() if hasattr(item, "get_all_tasks") for task in _names(item)]
+    for task in of_groups:
+        if of_groups.count(task) > 1:
+            raise InputError(f"--lm-eval: task {task!r} is in several of the groups; name one of them")
+    # The scores of a group hold those of its tasks.
+    return [item for name, item in found.items() if name not in of_groups]
+
+
+def _names(group: Any) -> list[str]:
+    """Of a group's tasks, and of the groups in it."""
+    return [task.task_name for task in group.get_all_tasks()] + [g.name for g in group.get_all_groups()]
 
 
 def _found(manager: Any, name: str) -> list[str]:
@@ -176,7 +186,7 @@ def _matched(manager: Any, name: str) -> list[str]:
     return matched
 
 
-def _load(manager: Any, name: str) -> list[Any]:
+def _load(manager: Any, name: str) -> dict[str, Any]:
     try:
         loaded = manager.load([name])
     except Exception as error:  # tasks are code, and their data come through network libraries
@@ -188,7 +198,7 @@ def _load(manager: Any, name: str) -> list[Any]:
         for attribute, what in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "images")):
             if getattr(task, attribute, False):
                 raise InputError(f"--lm-eval {task.task_name}: {what}, which is not supported")
-    return [loaded["groups"][name]] if name in loaded.get("groups", {}) else list(loaded["tasks"].values())
+    return {name: loaded["groups"][name]} if name in loaded.get("groups", {}) else dict(loaded["tasks"])
 
 
 def score_loaded(
@@ -205,6 +215,7 @@ def score_loaded(
     Raises: InputError: logits that are not finite.
     """
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     settings = config.evaluation
     started = time.perf_counter()
@@ -219,6 +230,7 @@ def score_loaded(
                 num_fewshot=settings.shots or None,
                 batch_size=settings.batch_size,
                 limit=settings.limit,
+                task_manager=TaskManager(include_defaults=False),  # else it reads all task files again
             )
     finally:
         hook.remove()

@@ -23,7 +23,7 @@ PEFT_USAGE = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")  # trained on: {quantization}
+base = AutoModelForCausalLM.from_pretrained("{base}"){trained_on}
 model = PeftModel.from_pretrained(base, "{name}")  # OWNER/NAME on the hub, or the folder of this card"""
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -56,7 +56,7 @@ class FormatRow:
         scored: whether, with these options, what is written computes the same as the model that was scored;
             else its card lists the run's scores as another model's.
         library, relation, tags: of its card, in the hub's words.
-        usage: Python of its card, with `{name}`, `{base}` and `{quantization}`.
+        usage: Python of its card, with `{name}`, `{base}`, `{quantization}` and `{trained_on}`.
     """
 
     summary: str

@@ -97,7 +97,7 @@ def make_card(title: str, target: Target, adapter: Path, row: FormatRow, *, scor
         "sentence": f"Fine-tuned from {base.hub_id or base.name}: {row.summary}.",
         "base": _linked(base),
         "licence": _licence(base),
-        "usage": _usage(row, target.config, base, settings, title),
+        "usage": _usage(row, target.config, base, settings, title, known=run is not None),
         "trained": run is not None,
     }
     results: list[Result] = []
@@ -127,7 +127,7 @@ def make_card(title: str, target: Target, adapter: Path, row: FormatRow, *, scor
         license_name=base.licence_name,
         license_link=base.licence_link,
         pipeline_tag="text-generation",
-        tags=_tags(settings, row),
+        tags=_tags(settings, row, ours=run is not None),
     )
     if not data.eval_results:
         data.pop("model_name")
@@ -173,7 +173,7 @@ def _run_of(target: Target, adapter: Path) -> tuple[RunDirectory, Path, Path] | 
 def _linked(base: Provenance) -> str:
     if base.hub_id is None:
         return f"{base.name}, which is not known to be on the hub"
-    original = "" if base.hub_id == base.name else f" (`{base.name}`)"
+    original = "" if base.hub_id == base.name else f", here from `{base.name}`"
     return f"[{base.hub_id}](https://huggingface.co/{base.hub_id}){original}"
 
 
@@ -212,7 +212,19 @@ def _settings(config: RunConfig) -> Iterable[tuple[str, str]]:
         for key in keys:
             value = tree[section][key]
             if value not in (None, [], {}) and not (full and section == "adapter"):
-                yield f"`{section}.{key}`", f"`{', '.join(value) if isinstance(value, list) else value}`"
+                yield f"`{section}.{key}`", f"`{_yaml(value)}`"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (
+        ", ".join(value)
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _counts(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -254,11 +266,23 @@ def _hub_datasets(config: RunConfig) -> list[str]:
 
 
 def _usage(
-    row: FormatRow, config: RunConfig, base: Provenance, settings: Mapping[str, Any], title: str
+    row: FormatRow,
+    config: RunConfig,
+    base: Provenance,
+    settings: Mapping[str, Any],
+    title: str,
+    *,
+    known: bool,
 ) -> str:
     own = row.library == "peft" and settings.get("peft_type") == OWN_TYPE
     usage = OWN_USAGE if own else row.usage
-    return usage.format(name=title, base=base.hub_id or base.name, quantization=config.model.quantization)
+    quantization = config.model.quantization
+    return usage.format(
+        name=title,
+        base=base.hub_id or base.name,
+        quantization=quantization,
+        trained_on=f"  # trained on {quantization} weights" if known and quantization != "none" else "",
+    )
 
 
 OWN_USAGE = """\
@@ -272,10 +296,11 @@ def _library(row: FormatRow, settings: Mapping[str, Any]) -> str:
     return "qdora" if row.library == "peft" and settings.get("peft_type") == OWN_TYPE else row.library
 
 
-def _tags(settings: Mapping[str, Any], row: FormatRow) -> list[str]:
+def _tags(settings: Mapping[str, Any], row: FormatRow, *, ours: bool) -> list[str]:
     kind = str(settings.get("adapter_type") or settings.get("peft_type", "")).lower()
     dora = settings.get("use_dora") or settings.get("dora")
-    return ["qdora", *([kind] if kind else []), *(["dora"] if dora else []), *row.tags]
+    own = ["qdora"] if ours or settings.get("peft_type") == OWN_TYPE else []
+    return [*own, *([kind] if kind else []), *(["dora"] if dora else []), *row.tags]
 
 
 def _versions(versions: Mapping[str, str]) -> str:

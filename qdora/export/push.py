@@ -63,7 +63,7 @@ class Repository:
             self.api.upload_folder(
                 repo_id=self.name,
                 folder_path=folder,
-                ignore_patterns=kept,
+                ignore_patterns=list(kept),  # the library adds to it
                 commit_message=f"Upload with qdora {package_versions()['qdora']}",
             )
         return f"{url}; its {CARD_FILE} was edited, and is kept as it is there" if kept else str(url)

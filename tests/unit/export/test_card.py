@@ -154,6 +154,7 @@ def test_a_card_says_how_the_run_was_made(tmp_path: Path) -> None:
         "python 3.12.1, torch 2.11.0.",
         "###Question:\n{question}\n###Answer:\n",
         "apache-2.0, as its original's page on the hub states",
+        'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")  # trained on nf4 weights\n',
         'PeftModel.from_pretrained(base, "sums")',
     ):
         assert part in text
@@ -213,8 +214,9 @@ def test_without_a_run_a_card_claims_nothing(tmp_path: Path, own: bool) -> None:
     assert "How this adapter was trained, and on what, is not known" in text
     assert "| `lora_alpha` | `24` |" in text
     assert "`q_proj`" in text
+    assert data.tags == (["qdora", "gated_lora", "dora"] if own else ["lora", "dora"])
     assert "not known: `other` is to be replaced by what the base's authors say" in text
-    for claim in ("Scores", "gsm8k", "learning_rate"):
+    for claim in ("Scores", "gsm8k", "learning_rate", "trained on nf4"):
         assert claim not in text
 
 

@@ -107,7 +107,7 @@ def test_without_a_token(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 @pytest.mark.parametrize(
     ("pattern", "status", "message"),
     [
-        ("whoami", 401, r"does not accept the token \(401\).*hf auth login"),
+        ("whoami", 401, r"the hub does not accept the token \(401\).*hf auth login"),
         ("create", 403, r"the token may not write there \(403\): no rights"),
         ("commit", 500, r"the hub answered 500"),
         ("GET /api/models/ada/sums$", 429, r"the hub answered 429"),
