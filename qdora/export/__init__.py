@@ -77,7 +77,7 @@ FORMATS: Mapping[str, FormatRow] = {
         scored=lambda arguments: arguments.onto == "nf4" and arguments.quantize is None,
     ),
     "adapter": FormatRow(
-        "the adapter alone, as PEFT loads it",
+        "the adapter alone, in PEFT's format",
         needs_base=False,
         scored=lambda arguments: True,
         library="peft",

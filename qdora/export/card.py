@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from qdora.adapters.base import describe
 from qdora.adapters.saved import CONFIG_FILE, OWN_TYPE, WEIGHTS_FILE
 from qdora.config import DatasetConfig, RunConfig
+from qdora.data.chat_templates import TEMPLATE_FILE
 from qdora.data.templates import PROMPTS
 from qdora.errors import InputError
 from qdora.export import FORMATS, FormatRow
@@ -109,7 +110,9 @@ def make_card(title: str, target: Target, adapter: Path, row: FormatRow, *, scor
         own = directory.config()
         same_base = own.model == target.config.model
         results, left_out = read_results(own, reports, base_reports, adapter)
-        facts |= _facts_of_run(own, directory.manifest()) | {"results": results, "left_out": left_out}
+        saved_template = (adapter / TEMPLATE_FILE).is_file()
+        facts |= _facts_of_run(own, directory.manifest(), saved_template)
+        facts |= {"results": results, "left_out": left_out}
         scored = scored and same_base
         measured = (
             f"Measured on {describe(own.model.quantization, own.adapter, own.training.mode)}, the model"
@@ -185,18 +188,28 @@ def _licence(base: Provenance) -> str:
     return f"{linked}, as {base.source} states"
 
 
-def _facts_of_run(config: RunConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What configuration and manifest of a run say."""
+def _facts_of_run(config: RunConfig, manifest: Mapping[str, Any], saved_template: bool) -> dict[str, Any]:
+    """What configuration and manifest of a run say.
+
+    Args:
+        saved_template: a chat template lies beside the adapter: of a run over chats, whatever its
+            `data.prompt` is, or with the tokenizer of new tokens.
+    """
     template = PROMPTS[config.data.prompt]
+    chat = template.text is None or (saved_template and config.adapter.trainable_tokens is None)
+    data = [_source(config.data.train, manifest.get("data", {}))]
+    if start := manifest.get("adapter_from"):
+        name = "/".join(Path(str(start.get("path"))).parts[-2:])
+        data.append(f"It went on from another adapter, `{name}`, whose training is not described here.")
     machine = manifest.get("machine", {})
     gpus = machine.get("gpus") or [machine.get("processor", "an unknown processor")]
     seeds = {"training": config.training.seed, "data": config.data.train.seed} | manifest.get("seeds", {})
     return {
         "method": describe(config.model.quantization, config.adapter, config.training.mode),
         "settings": [*_settings(config), *_counts(manifest)],
-        "data": [_source(config.data.train, manifest.get("data", {}))],
-        "prompt": template.text,
-        "chat": template.text is None,
+        "data": data,
+        "prompt": None if saved_template else template.text,
+        "chat": chat,
         "command": _public(manifest.get("command", "not recorded")),
         "manifest": {"started": manifest.get("started"), "git_commit": manifest.get("git_commit")},
         "machine": f"{', '.join(gpus)}, {manifest.get('processes', 1)} process(es)",

@@ -24,6 +24,7 @@ from qdora.data.rows import Example
 from qdora.data.templates import PROMPTS
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
+from qdora.evaluation import harness
 from qdora.evaluation.evaluate import evaluate
 from qdora.evaluation.harness import (
     HarnessMetric,
@@ -37,28 +38,13 @@ from qdora.export.merged import merge_and_export
 from qdora.models.load import load_base
 from qdora.tasks import load_dataset
 from tests.axes import adapter_config
+from tests.harness_tasks import CHOICES, write_choices, write_task
 from tests.tiny import write_tiny_model
 from tests.unit.adapters.oracle import move_off_the_identity
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
 
 ALONE = DistributedContext()
-CHOICES = [
-    Example(
-        f"Is {i} {'odd' if i % 2 else 'even'} or {'x' * (i % 5)}?", text, text, "ARC-Easy", f"a:{i}", options
-    )
-    for i, (text, options) in enumerate(
-        [
-            ("two", ("one", "two", "three dogs")),
-            ("it is", ("it is not", "it is")),
-            ("a b c", ("a", "a b", "a b c", "d")),
-            ("no", ("yes", "no")),
-            ("7", ("6", "7", "88")),
-            ("red", ("blue sky", "red")),
-            ("fish", ("fish", "bird", "cat", "dog")),
-        ]
-    )
-]
 
 
 @pytest.fixture(autouse=True)
@@ -92,41 +78,6 @@ def run_config(model: Path, **evaluation: Any) -> Any:
         "output": {"dir": "unused"},
     }
     return check_config(tree, RunConfig, "test")
-
-
-def write_task(folder: Path, name: str, rows: Sequence[dict[str, Any]], **settings: Any) -> Path:
-    """A task of the harness over a local file."""
-    folder.mkdir(exist_ok=True)
-    data = folder / f"{name}.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        "metadata": {"version": 2.0},
-        **settings,
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    return folder
-
-
-def write_choices(folder: Path, examples: Sequence[Example], name: str = "choices") -> Path:
-    rows = [
-        {"question": e.question, "options": list(e.options), "gold": e.options.index(e.answer)}
-        for e in examples
-    ]
-    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
-    return write_task(
-        folder,
-        name,
-        rows,
-        output_type="multiple_choice",
-        doc_to_text="Question: {{question}}\nAnswer:",
-        doc_to_choice="{{options}}",
-        doc_to_target="{{gold}}",
-        metric_list=metrics,
-    )
 
 
 def harness_scores(saved: Path, names: Sequence[str], tasks: Path, folder: Path, **evaluation: Any) -> Any:
@@ -292,6 +243,8 @@ def test_logits_that_are_no_numbers_have_no_score(saved: dict[str, Path], tmp_pa
 
 def test_unknown_tasks_and_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     """Catches: KeyError or a hub library's traceback, minutes after the weights were loaded."""
+    from lm_eval.tasks import TaskManager
+
     tasks = write_choices(tmp_path / "tasks", CHOICES)
     (tasks / "gone.yaml").write_text(
         (tasks / "choices.yaml").read_text().replace("choices.jsonl", "no.jsonl")
@@ -301,6 +254,9 @@ def test_unknown_tasks_and_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tasks / "unsafe.yaml").write_text((tasks / "choices.yaml").read_text() + "unsafe_code: true\n")
     with pytest.raises(InputError, match=r"choices: runs code that the model writes"):
         load_tasks([str(tasks / "unsafe.yaml")], tasks)
+    own = TaskManager(include_path=tasks, include_defaults=False)
+    with pytest.raises(InputError, match=r"no task 'choice'; did you mean 'choices'\? `lm-eval ls"):
+        harness._matched(own, "choice")
     with pytest.raises(InputError, match=r"--lm-eval-tasks nowhere: no such folder"):
         load_tasks(["choices"], Path("nowhere"))
 

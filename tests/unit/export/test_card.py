@@ -196,6 +196,18 @@ def test_scores_that_are_older_than_the_adapter_are_left_out(tmp_path: Path) -> 
     assert "The report other.json cannot be read, and is left out." in text
 
 
+def test_chats_and_adapters_that_went_on(tmp_path: Path) -> None:
+    """Catches: the default prompt recommended for a model of chats; the data of one run stated as all that an
+    adapter has seen."""
+    run = make_run(tmp_path)
+    run.record(adapter_from={"path": "/home/ada/runs/first/adapter"})
+    (run.adapter / "chat_template.jinja").write_text("{{ messages }}")
+    text = card_of(run)
+    assert "###Question" not in text
+    assert "with the chat template that is in the tokenizer" in text
+    assert "- It went on from another adapter, `first/adapter`, whose training is not described here." in text
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_without_a_run_a_card_claims_nothing(tmp_path: Path, own: bool) -> None:
     """Catches: settings, data or scores of a default configuration stated as those of a stranger's adapter;
