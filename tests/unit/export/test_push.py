@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, constants
 
+from qdora.cli import run_command
 from qdora.errors import InputError
 from qdora.export.card import write_card
 from qdora.export.push import open_repository
@@ -153,6 +154,22 @@ def test_no_connection(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"the hub at http://127\.0\.0\.1:9 cannot be reached"):
         open_repository("ada/sums", private=False)
+
+
+def test_an_upload_that_fails_leaves_the_export(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: an hour of exporting that is lost, or a traceback, because the hub was busy."""
+    run, out = make_run(tmp_path), tmp_path / "out"
+    hub.failures["commit"] = (503, "busy")
+    words = ["--run", str(run.path), "--format", "adapter", "--output", str(out)]
+    assert run_command("export", [*words, "--push-to-hub", "ada/sums"]) == 2
+    said = capsys.readouterr().err
+    assert "the hub answered 503" in said
+    assert f"The folder {out} is complete; `hf upload ada/sums {out}` uploads it" in said
+    assert (out / "adapter_model.safetensors").is_file()
+    assert run_command("export", [*words, "--private"]) == 2
+    assert "--private is about the repository that --push-to-hub names" in capsys.readouterr().err
 
 
 def test_the_command(hub: Hub, tmp_path: Path) -> None:
