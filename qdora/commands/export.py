@@ -45,7 +45,7 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
     if arguments.push_to_hub is not None:
         repository = open_repository(arguments.push_to_hub, private=arguments.private)
         card = make_card(repository.name, target, adapter, row, scored=row.scored(arguments))
-    job = _job(arguments, target, adapter) if row.needs_base else None
+    job = _job(arguments, target, adapter, output) if row.needs_base else None
     with atomic_directory(output) as folder:
         if job is None:
             said = copy_adapter(adapter, folder)
@@ -62,7 +62,7 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
         _push(repository, output)
 
 
-def _job(arguments: argparse.Namespace, target: Target, adapter: Path) -> ExportJob:
+def _job(arguments: argparse.Namespace, target: Target, adapter: Path, output: Path) -> ExportJob:
     """What a format writes from; nothing is loaded, and what cannot be written is refused."""
     context = DistributedContext(device=resolve_device(arguments.device))
     settings = target.config.model
@@ -72,7 +72,7 @@ def _job(arguments: argparse.Namespace, target: Target, adapter: Path) -> Export
     with TemporaryDirectory() as trial:  # what cannot be saved is known before the weights are loaded
         generation_config = checkpoint.generation_config()
         write_settings(Path(trial), checkpoint.config, torch.float16, generation_config, tokenizer)
-    job = ExportJob(arguments, target.config, adapter, checkpoint, tokenizer, context)
+    job = ExportJob(arguments, target.config, adapter, checkpoint, tokenizer, context, output)
     load_format(arguments.format).check(job)
     return job
 

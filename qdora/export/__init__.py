@@ -26,19 +26,36 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base}"){trained_on}
 model = PeftModel.from_pretrained(base, "{name}")  # OWNER/NAME on the hub, or the folder of this card"""
 
+NF4_USAGE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")
+# OWNER/NAME on the hub, or the folder of this card. One that was quantized again has no adapter beside it.
+model = PeftModel.from_pretrained(model, "{name}", subfolder="adapter")"""
+
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--dtype": {
-        "choices": ("bf16", "fp16"),
-        "help": "of the written weights",
+        "choices": ("bf16", "fp16", "fp32"),
+        "help": "of the written weights that are not quantized",
     },
     "--onto": {
         "choices": ("nf4", "original"),
-        "help": "merge onto the dequantized weights that the adapter was trained on, whatever their format, "
-        "or onto the original ones",
+        "help": "what to merge onto, or what a server holds: the dequantized weights that the adapter was "
+        "trained on, whatever their format, or the original ones",
     },
     "--quantize": {
         "choices": sorted(get_args(QuantizationName)),
         "help": "full fine-tuning: quantize what was trained to this format, and write what it says",
+    },
+    "--requantize": {
+        "action": "store_true",
+        "help": "merge and quantize again: one 4-bit checkpoint without an adapter, with the error of that",
+    },
+    "--r": {"type": int, "metavar": "N", "help": "rank"},
+    "--score": {
+        "action": "store_true",
+        "help": "exact match on the run's test set before and after, two evaluations",
     },
 }
 """Options of all formats, as argparse takes them; several formats may share one."""
@@ -70,6 +87,13 @@ class FormatRow:
     usage: str = TRANSFORMERS_USAGE
 
 
+def _check_lora(arguments: argparse.Namespace) -> None:
+    if arguments.r is None or arguments.r < 1:
+        raise InputError(f"--format lora needs --r N, its rank, from 1 on; got {arguments.r}")
+    if arguments.score and arguments.model and not arguments.run:
+        raise InputError("--score takes a run's test set; name the run with --run")
+
+
 FORMATS: Mapping[str, FormatRow] = {
     "merged": FormatRow(
         "the adapter merged into 16-bit weights",
@@ -80,6 +104,20 @@ FORMATS: Mapping[str, FormatRow] = {
         "the adapter alone, in PEFT's format",
         needs_base=False,
         scored=lambda arguments: True,
+        library="peft",
+        relation="adapter",
+        usage=PEFT_USAGE,
+    ),
+    "nf4": FormatRow(
+        "the 4-bit weights that were trained on, and a plain LoRA: a checkpoint of bitsandbytes",
+        {"--dtype": "fp16", "--requantize": False},
+        scored=lambda arguments: not arguments.requantize,
+        usage=NF4_USAGE,
+    ),
+    "lora": FormatRow(
+        "a plain LoRA for servers that refuse DoRA, by SVD of the change of each weight",
+        {"--r": None, "--onto": "nf4", "--score": False},
+        _check_lora,
         library="peft",
         relation="adapter",
         usage=PEFT_USAGE,

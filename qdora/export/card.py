@@ -92,7 +92,8 @@ def make_card(title: str, target: Target, adapter: Path, row: FormatRow, *, scor
     """
     base = find_provenance(target.config.model.path, target.config.model.revision)
     run = _run_of(target, adapter)
-    settings = read_json(adapter / CONFIG_FILE)
+    # Where it is missing, what reads the adapter says so in its own words.
+    settings = read_json(adapter / CONFIG_FILE) if (adapter / CONFIG_FILE).is_file() else {}
     facts: dict[str, Any] = {
         "title": title,
         "sentence": f"Fine-tuned from {base.hub_id or base.name}: {row.summary}.",
