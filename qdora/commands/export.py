@@ -40,6 +40,8 @@ def export(arguments: argparse.Namespace, target: Target, adapter: Path) -> None
 def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output: Path) -> None:
     check_output(output, arguments.overwrite)
     row = FORMATS[arguments.format]
+    if not row.needs_base and output.resolve() == adapter.resolve():
+        raise InputError(f"--output {output} is the adapter itself; name another folder for its copy")
     card = make_card(output.absolute().name, target, adapter, row, scored=row.scored(arguments))
     repository = None
     if arguments.push_to_hub is not None:

@@ -168,6 +168,9 @@ def test_an_upload_that_fails_leaves_the_export(
     assert "the hub answered 503" in said
     assert f"The folder {out} is complete; `hf upload ada/sums {out}` uploads it" in said
     assert (out / "adapter_model.safetensors").is_file()
+    itself = [*words[:-1], str(run.adapter), "--overwrite"]
+    assert run_command("export", itself) == 2
+    assert "is the adapter itself; name another folder for its copy" in capsys.readouterr().err
     assert run_command("export", [*words, "--private"]) == 2
     assert "--private is about the repository that --push-to-hub names" in capsys.readouterr().err
 
