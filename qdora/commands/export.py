@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,15 +13,16 @@ from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.export import FORMATS
 from qdora.export.adapter import copy_adapter
-from qdora.export.card import make_card, write_card
 from qdora.export.job import ExportJob, load_format
-from qdora.export.push import Repository, open_repository
 from qdora.files import atomic_directory
 from qdora.models.formats.write import write_settings
 from qdora.models.load import required_tokenizer, resolve_device
 from qdora.models.sources import open_checkpoint
 from qdora.output import check_output, locked
 from qdora.run import Target
+
+if TYPE_CHECKING:
+    from qdora.export.push import Repository
 
 
 def export(arguments: argparse.Namespace, target: Target, adapter: Path) -> None:
@@ -38,6 +40,9 @@ def export(arguments: argparse.Namespace, target: Target, adapter: Path) -> None
 
 
 def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output: Path) -> None:
+    from qdora.export.card import make_card, write_card  # with transformers' generation
+    from qdora.export.push import open_repository
+
     check_output(output, arguments.overwrite)
     row = FORMATS[arguments.format]
     if not row.needs_base and output.resolve() == adapter.resolve():

@@ -22,7 +22,6 @@ from qdora.data.rows import Example
 from qdora.data.vocabulary import check_ids, check_questions, fit_padding
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.scores import Scores, write_scores
-from qdora.export.card import write_run_cards
 from qdora.files import fsync, wrap_os_errors
 from qdora.models.build import build_model
 from qdora.models.formats import Checkpoint
@@ -205,6 +204,8 @@ def _train_locked(
     # Last, since a run that has its adapter counts as finished.
     run.save_adapter(directory.adapter if context.is_main else None)
     if context.is_main:
+        from qdora.export.card import write_run_cards  # with transformers' generation
+
         write_run_cards(directory)
         rows = trained_rows(directory, report) | data.left_out_of_stream()
         print(summarize(directory, steps, validations, rows))
@@ -329,10 +330,9 @@ class _Run:
         self.bar.working("validating")
         stop = self.validator(step) and step < self.trainer.total_steps
         if stop:
-            state = self.validator.state
             self.bar.say(
-                f"step {step}: stopping early, the last {state.since} validations were no better than that "
-                f"after step {state.best_step} (training.patience)"
+                f"step {step}: stopping early, the last {self.validator.state.since} validations were no "
+                f"better than that after step {self.validator.state.best_step} (training.patience)"
             )
             with self.context.raise_on_all_ranks():
                 if self.context.is_main:
