@@ -64,10 +64,12 @@ def cpu_context(fsdp: FsdpSettings | None = None) -> DistributedContext:
     return DistributedContext(ranks.process_index, ranks.num_processes, ranks.device, fsdp, ranks)
 
 
-def write_tiny_gguf(path: Path, norm: float = 1.0, context: int = 64) -> Path:
+def write_tiny_gguf(path: Path, norm: float = 1.0, context: int = 64, licence: str | None = None) -> Path:
     """A GGUF file with a tiny LLaMA in Q4_1 and a tokenizer of bytes."""
     hidden, inner = 32, 64
     writer = gguf.GGUFWriter(path, "llama")
+    if licence is not None:
+        writer.add_license(licence)
     writer.add_block_count(1)
     writer.add_context_length(context)
     writer.add_embedding_length(hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 
 from qdora.errors import InputError
@@ -25,12 +26,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="only the first so many examples")
     parser.add_argument("--base-only", action="store_true", help="the base model, without the adapter")
     parser.add_argument(
+        "--lm-eval",
+        metavar="TASKS",
+        help="score tasks of lm-evaluation-harness instead, where it is installed: names, groups or "
+        "patterns, separated by commas",
+    )
+    parser.add_argument(
+        "--lm-eval-tasks", metavar="DIR", help="folder with further tasks of the harness, as YAML files"
+    )
+    parser.add_argument(
         "--output", help="folder for the reports; else the run's evaluation/, none with --data"
     )
 
 
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Find what is evaluated; what is left to do."""
+    if arguments.lm_eval is not None or arguments.lm_eval_tasks is not None:
+        return _prepare_harness(arguments)
     if arguments.limit is not None:
         arguments.set.append(f"evaluation.limit={arguments.limit}")
     elif arguments.split == "validation":
@@ -60,6 +72,38 @@ def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         evaluate(arguments, target)
 
     return work
+
+
+def _prepare_harness(arguments: argparse.Namespace) -> Callable[[], None]:
+    """The same for tasks of lm-evaluation-harness."""
+    if arguments.lm_eval is None:
+        raise InputError("--lm-eval-tasks is a folder of tasks; name those to score with --lm-eval")
+    tasks = [name.strip() for name in arguments.lm_eval.split(",") if name.strip()]
+    if not tasks:
+        raise InputError(f"--lm-eval {arguments.lm_eval!r} names no task; allowed: names with commas between")
+    others = {"--data": arguments.data, "--task": arguments.task}
+    others |= {"--split validation": arguments.split == "validation"}
+    for option in (name for name, given in others.items() if given):
+        raise InputError(f"--lm-eval scores the harness' own tasks; {option} does not go with it")
+    require_harness()
+    # A run's limit is one of its own test examples.
+    arguments.set.append(f"evaluation.limit={'null' if arguments.limit is None else arguments.limit}")
+    target = resolve_target(arguments, data=None, base_only=arguments.base_only, best=arguments.best)
+
+    def work() -> None:
+        from qdora.commands.evaluate import evaluate_with_harness
+
+        evaluate_with_harness(arguments, target, tasks)
+
+    return work
+
+
+def require_harness() -> None:
+    """Raises: InputError: lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            "--lm-eval needs lm-evaluation-harness, which is not installed: pip install 'lm-eval>=0.4.13'"
+        )
 
 
 def _check_validation(target: Target) -> None:

@@ -15,6 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target_arguments(parser)
     add_best_argument(parser)
     parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload the folder to the Hugging Face hub: OWNER/NAME"
+    )
+    parser.add_argument("--private", action="store_true", help="make that repository a private one")
     add_format_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder")
     parser.add_argument("--no-verify", action="store_true", help="do not load the result to check it")
@@ -24,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     """Check the format's options and find the adapter; what is left to do."""
     check_format(arguments)
+    if arguments.private and arguments.push_to_hub is None:
+        raise InputError("--private is about the repository that --push-to-hub names")
     target = resolve_target(arguments, data=None, best=arguments.best)
     adapter = target.adapter
     if adapter is None:

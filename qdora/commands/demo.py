@@ -19,9 +19,10 @@ from qdora.commands.train import train
 from qdora.config import RunConfig
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
+from qdora.export import FORMATS
 from qdora.export.merged import merge_and_export
 from qdora.export.verify import verify_export
-from qdora.run import RunDirectory
+from qdora.run import RunDirectory, Target
 from qdora.tasks.shots import draw_shots
 from qdora.training.metrics import read_metrics
 from qdora.training.progress import shown_plot
@@ -69,6 +70,13 @@ def demo(arguments: argparse.Namespace, config: RunConfig) -> None:
         score(model, tokenizer, data, directory.evaluation)
         _title("Export")
         folder = merge_and_export(model, tokenizer, output, "fp16", overwrite=True)
+        from qdora.export.card import make_card, write_card, write_run_cards  # likewise
+
+        merged = argparse.Namespace(onto="nf4", quantize=None)
+        target, row = Target(config, directory.adapter, directory), FORMATS["merged"]
+        card = make_card(folder.name, target, directory.adapter, row, scored=row.scored(merged))
+        write_card(folder, card)
+        write_run_cards(directory)
         print(f"merged weights: {folder}")
         print(verify_export(folder, model))
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
 from qdora.config_file import config_digest
 from qdora.distributed.context import DistributedContext
+from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
+from qdora.evaluation.harness import FOLDER, HarnessScores, evaluate_harness
 from qdora.evaluation.scores import Scores
+from qdora.export.card import write_run_cards
 from qdora.run import Target
 
 
@@ -32,8 +36,44 @@ def evaluate(arguments: argparse.Namespace, target: Target) -> None:
         print(_table(scores))
         if folder is not None:
             print(f"reports: {folder}")
+            _write_card(target, folder)
         elif target.directory is not None and not arguments.data:
             print("reports: none, the adapter is not the run's own; --output DIR writes them")
+
+
+def evaluate_with_harness(arguments: argparse.Namespace, target: Target, tasks: Sequence[str]) -> None:
+    """The same with tasks of lm-evaluation-harness.
+
+    Args:
+        arguments: of the command.
+        target: what they name.
+        tasks: names.
+    """
+    context = DistributedContext.from_launch()
+    context.refuse_disagreement({"the configuration": config_digest(target.config)})
+    folder = _report_folder(arguments, target)
+    own = None if arguments.lm_eval_tasks is None else Path(arguments.lm_eval_tasks)
+    with context.on_main_rank(target.locked):
+        scores = evaluate_harness(
+            target.config, target.adapter, context, tasks, tasks_folder=own, folder=folder
+        )
+    if context.is_main:
+        print(_harness_table(scores))
+        if folder is not None:
+            print(f"reports: {folder / FOLDER}")
+            _write_card(target, folder)
+
+
+def _write_card(target: Target, folder: Path) -> None:
+    """The run's own reports are in the card beside its adapter."""
+    run = target.directory
+    if run is None or folder not in (run.evaluation, run.base_evaluation, run.best_evaluation):
+        return
+    try:
+        said = write_run_cards(run)
+    except InputError as error:  # the scores are written
+        said = [f"no model card: {error}"]
+    print(*said, sep="\n", end="\n" if said else "")
 
 
 def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None:
@@ -65,3 +105,21 @@ def _table(scores: list[Scores]) -> str:
     ]
     metric = ", ".join(sorted({score.metric.replace("_", " ") for score in scores}))
     return tabulate(rows, headers=("task", metric, "std. error", "correct", "scorer"))
+
+
+def _harness_table(scores: Sequence[HarnessScores]) -> str:
+    rows = [
+        (
+            score.task if number == 0 else "",
+            metric.metric if metric.filter == "none" else f"{metric.metric} ({metric.filter})",
+            f"{metric.value:.4f}",
+            "" if metric.stderr is None else f"± {metric.stderr:.4f}",
+            "" if metric.interval is None else "{:.4f} to {:.4f}".format(*metric.interval),
+            score.total,
+            "" if score.shots is None else score.shots,
+        )
+        for score in scores
+        for number, metric in enumerate(score.metrics)
+    ]
+    headers = ("task", "metric", "value", "std. error", "95% interval", "documents", "shots")
+    return tabulate(rows, headers=headers, disable_numparse=True)

@@ -205,6 +205,9 @@ def _train_locked(
     # Last, since a run that has its adapter counts as finished.
     run.save_adapter(directory.adapter if context.is_main else None)
     if context.is_main:
+        from qdora.export.card import write_run_cards  # with transformers' generation
+
+        write_run_cards(directory)
         rows = trained_rows(directory, report) | data.left_out_of_stream()
         print(summarize(directory, steps, validations, rows))
     if after is not None:
@@ -224,9 +227,8 @@ def _hold_out(
     held_out, skipped = hold_out(config.data, tokenizer, data.validation)
     if skipped:
         context.say(f"{len(skipped)} validation examples have no part in the loss, the first: {skipped[0]}")
-    examples = [example for of_task in held_out.values() for example in of_task]
-    rows = table_rows(tokenizer, checkpoint, config)
-    check_ids(tokenizer, rows, ((example.origin, example.input_ids) for example in examples))
+    ids = ((example.origin, example.input_ids) for of_task in held_out.values() for example in of_task)
+    check_ids(tokenizer, table_rows(tokenizer, checkpoint, config), ids)
     return held_out
 
 
@@ -329,10 +331,9 @@ class _Run:
         self.bar.working("validating")
         stop = self.validator(step) and step < self.trainer.total_steps
         if stop:
-            state = self.validator.state
             self.bar.say(
-                f"step {step}: stopping early, the last {state.since} validations were no better than that "
-                f"after step {state.best_step} (training.patience)"
+                f"step {step}: stopping early, the last {self.validator.state.since} validations were no "
+                f"better than that after step {self.validator.state.best_step} (training.patience)"
             )
             with self.context.raise_on_all_ranks():
                 if self.context.is_main:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -245,19 +246,25 @@ def write_scores(scores: Scores, directory: str | Path) -> Path:
     Returns: the path of `TASK.json`; what a file name cannot hold is percent-encoded (`org%2Fname.json`).
     Raises: InputError: they cannot be written; on a full disk those of an earlier evaluation stay.
     """
-    directory = Path(directory)
-    # Encoded, not replaced: two tasks never have the same file.
-    stem = quote(scores.task, safe="")
-    path, predictions_path = directory / f"{stem}.json", directory / f"{stem}.predictions.jsonl"
     tree = asdict(scores) | {"tokens_per_second": scores.tokens_per_second}
     lines = [json.dumps(prediction) + "\n" for prediction in tree.pop("predictions")]
+    # Encoded, not replaced: two tasks never have the same file.
+    return write_pair(Path(directory), quote(scores.task, safe=""), tree, "predictions", lines)
+
+
+def write_pair(directory: Path, stem: str, tree: Mapping[str, Any], name: str, lines: Sequence[str]) -> Path:
+    """Write `STEM.json` and `STEM.NAME.jsonl`, over those of an earlier evaluation.
+
+    Raises: InputError: as `write_scores`.
+    """
+    path, lines_path = directory / f"{stem}.json", directory / f"{stem}.{name}.jsonl"
     try:
         # Both are on the disk before one is replaced, so that a full disk changes nothing.
         with staging_directory(directory / stem) as staging:
-            write_text(staging / predictions_path.name, "".join(lines))
+            write_text(staging / lines_path.name, "".join(lines))
             write_json(staging / path.name, tree)
             path.unlink(missing_ok=True)
-            for target in (predictions_path, path):
+            for target in (lines_path, path):
                 (staging / target.name).replace(target)
     except (OSError, InputError) as error:
         raise InputError(f"{path}: scores cannot be written: {error}") from error

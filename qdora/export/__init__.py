@@ -14,6 +14,26 @@ from typing import Any, get_args
 from qdora.config import QuantizationName
 from qdora.errors import InputError
 
+TRANSFORMERS_USAGE = """\
+from transformers import pipeline
+
+generate = pipeline("text-generation", "{name}")  # OWNER/NAME on the hub, or the folder of this card
+print(generate("...", max_new_tokens=64, do_sample=False)[0]["generated_text"])"""
+PEFT_USAGE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}"){trained_on}
+model = PeftModel.from_pretrained(base, "{name}")  # OWNER/NAME on the hub, or the folder of this card"""
+
+NF4_USAGE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")
+# OWNER/NAME on the hub, or the folder of this card. One that was quantized again has no adapter beside it.
+model = PeftModel.from_pretrained(model, "{name}", subfolder="adapter")"""
+
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--dtype": {
         "choices": ("bf16", "fp16", "fp32"),
@@ -49,11 +69,22 @@ class FormatRow:
         summary: what is written, in a few words.
         options: those that it takes, of `OPTIONS`, with their defaults.
         check: refuses values that no model makes right; raises InputError.
+        needs_base: whether the base is opened; else the adapter is copied.
+        scored: whether, with these options, what is written computes the same as the model that was scored;
+            else its card lists the run's scores as another model's.
+        library, relation, tags: of its card, in the hub's words.
+        usage: Python of its card, with `{name}`, `{base}`, `{quantization}` and `{trained_on}`.
     """
 
     summary: str
     options: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[argparse.Namespace], None] = lambda arguments: None
+    needs_base: bool = True
+    scored: Callable[[argparse.Namespace], bool] = lambda arguments: False
+    library: str = "transformers"
+    relation: str = "finetune"
+    tags: tuple[str, ...] = ()
+    usage: str = TRANSFORMERS_USAGE
 
 
 def _check_lora(arguments: argparse.Namespace) -> None:
@@ -65,16 +96,31 @@ def _check_lora(arguments: argparse.Namespace) -> None:
 
 FORMATS: Mapping[str, FormatRow] = {
     "merged": FormatRow(
-        "the adapter merged into 16-bit weights", {"--dtype": "fp16", "--onto": "nf4", "--quantize": None}
+        "the adapter merged into 16-bit weights",
+        {"--dtype": "fp16", "--onto": "nf4", "--quantize": None},
+        scored=lambda arguments: arguments.onto == "nf4" and arguments.quantize is None,
+    ),
+    "adapter": FormatRow(
+        "the adapter alone, in PEFT's format",
+        needs_base=False,
+        scored=lambda arguments: True,
+        library="peft",
+        relation="adapter",
+        usage=PEFT_USAGE,
     ),
     "nf4": FormatRow(
         "the 4-bit weights that were trained on, and a plain LoRA: a checkpoint of bitsandbytes",
         {"--dtype": "fp16", "--requantize": False},
+        scored=lambda arguments: not arguments.requantize,
+        usage=NF4_USAGE,
     ),
     "lora": FormatRow(
         "a plain LoRA for servers that refuse DoRA, by SVD of the change of each weight",
         {"--r": None, "--onto": "nf4", "--score": False},
         _check_lora,
+        library="peft",
+        relation="adapter",
+        usage=PEFT_USAGE,
     ),
 }
 DEFAULT = "merged"

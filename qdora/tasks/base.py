@@ -75,6 +75,8 @@ class Task:
     """The splits; empty where the data decides."""
     split_of_files: ClassVar[bool] = True
     """Whether a split has files of its own; else it is a part of the rows, by `order`."""
+    dataset: ClassVar[str] = ""
+    """Id of the data set on the hub; empty where it is not there, or the configuration names it."""
     names_examples: ClassVar[bool] = True
     """Whether its examples carry its name; those of a mixture or of the user's own data do not."""
 
@@ -310,7 +312,6 @@ class HeldOutTask(Task):
     """
 
     optional = ("path", "held_out")
-    dataset: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
     rows_held_out: ClassVar[int]
     split_of_files = False

@@ -24,6 +24,7 @@ class Gsm8k(Task):
     """GSM8K from the hub, a folder or a file."""
 
     optional = ("path",)
+    dataset = DATASET
 
     def rows(self, config: DatasetConfig) -> Rows:
         """The hub's rows, those of a local copy or of SPLIT.jsonl in a folder, or a file's, which is then the

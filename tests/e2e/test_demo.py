@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from huggingface_hub import ModelCard
 
 from qdora.cli import run_command
 from qdora.evaluation.scores import read_reports
@@ -35,6 +36,9 @@ def test_the_demo_loads_once_and_shows_answers(tmp_path, tiny_model_folder, monk
     first = after.predictions[0].prompt.splitlines()[1]
     assert first[:60] in shown
     assert (tmp_path / "exports" / "quickstart" / "model.safetensors").is_file()
+    for folder in (tmp_path / "exports" / "quickstart", run / "adapter"):
+        (result,) = ModelCard.load(folder / "README.md").data.eval_results
+        assert result.metric_value == pytest.approx(after.score, abs=1e-6)
     assert run_command("evaluate", ["--run", str(run), "--base-only"]) == 0
     [again] = read_reports(run / "evaluation-base")
     assert [p.output for p in again.predictions] == [p.output for p in before.predictions]

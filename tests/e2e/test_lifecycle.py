@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.cli import run_command
 from qdora.config_file import load_config, set_key
 from tests.axes import METHODS, axes_keys
+from tests.harness_tasks import CHOICES, write_choices
 
 from .runs import finish, start, tiny_tree, write_config
 
@@ -49,6 +51,7 @@ def test_run_directory_holds_what_it_promises(run_folder):
     assert json.loads((run_folder / "evaluation" / "step-5" / "sums.json").read_text())["total"] == 8
     assert {p.name for p in (run_folder / "checkpoints").iterdir()} == {"step-5", "step-10"}
     assert list(run_folder.glob("qdora/events*")), "the tracker wrote nothing"
+    assert "None were measured." in (run_folder / "adapter" / "README.md").read_text()
 
 
 def test_evaluate_with_and_without_the_adapter(run_folder, capsys):
@@ -63,6 +66,23 @@ def test_evaluate_with_and_without_the_adapter(run_folder, capsys):
     assert len(lines) == 8
     assert {"prompt", "output", "extracted", "gold"} <= json.loads(lines[0]).keys()
     assert json.loads((run_folder / "evaluation-base" / "sums.json").read_text())["total"] == 3
+    (result,) = ModelCard.load(run_folder / "adapter" / "README.md").data.eval_results
+    assert (result.dataset_name, result.metric_value) == ("sums", report["score"])
+
+
+def test_a_run_is_scored_by_the_harness(run_folder, tmp_path, capsys, monkeypatch):
+    """Catches: options that do not come to the harness; its scores lost to the reports or the card."""
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tasks = write_choices(tmp_path / "tasks", CHOICES)
+    words = ["--run", str(run_folder), "--lm-eval", "choices", "--lm-eval-tasks", str(tasks), "--limit", "3"]
+    assert run_command("evaluate", words) == 0
+    shown = capsys.readouterr().out
+    assert "acc_norm" in shown
+    report = json.loads((run_folder / "evaluation" / "lm-eval" / "choices.json").read_text())
+    assert (report["total"], report["decoding"]["weights"]) == (3, "merged")
+    assert f"{report['metrics'][0]['value']:.4f}" in shown
+    assert "| choices | acc (lm_eval " in (run_folder / "adapter" / "README.md").read_text()
 
 
 def test_evaluate_with_shots(run_folder, tmp_path, capsys):
@@ -126,6 +146,7 @@ def test_export_reloads_in_plain_transformers(run_folder, tmp_path, capsys, dtyp
     assert "verified: plain transformers loads it" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.library_name == "transformers"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("a7: 7+7?")["input_ids"]) == "a7: 7+7?"
     assert run_command("export", words) == 2

@@ -120,6 +120,7 @@ def test_no_pickle_and_no_code_is_downloaded() -> None:
         "tokenizer.model",
         "merges.txt",
         "chat_template.jinja",
+        "README.md",
     ]
     unwanted = [
         "pytorch_model.bin",
@@ -131,7 +132,7 @@ def test_no_pickle_and_no_code_is_downloaded() -> None:
         "training_args.bin",
     ]
     kept = filter_repo_objects(
-        wanted + unwanted, allow_patterns=list(hub._ALLOWED), ignore_patterns=list(hub._IGNORED)
+        wanted + unwanted, allow_patterns=list(hub.MODEL_FILES), ignore_patterns=list(hub._IGNORED)
     )
     assert list(kept) == wanted
 

