@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qdora.errors import InputError
     from qdora.evaluation.evaluate import evaluate
     from qdora.evaluation.scores import Scores
-    from qdora.export.write import merge_and_export
+    from qdora.export.merged import merge_and_export
     from qdora.models.load import load_base
     from qdora.tasks.scoring import score_answer
 
@@ -53,7 +53,7 @@ _HOMES = {
     "load_adapter": "qdora.adapters.peft_io",
     "load_base": "qdora.models.load",
     "merge_adapters": "qdora.adapters.inject",
-    "merge_and_export": "qdora.export.write",
+    "merge_and_export": "qdora.export.merged",
     "save_adapter": "qdora.adapters.peft_io",
     "score_answer": "qdora.tasks.scoring",
     "unmerge_adapters": "qdora.adapters.inject",

@@ -23,7 +23,7 @@ from qdora.distributed.context import DistributedContext
 from qdora.evaluation.continuous import SPARE_COLUMNS
 from qdora.evaluation.generation import Generation, generate, read_answer
 from qdora.evaluation.weights import evaluation_weights
-from qdora.export.write import merge_and_export
+from qdora.export.merged import merge_and_export
 from qdora.models.load import compute_dtype, load_base
 
 PAIRS = (

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.config import AdapterConfig, ModelConfig
 from qdora.errors import InputError
-from qdora.export.write import merged_tensors
+from qdora.export.merged import merged_tensors
 from qdora.run import machine, package_versions
 
 if TYPE_CHECKING:

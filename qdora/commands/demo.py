@@ -15,12 +15,12 @@ from tabulate import tabulate
 
 from qdora.adapters.base import describe
 from qdora.adapters.inject import adapters_off
-from qdora.commands.export import verified
 from qdora.commands.train import train
 from qdora.config import RunConfig
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
-from qdora.export.write import merge_and_export
+from qdora.export.merged import merge_and_export
+from qdora.export.verify import verify_export
 from qdora.run import RunDirectory
 from qdora.tasks.shots import draw_shots
 from qdora.training.metrics import read_metrics
@@ -69,7 +69,7 @@ def demo(arguments: argparse.Namespace, config: RunConfig) -> None:
         _title("Export")
         folder = merge_and_export(model, tokenizer, output, "fp16", overwrite=True)
         print(f"merged weights: {folder}")
-        print(verified(folder, model))
+        print(verify_export(folder, model))
 
     train(config, context=context, before=before, after=after)
     print("\n" + summary(config, directory, output, time.perf_counter() - started))

@@ -1,0 +1,90 @@
+"""What `export` writes: one file per format, and their registry.
+
+A row names a format's options; the module of the same name, imported where it is used, does the work
+(`qdora.export.job.Format`).  Importing this brings no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from qdora.config import QuantizationName
+from qdora.errors import InputError
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "--dtype": {
+        "choices": ("bf16", "fp16"),
+        "help": "of the written weights",
+    },
+    "--onto": {
+        "choices": ("nf4", "original"),
+        "help": "merge onto the dequantized weights that the adapter was trained on, whatever their format, "
+        "or onto the original ones",
+    },
+    "--quantize": {
+        "choices": sorted(get_args(QuantizationName)),
+        "help": "full fine-tuning: quantize what was trained to this format, and write what it says",
+    },
+}
+"""Options of all formats, as argparse takes them; several formats may share one."""
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """A format as the command line sees it.
+
+    Attributes:
+        summary: what is written, in a few words.
+        options: those that it takes, of `OPTIONS`, with their defaults.
+        check: refuses values that no model makes right; raises InputError.
+    """
+
+    summary: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[argparse.Namespace], None] = lambda arguments: None
+
+
+FORMATS: Mapping[str, FormatRow] = {
+    "merged": FormatRow(
+        "the adapter merged into 16-bit weights", {"--dtype": "fp16", "--onto": "nf4", "--quantize": None}
+    ),
+}
+DEFAULT = "merged"
+
+
+def add_format_arguments(parser: argparse.ArgumentParser) -> None:
+    """The choice of a format, and the options of all formats; `check_format` follows."""
+    parser.add_argument(
+        "--format",
+        default=DEFAULT,
+        choices=list(FORMATS),
+        help="; ".join(f"{name}: {row.summary}" for name, row in FORMATS.items()),
+    )
+    for option, settings in OPTIONS.items():
+        of = [name for name, row in FORMATS.items() if option in row.options]
+        parser.add_argument(
+            option, default=None, **{**settings, "help": f"{settings['help']} ({', '.join(of)})"}
+        )
+
+
+def check_format(arguments: argparse.Namespace) -> None:
+    """Give the options of the chosen format their defaults.
+
+    Raises: InputError: an option of another format was given, or as the format's own check.
+    """
+    row = FORMATS[arguments.format]
+    for option in OPTIONS:
+        name = option.removeprefix("--").replace("-", "_")
+        if option in row.options:
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, row.options[option])
+        elif getattr(arguments, name) is not None:
+            others = ", ".join(other for other, has in FORMATS.items() if option in has.options)
+            raise InputError(
+                f"{option} is an option of --format {others}; --format {arguments.format} takes "
+                f"{', '.join(row.options) or 'none of its own'}"
+            )
+    row.check(arguments)

@@ -12,9 +12,9 @@ import qdora
 from qdora.benchmark.gpu.sizes import STAGE_NAMES
 from qdora.benchmark.gpu.stages import STAGES
 from qdora.cli import COMMANDS
-from qdora.cli.export import DTYPES
 from qdora.config import QuantizationName
-from qdora.export import write
+from qdora.export import FORMATS, OPTIONS, merged
+from qdora.export.job import load_format
 from tests.e2e.runs import ROOT, tiny_tree, write_config
 
 HEAVY = ("torch", "transformers", "accelerate", "bitsandbytes", "datasets", "pandas", "scipy", "matplotlib")
@@ -156,5 +156,8 @@ def test_names_written_out_for_the_options_are_those_that_there_are():
     from qdora.quant import QUANTIZATIONS
 
     assert tuple(STAGES) == STAGE_NAMES
-    assert set(DTYPES) == set(write.DTYPES)
+    assert set(OPTIONS["--dtype"]["choices"]) == set(merged.DTYPES)
+    for name, row in FORMATS.items():
+        assert row.options.keys() <= OPTIONS.keys()
+        assert all(callable(getattr(load_format(name), step)) for step in ("check", "write", "verify"))
     assert set(get_args(QuantizationName)) == set(QUANTIZATIONS)

@@ -30,7 +30,7 @@ from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.lora import LoraUpdate
 from qdora.adapters.peft_io import load_adapter, save_adapter
 from qdora.errors import InputError
-from qdora.export.write import merged_tensors
+from qdora.export.merged import merged_tensors
 from qdora.models.load import load_base
 from tools.campaign.report import Report
 from tools.campaign.small_models import Case, make_case, make_model

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.adapters.peft_io import load_adapter, save_adapter
 from qdora.errors import CheckpointError, InputError
-from qdora.export.write import merge_and_export, merged_onto
+from qdora.export.merged import merge_and_export, merged_onto
 from qdora.models.load import load_base
 from qdora.models.sources import open_checkpoint
 from tests.axes import adapter_config

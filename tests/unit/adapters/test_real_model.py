@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.adapters.peft_io import save_adapter
-from qdora.export.write import merged_tensors
+from qdora.export.merged import merged_tensors
 from qdora.models.load import load_base
 from tests.axes import adapter_config
 

@@ -15,7 +15,8 @@ from qdora.config import AdapterConfig
 from qdora.data.batches import collate
 from qdora.data.tokenize import TokenizedExample
 from qdora.errors import InputError
-from qdora.export.write import merge_and_export, verify_export
+from qdora.export.merged import merge_and_export
+from qdora.export.verify import verify_export
 from qdora.models.load import load_base
 from qdora.training.loss import completion_loss
 from tests.tiny import tiny_config, tiny_tokenizer, write_tiny_model

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.errors import InputError
-from qdora.export.write import VerificationError, merge_and_export, merged_onto, merged_tensors, verify_export
+from qdora.export.merged import merge_and_export, merged_onto, merged_tensors
+from qdora.export.verify import VerificationError, verify_export
 from qdora.models.formats import write
 from qdora.models.load import load_base
 from qdora.models.sources import open_checkpoint

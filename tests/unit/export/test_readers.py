@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, Gemma3TextConfig, LlamaConfig, Phi3Config, Qwen2Config
 
-from qdora.export.write import merge_and_export
+from qdora.export.merged import merge_and_export
 from qdora.models.formats.write import write_settings
 from qdora.models.load import load_base
 from tests.environments import environment_python

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.config import AdapterConfig
 from qdora.errors import InputError
-from qdora.export.write import merge_and_export
+from qdora.export.merged import merge_and_export
 from qdora.models.formats import write
 from qdora.models.load import load_base
 from tests.tiny import write_tiny_model

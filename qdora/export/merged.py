@@ -1,15 +1,13 @@
-"""Merge the adapter into 16-bit weights, write a folder that transformers and vLLM load, and verify it."""
+"""`--format merged`: the adapter merged into 16-bit weights, a folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from torch import nn
 
 from qdora.adapters.inject import adapted_layers, refuse_overflow
@@ -17,6 +15,8 @@ from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.tokens import TokenRows
 from qdora.adapters.vocabulary import vocabulary_layers
 from qdora.errors import InputError
+from qdora.export.job import ExportJob
+from qdora.export.verify import verify_export
 from qdora.files import atomic_directory
 from qdora.models.formats.write import cast_checked, write_model_folder
 from qdora.output import check_output
@@ -55,18 +55,59 @@ def merge_and_export(
         raise InputError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
     check_output(directory, overwrite)
     refuse_overflow(model, "the model")
+    with atomic_directory(directory) as folder:
+        _write(folder, model, tokenizer, DTYPES[dtype], tensors)
+    return directory
+
+
+def check(job: ExportJob) -> None:
+    """As `Format.check`."""
+    if job.options.onto == "original" and job.checkpoint.quantization is not None:
+        raise InputError(f"{job.checkpoint.origin}: holds no original weights, they are stored quantized")
+
+
+def write(job: ExportJob, folder: Path) -> str:
+    """As `Format.write`."""
+    model, dtype, originals = job.model, DTYPES[job.options.dtype], None
+    if job.options.onto == "original":
+        if not adapted_layers(model):
+            raise InputError(
+                "--onto original: full fine-tuning leaves no adapter to merge onto other weights"
+            )
+        originals = merged_onto(model, job.checkpoint.tensors(), dtype)
+    refuse_overflow(model, "the model")
+    _write(folder, model, job.tokenizer, dtype, originals)
+    return "merged weights"
+
+
+def verify(job: ExportJob, folder: Path) -> str:
+    """As `Format.verify`."""
+    model = job.model
+    if job.options.onto == "original":
+        # What the export must reproduce is the adapter on the unquantized base.
+        job.release()
+        del model
+        model = job.load(job.adapter, quantization="none")
+    return str(verify_export(folder, model))
+
+
+def _write(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, torch.Tensor]] | None,
+) -> None:
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    with atomic_directory(directory) as folder:
-        write_model_folder(
-            folder,
-            merged_tensors(model, DTYPES[dtype]) if tensors is None else tensors,
-            config,
-            DTYPES[dtype],
-            model.generation_config if model.can_generate() else None,
-            tokenizer,
-        )
-    return directory
+    write_model_folder(
+        folder,
+        merged_tensors(model, dtype) if tensors is None else tensors,
+        config,
+        dtype,
+        model.generation_config if model.can_generate() else None,
+        tokenizer,
+    )
 
 
 def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -141,73 +182,3 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for leaf, buffer in module.named_buffers(recurse=False):
         if leaf not in module._non_persistent_buffers_set:
             yield leaf, buffer
-
-
-BOUNDS = {torch.float16: 1e-2, torch.bfloat16: 8e-2}
-"""Largest relative error of logits: the weights' rounding (2⁻¹¹, 2⁻⁸), grown over the layers."""
-
-
-class VerificationError(InputError):
-    """The export does not load cleanly, or its logits differ from the adapted model's."""
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How near the exported model's logits are to the adapted model's.
-
-    Attributes:
-        relative_error: ||exported − adapted|| / ||adapted|| over all logits.
-        bound: largest relative error that is accepted.
-        same_next_token: fraction of positions with the same most likely next token.
-        positions: how many were compared.
-    """
-
-    relative_error: float
-    bound: float
-    same_next_token: float
-    positions: int
-
-
-@torch.no_grad()
-def verify_export(directory: str | Path, model: PreTrainedModel, input_ids_BT: torch.Tensor) -> Verification:
-    """Load the folder with transformers and compare its logits with the adapted model's.
-
-    Args:
-        directory: the exported folder.
-        model: the adapted model, in evaluation mode.
-        input_ids_BT: (B, T) tokens to compare on.
-    Raises: VerificationError: it does not load, tensors are missing or left over, or the logits are out of
-        bound.
-    """
-    device = next(model.parameters()).device
-    adapted_BTV = model(input_ids=input_ids_BT.to(device)).logits.float().cpu()
-    compute = torch.float32 if device.type == "cpu" else "auto"
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=compute, output_loading_info=True
-        )
-        bound = _bound(directory, model)
-    except Exception as cause:
-        raise VerificationError(f"{directory}: transformers cannot load it: {cause}") from cause
-    exported, info = loaded
-    faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(faults.values()):
-        raise VerificationError(f"{directory}: transformers reports {faults}")
-    exported_BTV = exported.to(device)(input_ids=input_ids_BT.to(device)).logits.float().cpu()
-    error = float((exported_BTV - adapted_BTV).norm() / adapted_BTV.norm())
-    same = (exported_BTV.argmax(-1) == adapted_BTV.argmax(-1)).float().mean()
-    result = Verification(error, bound, float(same), input_ids_BT.numel())
-    if not error <= result.bound:
-        raise VerificationError(
-            f"{directory}: relative error of the logits {error:.2e} exceeds the bound {result.bound:.0e}"
-        )
-    return result
-
-
-def _bound(directory: str | Path, model: PreTrainedModel) -> float:
-    """The looser of the bounds for the exported weights' dtype and the adapted model's activations."""
-    # From config.json: the loaded weights may have been widened.
-    stored: torch.dtype = transformers.AutoConfig.from_pretrained(directory).dtype
-    embedding = model.get_input_embeddings()
-    activation = embedding(torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device))
-    return max(BOUNDS[stored], BOUNDS.get(activation.dtype, 0.0))
