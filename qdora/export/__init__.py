@@ -24,6 +24,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "help": "merge onto the dequantized weights that the adapter was trained on, whatever their format, "
         "or onto the original ones",
     },
+    "--type": {
+        "choices": ("f16", "q8_0", "q4_0"),
+        "help": "encoding of the matrices",
+    },
     "--quantize": {
         "choices": sorted(get_args(QuantizationName)),
         "help": "full fine-tuning: quantize what was trained to this format, and write what it says",
@@ -50,6 +54,10 @@ class FormatRow:
 FORMATS: Mapping[str, FormatRow] = {
     "merged": FormatRow(
         "the adapter merged into 16-bit weights", {"--dtype": "fp16", "--onto": "nf4", "--quantize": None}
+    ),
+    "gguf": FormatRow(
+        "the merged weights as one file for llama.cpp and Ollama",
+        {"--type": "f16", "--onto": "nf4", "--quantize": None},
     ),
 }
 DEFAULT = "merged"

@@ -146,6 +146,7 @@ def streamed(
     """The model of a folder as plain transformers builds it, of which only the module that computes exists.
 
     Args:
+        directory: or a GGUF file.
         device: that computes.
         dtype: in which.
         prepare: changes modules of the model, on the meta device; returns what materializes them, which
@@ -154,7 +155,7 @@ def streamed(
     from accelerate import init_empty_weights
 
     checkpoint = open_checkpoint(str(directory))
-    config = transformers.AutoConfig.from_pretrained(directory)
+    config = checkpoint.config if directory.is_file() else transformers.AutoConfig.from_pretrained(directory)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):

@@ -1,7 +1,7 @@
 """A tokenizer as the metadata of a GGUF file, and how llama.cpp splits text by what they say.
 
-llama.cpp names the rule by which byte-level BPE splits text before it merges (`tokenizer.ggml.pre`). It knows no
-other rules. A sentencepiece vocabulary has none; each token has a score, by which llama.cpp merges.
+llama.cpp names the rule by which byte-level BPE splits text before it merges, `tokenizer.ggml.pre`, and knows
+no others. A sentencepiece vocabulary has none: each token has a score, by which llama.cpp merges.
 """
 
 from __future__ import annotations
@@ -138,12 +138,13 @@ def _pre_tokenizer(backend: dict[str, Any], steps: list[dict[str, Any]], said: s
         pattern = {"Regex": GGUF_PRE_TOKENIZER_SPLITS[name]}
         split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
         known[name] = [split, byte_level | {"use_regex": False}]
-    name = next((name for name, expected in known.items() if found == expected), None)
-    if name is None:
+    names = [name for name, expected in known.items() if found == expected]
+    if not names:
         raise InputError(
             f"{said} splits text in a way that has no name in llama.cpp that this program knows "
             f"({json.dumps(found, ensure_ascii=False)}); known: {', '.join(known)}"
         )
+    (name,) = names
     normalizers = [step["type"] for step in _steps(backend["normalizer"], "normalizers")]
     # llama.cpp does not normalize; typed text is in normal form C as a rule.
     if normalizers not in ([], ["NFC"]):

@@ -227,8 +227,9 @@ def _rope_factors(config: PreTrainedConfig) -> torch.Tensor | None:
     if config.rope_parameters.get("rope_type", "default") == "default":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    plain = config.rope_parameters["rope_theta"] ** -torch.linspace(0, 1, scaled.numel() + 1)[:-1]
-    return plain / scaled
+    powers = torch.arange(0, 2 * scaled.numel(), 2).float() / (2 * scaled.numel())
+    factors: torch.Tensor = 1.0 / config.rope_parameters["rope_theta"] ** powers / scaled
+    return factors
 
 
 _GGUF_NAMES = {ours: theirs for theirs, ours in (TOP_NAMES | BLOCK_NAMES | QWEN2_BIASES).items()}
