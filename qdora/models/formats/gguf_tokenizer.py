@@ -162,6 +162,8 @@ def _pre_tokenizer(backend: dict[str, Any], steps: list[dict[str, Any]], said: s
 def _adds_space(backend: dict[str, Any], steps: list[dict[str, Any]], said: str) -> bool:
     """Whether a space is put before a text whose spaces become `▁`.
 
+    llama.cpp puts it before what follows a special token too, and before a space.
+
     Raises: InputError: they do not, or something else is done.
     """
     before = _steps(backend["normalizer"], "normalizers")
