@@ -43,7 +43,7 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
         generation_config = checkpoint.generation_config()
         write_settings(Path(trial), checkpoint.config, torch.float16, generation_config, tokenizer)
     chosen = load_format(arguments.format)
-    job = ExportJob(arguments, target.config, adapter, checkpoint, tokenizer, context)
+    job = ExportJob(arguments, target.config, adapter, checkpoint, tokenizer, context, output)
     chosen.check(job)
     with atomic_directory(output) as folder:
         said = chosen.write(job, folder)

@@ -16,13 +16,13 @@ from qdora.errors import InputError
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--dtype": {
-        "choices": ("bf16", "fp16"),
-        "help": "of the written weights",
+        "choices": ("bf16", "fp16", "fp32"),
+        "help": "of the written weights that are not quantized",
     },
     "--onto": {
         "choices": ("nf4", "original"),
-        "help": "merge onto the dequantized weights that the adapter was trained on, whatever their format, "
-        "or onto the original ones",
+        "help": "what to merge onto, or what a server holds: the dequantized weights that the adapter was "
+        "trained on, whatever their format, or the original ones",
     },
     "--type": {
         "choices": ("f16", "q8_0", "q4_0"),
@@ -31,6 +31,15 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--quantize": {
         "choices": sorted(get_args(QuantizationName)),
         "help": "full fine-tuning: quantize what was trained to this format, and write what it says",
+    },
+    "--requantize": {
+        "action": "store_true",
+        "help": "merge and quantize again: one 4-bit checkpoint without an adapter, with the error of that",
+    },
+    "--r": {"type": int, "metavar": "N", "help": "rank"},
+    "--score": {
+        "action": "store_true",
+        "help": "exact match on the run's test set before and after, two evaluations",
     },
 }
 """Options of all formats, as argparse takes them; several formats may share one."""
@@ -51,9 +60,25 @@ class FormatRow:
     check: Callable[[argparse.Namespace], None] = lambda arguments: None
 
 
+def _check_lora(arguments: argparse.Namespace) -> None:
+    if arguments.r is None or arguments.r < 1:
+        raise InputError(f"--format lora needs --r N, its rank, from 1 on; got {arguments.r}")
+    if arguments.score and arguments.model and not arguments.run:
+        raise InputError("--score takes a run's test set; name the run with --run")
+
+
 FORMATS: Mapping[str, FormatRow] = {
     "merged": FormatRow(
         "the adapter merged into 16-bit weights", {"--dtype": "fp16", "--onto": "nf4", "--quantize": None}
+    ),
+    "nf4": FormatRow(
+        "the 4-bit weights that were trained on, and a plain LoRA: a checkpoint of bitsandbytes",
+        {"--dtype": "fp16", "--requantize": False},
+    ),
+    "lora": FormatRow(
+        "a plain LoRA for servers that refuse DoRA, by SVD of the change of each weight",
+        {"--r": None, "--onto": "nf4", "--score": False},
+        _check_lora,
     ),
     "gguf": FormatRow(
         "the merged weights as one file for llama.cpp and Ollama",

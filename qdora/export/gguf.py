@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,14 @@ from qdora.data.templates import PROMPTS, PromptTemplate
 from qdora.errors import InputError
 from qdora.export import merged
 from qdora.export.job import ExportJob
-from qdora.export.verify import VerificationError, logits, random_tokens, streamed
+from qdora.export.verify import VerificationError, compare, logits, random_tokens, streamed
 from qdora.models.formats.gguf import GGUFFile
 from qdora.models.formats.gguf_write import GGUFPlan, plan_gguf
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-BOUNDS = {"f16": (1e-3, 1e-2), "q8_0": (2e-2, None), "q4_0": (0.2, None)}
+BOUNDS = {"f16": (1e-3, 1e-2), "q8_0": (2e-2, math.inf), "q4_0": (0.2, math.inf)}
 """Largest relative error of a tensor that is read back, and of the logits: the rounding of a float16, half a
 step of 1/127 and of 1/8 of a block's largest value.  What the latter do to logits depends on the model."""
 
@@ -69,16 +70,12 @@ def verify(job: ExportJob, folder: Path) -> str:
                 raise VerificationError(f"{path}: {name}: relative error {error:.2e}, bound {of_tensors:.0e}")
     ids_BT, device = random_tokens(model), next(model.parameters()).device
     adapted_BTV = logits(model, ids_BT)
-    with streamed(path, device, torch.float32) as exported:
-        exported_BTV = logits(exported, ids_BT, device)
-    error = float((exported_BTV - adapted_BTV).norm() / adapted_BTV.norm())
-    if of_logits is not None and not error <= of_logits:
-        raise VerificationError(f"{path}: relative error of the logits {error:.2e}, bound {of_logits:.0e}")
-    same = (exported_BTV.argmax(-1) == adapted_BTV.argmax(-1)).float().mean()
+    exported_BTV = logits(streamed(path, device, torch.float32), ids_BT, device)
+    result = compare(path, exported_BTV, adapted_BTV, of_logits)
     return (
         f"verified: read back, weights differ by {worst:.1e} relative at most (bound {of_tensors:.0e}), "
-        f"logits by {error:.1e}; the same next token at {100 * float(same):.1f}% of "
-        f"{ids_BT.numel()} positions"
+        f"logits by {result.relative_error:.1e}; the same next token at {100 * result.same_next_token:.1f}% "
+        f"of {result.positions} positions"
     )
 
 
@@ -87,8 +84,7 @@ def _file_name(job: ExportJob) -> str:
 
 
 def _plan(job: ExportJob, config: PreTrainedConfig, generation: GenerationConfig | None) -> GGUFPlan:
-    name = Path(job.options.output).absolute().name
-    return plan_gguf(config, job.options.type, job.tokenizer, generation, name)
+    return plan_gguf(config, job.options.type, job.tokenizer, generation, job.output.absolute().name)
 
 
 def _rounded(settings: Mapping[str, Any]) -> dict[str, Any]:

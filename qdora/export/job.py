@@ -31,6 +31,7 @@ class ExportJob:
         checkpoint: the base.
         tokenizer: with the chat template that was trained.
         context: the device that computes.
+        output: where the folder is going to be.
     """
 
     options: argparse.Namespace
@@ -39,6 +40,7 @@ class ExportJob:
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
     context: DistributedContext
+    output: Path
     _model: PreTrainedModel | None = None
 
     @property
@@ -49,7 +51,7 @@ class ExportJob:
         return self._model
 
     def release(self) -> None:
-        """Free the adapted model, so that another one fits beside nothing."""
+        """Free the adapted model before another one is loaded."""
         self._model = None
 
     def load(self, adapter: Path | None, **model: object) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from qdora.quant.dense import DenseWeight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def merge_and_export(
@@ -43,7 +43,7 @@ def merge_and_export(
         model: from `load_base`, with an adapter.
         tokenizer: saved with it where there is one.
         directory: must not exist, or be empty, unless `overwrite`.
-        dtype: `fp16` or `bf16`.
+        dtype: `fp16`, `bf16` or `fp32`.
         tensors: what to write instead of the model's own merged tensors.
         overwrite: replace the folder.
     Returns: the folder.
@@ -56,7 +56,8 @@ def merge_and_export(
     check_output(directory, overwrite)
     refuse_overflow(model, "the model")
     with atomic_directory(directory) as folder:
-        _write(folder, model, tokenizer, DTYPES[dtype], tensors)
+        own = merged_tensors(model, DTYPES[dtype]) if tensors is None else tensors
+        write_tensors(folder, model, tokenizer, DTYPES[dtype], own)
     return directory
 
 
@@ -70,7 +71,7 @@ def write(job: ExportJob, folder: Path) -> str:
     """As `Format.write`."""
     dtype = DTYPES[job.options.dtype]
     refuse_overflow(job.model, "the model")
-    _write(folder, job.model, job.tokenizer, dtype, tensors_as_asked(job, dtype))
+    write_tensors(folder, job.model, job.tokenizer, dtype, tensors_as_asked(job, dtype))
     return "merged weights"
 
 
@@ -99,23 +100,23 @@ def model_as_asked(job: ExportJob) -> PreTrainedModel:
     return job.load(job.adapter, quantization="none")
 
 
-def _write(
+def write_tensors(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     dtype: torch.dtype,
-    tensors: Iterable[tuple[str, torch.Tensor]] | None,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    quantization: Mapping[str, object] | None = None,
 ) -> None:
+    """Write a model folder with the model's settings and other tensors.
+
+    Args:
+        quantization: what config.json says of quantized tensors.
+    """
     config = deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    write_model_folder(
-        folder,
-        merged_tensors(model, dtype) if tensors is None else tensors,
-        config,
-        dtype,
-        model.generation_config if model.can_generate() else None,
-        tokenizer,
-    )
+    generation_config = model.generation_config if model.can_generate() else None
+    write_model_folder(folder, tensors, config, dtype, generation_config, tokenizer, quantization)
 
 
 def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -128,6 +129,25 @@ def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple
         dtype: of every tensor.
     Raises: InputError: a value does not fit `dtype`; the tensor is named.
     """
+
+    def merged(name: str, layer: AdaptedLinear) -> Iterator[tuple[str, torch.Tensor]]:
+        yield f"{name}.weight", _cast(f"{name}.weight", layer.merged(torch.float32), dtype)
+
+    return model_tensors(model, dtype, merged)
+
+
+def model_tensors(
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    layer_tensors: Callable[[str, AdaptedLinear], Iterable[tuple[str, torch.Tensor]]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's tensors under transformers' names, the weights of linear layers as `layer_tensors` says.
+
+    Args:
+        dtype: of every other tensor.
+        layer_tensors: from a layer and its full name, the tensors that its weight becomes.
+    Raises: InputError: a value does not fit `dtype`; the tensor is named.
+    """
     seen: set[int] = set()
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -137,7 +157,7 @@ def merged_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple
             inside = (f"{name}.",)
             if any(id(parameter) in seen for parameter in module.base.parameters()):
                 continue  # an output layer that is tied to the embedding
-            yield f"{name}.weight", _cast(f"{name}.weight", module.merged(torch.float32), dtype)
+            yield from layer_tensors(name, module)
             if module.bias is not None:
                 yield f"{name}.bias", _cast(f"{name}.bias", module.bias, dtype)
             continue

@@ -6,9 +6,9 @@ files when it is called, and dropped when it returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from qdora.errors import InputError
+from qdora.models.formats import Checkpoint
 from qdora.models.sources import open_checkpoint
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ VERIFIED_POSITIONS = (4, 64)
 
 BOUNDS = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-5}
 """Largest relative error of logits: the weights' rounding (2⁻¹¹, 2⁻⁸, 2⁻²⁴), grown over the layers."""
-
-Materialize = Callable[[str, nn.Module], Mapping[str, torch.Tensor]]
-"""From a module's full name and the module, its parameters are on the meta device, to their values."""
 
 
 class VerificationError(InputError):
@@ -76,13 +74,13 @@ def verify_export(
     directory, device = Path(directory), next(model.parameters()).device
     ids_BT = random_tokens(model) if input_ids_BT is None else input_ids_BT
     adapted_BTV = logits(model, ids_BT)
-    stored = refuse_faults(directory)
+    stored = load_exported(directory, device_map="meta", dtype="auto").dtype  # its keys, none of its values
     # The looser of the bounds for the exported weights' dtype and the adapted model's activations.
     embedded = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=device))
     bound = max(BOUNDS[stored], BOUNDS.get(embedded.dtype, 0.0))
     compute = torch.float32 if device.type == "cpu" else stored
-    with streamed(directory, device, compute) as exported:
-        return compare(directory, logits(exported, ids_BT, device), adapted_BTV, bound)
+    exported_BTV = logits(streamed(directory, device, compute), ids_BT, device)
+    return compare(directory, exported_BTV, adapted_BTV, bound)
 
 
 def random_tokens(model: PreTrainedModel) -> torch.Tensor:
@@ -117,85 +115,76 @@ def compare(
     return Verification(error, bound, float(same), adapted_BTV[..., 0].numel())
 
 
-def refuse_faults(directory: Path) -> torch.dtype:
-    """Have transformers load a folder, onto the meta device; the dtype that its config.json says.
+def load_exported(directory: Path, **options: Any) -> PreTrainedModel:
+    """The folder's model as transformers loads it.
 
+    Args:
+        options: of `from_pretrained`.
     Raises: VerificationError: it does not load, or tensors are missing, left over or of another shape.
     """
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, device_map="meta", dtype="auto", output_loading_info=True
+            directory, output_loading_info=True, **options
         )
-        dtype: torch.dtype = transformers.AutoConfig.from_pretrained(directory).dtype
     except Exception as cause:
         raise VerificationError(f"{directory}: transformers cannot load it: {cause}") from cause
-    _, info = loaded
+    model: PreTrainedModel
+    model, info = loaded
     faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
         raise VerificationError(f"{directory}: transformers reports {faults}")
-    return dtype
+    return model
 
 
-@contextmanager
-def streamed(
-    directory: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    prepare: Callable[[PreTrainedModel, Callable[[str], torch.Tensor]], Materialize | None] | None = None,
-) -> Iterator[PreTrainedModel]:
-    """The model of a folder as plain transformers builds it, of which only the module that computes exists.
+def streamed(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of an unquantized folder in transformers, of which only the module that runs exists.
 
     Args:
         directory: or a GGUF file.
         device: that computes.
         dtype: in which.
-        prepare: changes modules of the model, on the meta device; returns what materializes them, which
-            leaves other modules out by returning nothing.
     """
     from accelerate import init_empty_weights
 
     checkpoint = open_checkpoint(str(directory))
-    config = checkpoint.config if directory.is_file() else transformers.AutoConfig.from_pretrained(directory)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
     model.tie_weights()
-    own = None if prepare is None else prepare(model, checkpoint.read)
     names = frozenset(checkpoint.names())
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
     stored_as = {
-        name: next((n for n in tied if n in names), name) for tied in users.values() for name in tied
+        name: next((other for other in tied if other in names), name)
+        for tied in users.values()
+        for name in tied
     }
-
-    def values(name: str, module: nn.Module) -> Mapping[str, torch.Tensor]:
-        found = own(name, module) if own is not None else {}
-        if found:
-            return found
-        leaves = (leaf for leaf, _ in module.named_parameters(recurse=False))
-        return {leaf: checkpoint.read(stored_as[f"{name}.{leaf}"]).to(device, dtype) for leaf in leaves}
-
     for name, module in model.named_modules():
         for leaf, buffer in module.named_buffers(recurse=False):
             module._buffers[leaf] = buffer.to(device)
-        if any(True for _ in module.parameters(recurse=False)):
-            _read_when_called(module, name, values)
+        own = {leaf: stored_as[f"{name}.{leaf}"] for leaf, _ in module.named_parameters(recurse=False)}
+        if own:
+            read = partial(_materialize, checkpoint, own, device, dtype)
+            module.register_forward_pre_hook(read)
+            module.register_forward_hook(partial(_drop, dict(module._parameters)))
     model.eval()
-    yield model
+    return model
 
 
-def _read_when_called(module: nn.Module, name: str, values: Materialize) -> None:
-    empty = dict(module._parameters)
+def _materialize(
+    checkpoint: Checkpoint,
+    own: Mapping[str, str],
+    device: torch.device,
+    dtype: torch.dtype,
+    module: nn.Module,
+    arguments: Any,
+) -> None:
+    """Read a module's parameters, by the names under which they are stored."""
+    for leaf, name in own.items():
+        value = checkpoint.read(name).to(device, dtype)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    def materialize(module: nn.Module, arguments: Any) -> None:
-        for leaf, tensor in values(name, module).items():
-            kind = nn.Parameter(tensor, requires_grad=False) if type(tensor) is torch.Tensor else tensor
-            module._parameters[leaf] = kind  # type: ignore[assignment]
 
-    def drop(module: nn.Module, arguments: Any, output: Any) -> None:
-        module._parameters.update(empty)
-
-    module.register_forward_pre_hook(materialize)
-    module.register_forward_hook(drop)
+def _drop(empty: Mapping[str, nn.Parameter], module: nn.Module, arguments: Any, output: Any) -> None:
+    """Put a module's parameters back on the meta device."""
+    module._parameters.update(empty)

@@ -66,6 +66,10 @@ def refused(tmp_path: Path) -> dict[str, tuple[str, ...]]:
         "--formats: 'nf5'; did you mean 'nf4'?": ("analyze", "quantization", *run, "--formats", "nf3,nf5"),
         "--sparsity: '1'; allowed: numbers": ("analyze", "prune", *run, "--sparsity", "0.5,1"),
         "invalid choice: 'fp8'": ("export", *run, *out, "--dtype", "fp8"),
+        "--r is an option of --format lora; --format nf4 takes --dtype, --requantize": (
+            *("export", *run, *out, "--format", "nf4", "--r", "8"),
+        ),
+        "--format lora needs --r N": ("export", *run, *out, "--format", "lora"),
         "key 'arms' is required": ("compare", "--config", config),
         "--gpu-memory 'much'": ("estimate", "--config", config, "--gpu-memory", "much"),
         "--rounds 0; allowed: 1 or more": ("benchmark", "layer", "--rounds", "0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,16 +33,18 @@ def write_model_folder(
     dtype: torch.dtype,
     generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an unquantized model so that transformers and vLLM load it; not atomic by itself.
+    """Write a model so that transformers and vLLM load it; not atomic by itself.
 
     Args:
         folder: made where missing.
         tensors: on the CPU and in `dtype`, see `cast_checked`; at most one shard of them is kept in memory.
-        config: written with `dtype` and without its quantization; not changed.
+        config: written with `dtype`; not changed.
+        quantization: of the tensors; the configuration's own is left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_settings(folder, config, dtype, generation_config, tokenizer)
+    write_settings(folder, config, dtype, generation_config, tokenizer, quantization)
     _write_shards(folder, tensors)
 
 
@@ -52,6 +54,7 @@ def write_settings(
     dtype: torch.dtype,
     generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all of a model folder but its weights.
 
@@ -66,7 +69,10 @@ def write_settings(
     config.dtype = dtype
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    write_json(folder / CONFIG_FILE, with_version_4_names(json.loads(config.to_json_string())))
+    settings = with_version_4_names(json.loads(config.to_json_string()))
+    if quantization is not None:
+        settings["quantization_config"] = dict(quantization)
+    write_json(folder / CONFIG_FILE, settings)
     if generation_config is not None:
         generation_config.to_json_file(folder / GENERATION_FILE, keys_to_pop=["compile_config"])
     if tokenizer is not None:

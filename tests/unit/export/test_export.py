@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qdora.adapters.inject import adapted_layers, inject
 from qdora.errors import InputError
+from qdora.export import verify
 from qdora.export.merged import merge_and_export, merged_onto, merged_tensors
 from qdora.export.verify import VerificationError, verify_export
 from qdora.models.formats import write
@@ -119,6 +120,27 @@ def test_merging_is_lazy(tiny_model_folder):
     while not next(stream)[0].endswith("q_proj.weight"):
         pass
     assert merged == ["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "attention_bias": True}])
+def test_verification_holds_one_module_of_the_export(tmp_path, monkeypatch, changes):
+    """Catches: a second model beside the adapted one, which a card that trained in 4 bits cannot hold."""
+    model, _ = adapted(write_tiny_model(tmp_path / "m", **changes))
+    merge_and_export(model, None, tmp_path / "out", "fp32")
+    built, peak = [], [0]
+    build, materialize = verify.streamed, verify._materialize
+
+    def watch(*arguments):
+        materialize(*arguments)
+        alive = [p.nbytes for p in built[0].parameters() if not p.is_meta]
+        peak.append(sum(alive))
+
+    monkeypatch.setattr(verify, "_materialize", watch)
+    monkeypatch.setattr(verify, "streamed", lambda *a: built.append(build(*a)) or built[0])
+    assert verify_export(tmp_path / "out", model, IDS).relative_error < 1e-5
+    largest = max(sum(p.nbytes for p in m.parameters(recurse=False)) for m in built[0].modules())
+    assert max(peak) == largest
+    assert all(p.is_meta for p in built[0].parameters())
 
 
 @pytest.mark.parametrize("factor", [1.5, float("nan"), float("inf")])

@@ -39,7 +39,7 @@ def test_a_folder_in_use_is_refused_and_replaced_on_request(tiny_model_folder, t
     (out / "model-00001-of-00009.safetensors").write_text("stale")
     with pytest.raises(InputError, match=r"already exists and is not empty.*--overwrite"):
         merge_and_export(model, tokenizer, out)
-    with pytest.raises(InputError, match="dtype 'fp8'; allowed: fp16, bf16"):
+    with pytest.raises(InputError, match="dtype 'fp8'; allowed: fp16, bf16, fp32"):
         merge_and_export(model, tokenizer, out, "fp8", overwrite=True)
     assert (out / "model-00001-of-00009.safetensors").is_file()
     merge_and_export(model, tokenizer, out, overwrite=True)
