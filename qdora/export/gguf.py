@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,28 +12,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qdora.adapters.inject import refuse_overflow
-from qdora.data.chat_templates import TEMPLATE_FILE
 from qdora.data.padding import eos_token_ids
 from qdora.data.templates import PROMPTS, PromptTemplate
 from qdora.errors import InputError
 from qdora.export import merged
 from qdora.export.job import ExportJob
-from qdora.export.verify import VerificationError, compare, logits, random_tokens, streamed
+from qdora.export.verify import VerificationError, bound_of_logits, compare, logits, random_tokens, streamed
 from qdora.models.formats.gguf import GGUFFile
 from qdora.models.formats.gguf_write import GGUFPlan, plan_gguf
+from qdora.run import prompt_name
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-BOUNDS = {"f16": (1e-3, 1e-2), "q8_0": (2e-2, math.inf), "q4_0": (0.2, math.inf)}
-"""Largest relative error of a tensor that is read back, and of the logits: the rounding of a float16, half a
-step of 1/127 and of 1/8 of a block's largest value.  What the latter do to logits depends on the model."""
+BOUNDS = {"f16": 1e-3, "q8_0": 2e-2, "q4_0": 0.2}
+"""Largest relative error of a tensor that is read back: the rounding of a float16, half a step of 1/127 and of
+1/8 of a block's largest value.  What the latter do to logits depends on the model."""
 
 
 def check(job: ExportJob) -> None:
     """As `Format.check`."""
     merged.check(job)
-    _plan(job, job.checkpoint.config, job.checkpoint.generation_config())
+    config = deepcopy(job.checkpoint.config)
+    config.vocab_size = max(config.vocab_size, len(job.tokenizer))  # rows of new tokens come with the adapter
+    _plan(job, config, job.checkpoint.generation_config())
 
 
 def write(job: ExportJob, folder: Path) -> str:
@@ -41,10 +44,9 @@ def write(job: ExportJob, folder: Path) -> str:
     refuse_overflow(model, "the model")
     plan = _plan(job, model.config, model.generation_config)
     plan.write(folder / _file_name(job), merged.tensors_as_asked(job, torch.float32))
-    data = job.config.data
-    chat = data.prompt == "chat" or data.chat_template or (job.adapter / TEMPLATE_FILE).is_file()
     ends = job.tokenizer.convert_ids_to_tokens(eos_token_ids(model, job.tokenizer))
-    text = modelfile(_file_name(job), job.tokenizer, ends, PROMPTS["chat" if chat else data.prompt])
+    prompt = prompt_name(job.options, job.config, has_template=bool(job.tokenizer.chat_template))
+    text = modelfile(_file_name(job), job.tokenizer, ends, PROMPTS[prompt])
     (folder / "Modelfile").write_text(text, "utf-8")
     return f"{_file_name(job)} and Modelfile"
 
@@ -52,7 +54,7 @@ def write(job: ExportJob, folder: Path) -> str:
 @torch.no_grad()
 def verify(job: ExportJob, folder: Path) -> str:
     """As `Format.verify`: tensor by tensor, and the logits, both as this program reads the file."""
-    path, (of_tensors, of_logits) = folder / _file_name(job), BOUNDS[job.options.type]
+    path, bound = folder / _file_name(job), BOUNDS[job.options.type]
     model = merged.model_as_asked(job)
     try:
         written = GGUFFile.open(path, str(path))
@@ -66,14 +68,15 @@ def verify(job: ExportJob, folder: Path) -> str:
         if name in written.stored and tensor.any():
             error = float((written.read(name).float() - tensor).norm() / tensor.norm())
             worst = max(worst, error)
-            if not error <= of_tensors:
-                raise VerificationError(f"{path}: {name}: relative error {error:.2e}, bound {of_tensors:.0e}")
+            if not error <= bound:
+                raise VerificationError(f"{path}: {name}: relative error {error:.2e}, bound {bound:.0e}")
     ids_BT, device = random_tokens(model), next(model.parameters()).device
     adapted_BTV = logits(model, ids_BT)
     exported_BTV = logits(streamed(path, device, torch.float32), ids_BT, device)
+    of_logits = bound_of_logits(model, torch.float16) if job.options.type == "f16" else math.inf
     result = compare(path, exported_BTV, adapted_BTV, of_logits)
     return (
-        f"verified: read back, weights differ by {worst:.1e} relative at most (bound {of_tensors:.0e}), "
+        f"verified: read back, weights differ by {worst:.1e} relative at most (bound {bound:.0e}), "
         f"logits by {result.relative_error:.1e}; the same next token at {100 * result.same_next_token:.1f}% "
         f"of {result.positions} positions"
     )

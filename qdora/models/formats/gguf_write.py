@@ -110,7 +110,8 @@ class GGUFPlan:
         tensor = cast_checked(name, tensor, torch.float32)
         if encoding != GGMLQuantizationType.F32:
             # The scale of a block is a float16: an eighth of its largest value, or less.
-            cast_checked(name, torch.stack(tensor.aminmax()) / 8, torch.float16)
+            hint = f", as the scale of a block of {encoding.name}"
+            cast_checked(name, torch.stack(tensor.aminmax()) / 8, torch.float16, hint)
         return gguf.quantize(tensor.numpy(), encoding)
 
 

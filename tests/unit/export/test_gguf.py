@@ -15,6 +15,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from qdora.adapters.peft_io import save_adapter
+from qdora.adapters.tokens import train_tokens
 from qdora.data.chat_templates import template_text
 from qdora.data.templates import PROMPTS
 from qdora.errors import InputError
@@ -47,7 +48,11 @@ def test_transformers_computes_the_adapted_model(tmp_path, model_folder, method)
     assert sorted(path.name for path in folder.iterdir()) == ["Modelfile", "model-f16.gguf"]
     theirs = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model-f16.gguf", dtype=torch.float32)
     assert relative(logits(theirs), logits(job.model)) < 5e-3
-    assert "FROM ./model-f16.gguf\n" in (folder / "Modelfile").read_text()
+    text = (folder / "Modelfile").read_text()
+    assert "FROM ./model-f16.gguf\n" in text
+    assert (
+        "###Question:\n{{ .Prompt }}" in text
+    )  # the configuration's prompt, though there is a chat template
     assert "logits by" in gguf_format.verify(job, folder)
     fields = gguf.GGUFReader(folder / "model-f16.gguf").fields
     assert fields["general.name"].contents() == "out-f16"
@@ -59,7 +64,7 @@ def test_onto_the_original_weights(tmp_path, model_folder, kind):
     job = make_job(tmp_path, model_folder, "gguf", type=kind, onto="original")
     save_adapter(job.model, job.adapter)
     folder = exported(job, "gguf")
-    assert f"at most (bound {gguf_format.BOUNDS[kind][0]:.0e})" in gguf_format.verify(job, folder)
+    assert f"at most (bound {gguf_format.BOUNDS[kind]:.0e})" in gguf_format.verify(job, folder)
 
 
 def test_verification_finds_other_weights(tmp_path, model_folder):
@@ -89,6 +94,22 @@ def test_refused_before_weights_are_loaded(tmp_path, model_folder):
     job.checkpoint.config.model_type = "gemma"
     with pytest.raises(InputError, match="no 'gemma' models are written"):
         gguf_format.check(job)
+
+
+def test_tokens_that_were_added(tmp_path, model_folder):
+    """Catches: a tokenizer that is refused for the rows that training made; those rows lost."""
+    job = make_job(tmp_path, model_folder, "gguf")
+    added = job.model.config.vocab_size
+    job.tokenizer.add_tokens([f"<|{i}|>" for i in range(len(job.tokenizer), added + 1)], special_tokens=True)
+    train_tokens(job.model, [5, added], torch.float32)
+    job.model.model.embed_tokens.token_rows.offset_KI.data.normal_()
+    job.options.model = "m"
+    folder = exported(job, "gguf")
+    assert "verified" in gguf_format.verify(job, folder)
+    assert "{{ range .Messages }}" in (folder / "Modelfile").read_text()
+    reader = gguf.GGUFReader(folder / "model-f16.gguf")
+    assert reader.fields["tokenizer.ggml.tokens"].contents()[added] == f"<|{added}|>"
+    assert reader.tensors[0].data.shape == (added + 1, 64)
 
 
 def as_ollama_renders(go: str, messages: list[dict[str, str]]) -> str:
