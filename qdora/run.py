@@ -341,7 +341,7 @@ def resolve_target(
 
 
 def prompt_name(arguments: argparse.Namespace, config: RunConfig, has_template: bool) -> PromptName:
-    """The prompt that a model answers: a run's; without one that of `--set data.prompt`, else turns of a chat.
+    """The prompt that a model answers: a run's; without one that of `--set data.prompt`, else a chat's turns.
 
     Args:
         has_template: the tokenizer has a chat template.
