@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 BOUNDS = {"f16": 1e-3, "q8_0": 2.3e-2, "q4_0": 0.34}
-"""Largest relative error of a tensor that is read back: the rounding of a float16; in a block of 32 half a step,
-1/127 or 1/8 of the largest value, at the 31 others.  What that does to logits depends on the model."""
+"""Largest relative error of a tensor that is read back: the rounding of a float16; half a step, 1/127 or 1/8
+of the largest value of a block, at its 31 others.  What that does to logits depends on the model."""
 
 
 def check(job: ExportJob) -> None:

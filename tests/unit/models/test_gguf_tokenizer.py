@@ -148,7 +148,7 @@ def test_sentencepiece_scores(tmp_path: Path, legacy: bool) -> None:
     assert metadata(tokenizer, rows=410)["ggml.add_space_prefix"] is False
 
 
-def test_tokens_that_the_tokenizer_adds() -> None:
+def test_tokens_that_the_tokenizer_adds(tmp_path: Path) -> None:
     """Catches: a BOS that llama.cpp adds and the tokenizer does not, or the reverse; a sequence of tokens
     that llama.cpp cannot add."""
     tokenizer = tiny_bpe_tokenizer()
@@ -161,6 +161,7 @@ def test_tokens_that_the_tokenizer_adds() -> None:
         )
         added = metadata(tokenizer)
         assert (added["ggml.add_bos_token"], added["ggml.add_eos_token"]) == expected
+        assert read_back(tokenizer, tmp_path)("ab").input_ids == tokenizer("ab").input_ids
     tokenizer.eos_token = "<|pad|>"
     with pytest.raises(
         InputError, match=r"adds other tokens to a text than BOS and EOS: \['<\|begin\|>', 'a'"
