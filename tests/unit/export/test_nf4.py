@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qdora.adapters.inject import adapted_layers
+from qdora.adapters.peft_io import load_adapter
 from qdora.adapters.tokens import train_tokens
 from qdora.errors import InputError
 from qdora.export import nf4
 from qdora.export.verify import VerificationError
+from qdora.models.load import load_base
 from tests.tiny import write_tiny_model
 from tests.unit.adapters.oracle import relative
 
@@ -62,6 +64,16 @@ def test_transformers_and_peft_compute_the_adapted_model(tmp_path, model_folder,
     said = nf4.verify(job, folder)
     assert "plain transformers loads it" in said
     assert "(bound 1e-05); merged and quantized again, all weights together differ by " in said
+    assert " relative, where training moved them by " in said
+
+
+def test_qdora_reads_it_back(tmp_path, model_folder):
+    """Catches: a checkpoint that `evaluate` and `chat` of this package refuse."""
+    job = make_job(tmp_path, model_folder, "nf4", dtype="fp32")
+    expected, folder = logits(job.model), exported(job, "nf4")
+    model, _ = load_base(str(folder), dtype="float32")
+    load_adapter(model, folder / "adapter")
+    assert relative(logits(model), expected) < 1e-5
 
 
 def test_biases_an_untied_output_layer_and_a_magnitude_alone(tmp_path):
@@ -154,7 +166,7 @@ def test_without_a_magnitude_any_rows_will_do(tmp_path, tiny_model_folder):
     """Catches: a QLoRA adapter refused for scales that need not change."""
     job = make_job(tmp_path, tiny_model_folder, "nf4", method="qlora", dtype="fp32")
     folder = exported(job, "nf4")
-    assert nf4.layer_errors(job.model, folder, nf4._read_updates(folder), 64).largest < 1e-6
+    assert nf4.layer_errors(job.model, folder, nf4._read_updates(folder)).largest < 1e-6
 
 
 @pytest.mark.parametrize(("method", "quantization"), [("dora", "none"), ("qdora", "int8"), ("qdora", "nf3")])
