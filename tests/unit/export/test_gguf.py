@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import gguf
 import pytest
@@ -28,7 +27,7 @@ from tests.environments import environment_python
 from tests.tiny import tiny_bpe_tokenizer, write_tiny_model
 from tests.unit.adapters.oracle import relative
 from tests.unit.models.test_gguf_tokenizer import MESSAGES, TEXTS, sentencepiece_tokenizer
-from tests.unit.models.test_gguf_write import model_of, tensors_of
+from tests.unit.models.test_gguf_write import LLAMA3, model_of, tensors_of
 
 from .jobs import exported, logits, make_job
 
@@ -124,7 +123,7 @@ def as_ollama_renders(go: str, messages: list[dict[str, str]]) -> str:
 
 def bos_first(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+        f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
     )
 
 
@@ -167,6 +166,14 @@ def test_ollama_renders_what_was_trained(template, adds_bos):
         assert as_ollama_renders(go, asked) == expected.removeprefix(bos)
 
 
+def test_a_bos_that_turns_begin_with():
+    """Catches: SmolLM's BOS, with which its turns begin and which nobody adds, taken off the first turn."""
+    tokenizer = tiny_bpe_tokenizer(bos_token="<|im_start|>")
+    pieces = chat_pieces(tokenizer)
+    assert pieces is not None
+    assert pieces.around["system"] == ("<|im_start|>system\n", "<|im_end|>\n")
+
+
 def test_templates_that_ollama_cannot_have():
     """Catches: a template that writes the system message into the first question, taken for one that does
     not; text that ends the quotation of a Modelfile."""
@@ -193,59 +200,87 @@ def test_modelfile_of_a_prompt():
 
 _LLAMA_CPP = """
 import json, sys, llama_cpp
-asked = json.loads(sys.stdin.read())
-model = llama_cpp.Llama(
-    sys.argv[1], n_ctx=512, n_batch=512, n_threads=2, verbose=False, seed=0,
-    type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False,
-)
-ids = [model.tokenize(text.encode(), add_bos=True, special=True) for text in asked["texts"]]
-answers = []
-for prompt in asked["prompts"]:
-    model.reset()
-    stream = model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
-    answers.append([next(stream) for _ in range(asked["count"])])
-print(json.dumps({"ids": ids, "answers": answers, "metadata": model.metadata}))
+from llama_cpp import llama_cpp as low
+
+default = low.llama_model_default_params
+def without_tiles():
+    # Containers that name AMX tiles among the CPU's features do not always let a process use them.
+    settings = default()
+    settings.use_extra_bufts = False
+    return settings
+low.llama_model_default_params = without_tiles
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    model = llama_cpp.Llama(
+        asked["path"], n_ctx=256, n_batch=256, n_threads=1, verbose=False, seed=0, logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, flash_attn=False,
+    )
+    ids = [model.tokenize(text.encode(), special=True) for text in asked["texts"]]
+    logits = []
+    for prompt in asked["forward"]:
+        model.reset()
+        model.eval(prompt)
+        logits.append(model.scores[: len(prompt)].tolist())
+    answers = []
+    for prompt in asked["generate"]:
+        model.reset()
+        stream = model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+        answers.append([next(stream) for _ in range(16)])
+    print("answer", json.dumps({"ids": ids, "logits": logits, "answers": answers}))
 """
 
 
-def in_llama_cpp(path: Path, texts=(), prompts=(), count=0) -> dict:
-    """What llama.cpp makes of texts, and its greedy tokens after prompts of ids."""
+def in_llama_cpp(*asked: dict) -> list[dict]:
+    """What llama.cpp makes of texts, of ids, and its greedy tokens after ids, for each file."""
     python = environment_python("llama-cpp")
-    asked = json.dumps({"texts": list(texts), "prompts": list(prompts), "count": count})
-    done = subprocess.run(
-        [python, "-c", _LLAMA_CPP, str(path)],
-        input=asked,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    nothing: dict[str, list] = {"texts": [], "forward": [], "generate": []}
+    lines = "".join(json.dumps(nothing | {**one, "path": str(one["path"])}) + "\n" for one in asked)
+    command = [python, "-c", _LLAMA_CPP]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("answer ")]
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "mistral, wide heads", "qwen2"])
-@pytest.mark.parametrize("splits", ["smollm", "gpt-2", "llama-bpe", "qwen2", "tekken", "sentencepiece"])
-def test_llama_cpp_reads_tokens_and_weights(tmp_path, splits, name):
-    """Catches: a file that llama.cpp refuses, text in other tokens than in training, other weights."""
-    tokenizer = sentencepiece_tokenizer()[0] if splits == "sentencepiece" else tiny_bpe_tokenizer(splits)
-    model = model_of(name, vocab_size=410)
-    plan_gguf(model.config, "f16", tokenizer).write(tmp_path / "m.gguf", tensors_of(model))
-    texts = [text for text in TEXTS if splits != "sentencepiece" or not text.startswith(" ")]
-    prompts = [tokenizer(text).input_ids for text in texts]
-    said = in_llama_cpp(tmp_path / "m.gguf", texts, prompts, 4)
-    assert said["ids"] == prompts
-    assert said["answers"] == greedy(model, prompts, 4)
+def test_llama_cpp_splits_text_as_in_training(tmp_path):
+    """Catches: a name under which llama.cpp splits text otherwise, scores by which it merges otherwise."""
+    tokenizers = {
+        name: tiny_bpe_tokenizer(name) for name in ("smollm", "gpt-2", "llama-bpe", "qwen2", "tekken")
+    }
+    tokenizers["sentencepiece"], _ = sentencepiece_tokenizer()
+    model = model_of("llama, tied", vocab_size=410)
+    asked = []
+    for name, tokenizer in tokenizers.items():
+        if name != "smollm":
+            bos_first(tokenizer)
+        path = tmp_path / f"{name}.gguf"
+        plan_gguf(model.config, "f16", tokenizer).write(path, tensors_of(model))
+        texts = [text for text in TEXTS if name != "sentencepiece" or not text.startswith(" ")]
+        asked.append({"path": path, "texts": [*texts, f"a{tokenizer.eos_token}"]})
+    for one, said in zip(asked, in_llama_cpp(*asked), strict=True):
+        tokenizer = tokenizers[one["path"].stem]
+        assert said["ids"] == [tokenizer(text).input_ids for text in one["texts"]], one["path"].stem
 
 
 @torch.no_grad()
-def greedy(model, prompts, count):
-    answers = []
-    for ids in prompts:
-        for _ in range(count):
-            ids = [*ids, int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
-        answers.append(ids[-count:])
-    return answers
+def test_llama_cpp_computes_the_same_logits(tmp_path):
+    """Catches: what only llama.cpp reads otherwise: rows of q and k, heads wider than their share, scaled
+    frequencies, biases, quantized matrices."""
+    models = {name: model_of(name) for name in ("llama, tied", "mistral, wide heads", "qwen2")}
+    models["llama 3.1"] = model_of("llama", rope_parameters=LLAMA3 | {"factor": 32.0})
+    ids = torch.randint(320, (1, 200), generator=torch.Generator().manual_seed(0))
+    asked, expected = [], []
+    for name, model in models.items():
+        for parameter in model.parameters():
+            parameter.mul_(0.3 if parameter.dim() > 1 else 1.0)
+        for kind in ("f16", "q8_0"):
+            path = tmp_path / f"{name}-{kind}.gguf"
+            plan_gguf(model.config, kind, tiny_bpe_tokenizer()).write(path, tensors_of(model))
+            asked.append({"path": path, "forward": ids.tolist()})
+            expected.append(model(input_ids=ids).logits)
+    for one, said, logits_TV in zip(asked, in_llama_cpp(*asked), expected, strict=True):
+        error = relative(torch.tensor(said["logits"]), logits_TV)
+        assert error < (2e-3 if "f16" in one["path"].stem else 3e-2), one["path"].stem
 
 
 @pytest.mark.real_model
@@ -264,7 +299,7 @@ def test_llama_cpp_answers_as_transformers(tmp_path):
         chat = [{"role": "user", "content": f"In one sentence: what is {thing}?"}]
         texts.append(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     prompts = [tokenizer(text).input_ids for text in texts]
-    said = in_llama_cpp(tmp_path / "m.gguf", texts, prompts, 16)
+    (said,) = in_llama_cpp({"path": tmp_path / "m.gguf", "texts": texts, "generate": prompts})
     assert said["ids"] == prompts
     for ids, theirs in zip(prompts, said["answers"], strict=True):
         with torch.no_grad():
