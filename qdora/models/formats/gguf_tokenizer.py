@@ -83,10 +83,8 @@ def add_tokenizer(
         for i, token in enumerate(tokens):
             if token in _BYTES:
                 types[i] = TokenType.BYTE
-            elif types[i] == TokenType.USER_DEFINED:
-                tokens[i] = token.replace(
-                    _SPACE, " "
-                )  # llama.cpp finds them in the text before it marks spaces
+            elif types[i] == TokenType.USER_DEFINED:  # found in the text before its spaces are marked
+                tokens[i] = token.replace(_SPACE, " ")
         if tokenizer.unk_token_id is not None:
             types[tokenizer.unk_token_id] = TokenType.UNKNOWN
         writer.add_token_scores(_scores(tokens, types, [tuple(merge) for merge in model["merges"]], said))

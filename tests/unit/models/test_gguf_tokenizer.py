@@ -169,6 +169,18 @@ def test_tokens_that_the_tokenizer_adds(tmp_path: Path) -> None:
         metadata(tokenizer)
 
 
+def test_added_tokens_of_plain_text(tmp_path: Path) -> None:
+    """Catches: a token such as `<think>` that is cut into pieces, or taken for one that is never shown."""
+    tokenizer = tiny_bpe_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    assert metadata(tokenizer)["ggml.token_type"][len(tokenizer) - 1] == TokenType.USER_DEFINED
+    assert read_back(tokenizer, tmp_path)("a<think>b").input_ids == tokenizer("a<think>b").input_ids
+    other, _ = sentencepiece_tokenizer()
+    other.add_tokens(["▁▁x"])
+    written = metadata(other, rows=410)
+    assert (written["ggml.tokens"][400], written["ggml.token_type"][400]) == ("  x", TokenType.USER_DEFINED)
+
+
 def test_tokens_that_end_an_answer() -> None:
     """Catches: generation that goes on after the second EOS token of a model."""
     tokenizer = tiny_bpe_tokenizer()
