@@ -20,6 +20,7 @@ SHARDS = "tests/unit/quant/test_shards.py"
 SHARDED = "tests/distributed/test_sharded.py"
 DECODING = "tests/unit/evaluation/test_continuous.py"
 PACKING = "tests/unit/training/test_packing.py"
+NF4 = "tests/unit/export/test_nf4.py"
 
 MUTANTS = {
     "scale dropped": Mutant(
@@ -317,6 +318,30 @@ MUTANTS = {
         "along_N1 = product_NI.mul_(weight_wide).mean(1, keepdim=True).mul_(-(inverse_N1**3))",
         "along_N1 = product_NI.mul_(weight_wide).sum(1, keepdim=True).mul_(-(inverse_N1**3))",
         "tests/unit/models/test_norm.py::test_as_near_to_float64_as_transformers",
+    ),
+    "a served B without s": Mutant(
+        "export/nf4.py",
+        "b_OR if s_O1 is None else b_OR * s_O1",
+        "b_OR",
+        f"{NF4}::test_transformers_and_peft_compute_the_adapted_model",
+    ),
+    "served scales without s": Mutant(
+        "export/nf4.py",
+        "scales = (scales.view(layer.out_features, -1) * s_O1).view(-1)",
+        "pass",
+        f"{NF4}::test_codes_stay_and_scales_take_s",
+    ),
+    "a share of more singular values": Mutant(
+        "export/lora.py",
+        "sigma_R[:r].square().sum()",
+        "sigma_R.square().sum()",
+        "tests/unit/export/test_lora.py::test_the_truncation_is_that_of_a_full_svd",
+    ),
+    "modules of the export kept": Mutant(
+        "export/verify.py",
+        "module._parameters.update(empty)",
+        "pass",
+        "tests/unit/export/test_export.py::test_verification_holds_one_module_of_the_export",
     ),
 }
 

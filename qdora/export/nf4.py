@@ -132,19 +132,23 @@ def _dense_layers(
     return dense
 
 
+def _scale(layer: AdaptedLinear) -> torch.Tensor | None:
+    """(O, 1) s; None without a magnitude."""
+    return None if layer.magnitude is None else (layer.magnitude.value() / layer.weight_norm())[:, None]
+
+
 def scaled_scales(layer: AdaptedLinear, name: str) -> torch.Tensor:
     """(blocks,) float32: the block scales of s ∘ W."""
     assert isinstance(layer.base, BlockwiseWeight)
-    scales = layer.base.scales()
-    if layer.magnitude is not None:
-        s_O = layer.magnitude.value() / layer.weight_norm()
-        scales = (scales.view(layer.out_features, -1) * s_O[:, None]).view(-1)
+    scales, s_O1 = layer.base.scales(), _scale(layer)
+    if s_O1 is not None:
+        scales = (scales.view(layer.out_features, -1) * s_O1).view(-1)
     return cast_checked(f"{name}.weight.absmax", scales, torch.float32)
 
 
 @torch.no_grad()
 def served_updates(
-    layers: Mapping[str, AdaptedLinear], dense: frozenset[str] = frozenset()
+    layers: Mapping[str, AdaptedLinear], dense: frozenset[str]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A (R, I) and s ∘ c B (O, R) of each layer with an update, float32 on the CPU.
 
@@ -157,10 +161,8 @@ def served_updates(
             continue
         factors = layer.update.factors()
         a_RI, b_OR = factors.combined(torch.float32)
-        b_OR = b_OR * factors.scale
-        if layer.magnitude is not None:
-            b_OR = b_OR * (layer.magnitude.value() / layer.weight_norm())[:, None]
-        updates[name] = (a_RI.cpu(), b_OR.cpu())
+        b_OR, s_O1 = b_OR * factors.scale, _scale(layer)
+        updates[name] = (a_RI.cpu(), (b_OR if s_O1 is None else b_OR * s_O1).cpu())
     return updates
 
 
@@ -248,8 +250,7 @@ def served_logits(
     Raises: VerificationError: as `load_exported`.
     """
     import_bitsandbytes()
-    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
-    model: Any = load_exported(folder, device_map={"": device}, dtype=dtype)
+    model = load_exported(folder, device_map={"": device}, dtype="auto")
 
     def add_update(
         factors: tuple[torch.Tensor, torch.Tensor], module: nn.Module, arguments: Any, y: torch.Tensor
@@ -258,13 +259,25 @@ def served_logits(
         a_RI, b_OR = (factor.to(x) for factor in factors)
         return y + (x @ a_RI.T) @ b_OR.T
 
-    for module in model.modules() if device.type == "cpu" else ():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype  # 16 bits are slow there
-            module.support_avx512bf16_for_cpu = False  # with it scales and products are rounded to bf16
+    if device.type == "cpu":
+        widen(model)
     for name, factors in updates.items():
         model.get_submodule(name).register_forward_hook(partial(add_update, factors))
     return logits(model, ids_BT)
+
+
+def widen(model: nn.Module) -> None:
+    """Have a 4-bit model of transformers compute in float32 on a CPU.
+
+    `from_pretrained(dtype=torch.float32)` leaves what is stored in 16 bits as it is.  With AVX512-BF16
+    bitsandbytes rounds block scales and products to bfloat16.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    layers: Iterator[Any] = (module for module in model.modules() if hasattr(module, "compute_dtype"))
+    for layer in layers:
+        layer.compute_dtype, layer.support_avx512bf16_for_cpu = torch.float32, False
 
 
 @dataclass(frozen=True)

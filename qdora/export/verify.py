@@ -6,6 +6,7 @@ files when it is called, and dropped when it returns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -51,10 +52,10 @@ class Verification:
     positions: int
 
     def __str__(self) -> str:
+        bound = f" (bound {self.bound:.0e})" if math.isfinite(self.bound) else ""
         return (
-            f"verified: plain transformers loads it; logits differ by {self.relative_error:.1e} relative "
-            f"(bound {self.bound:.0e}), the same next token at {100 * self.same_next_token:.1f}% of "
-            f"{self.positions} positions"
+            f"verified: plain transformers loads it; logits differ by {self.relative_error:.1e} relative"
+            f"{bound}, the same next token at {100 * self.same_next_token:.1f}% of {self.positions} positions"
         )
 
 
@@ -165,7 +166,8 @@ def streamed(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTr
     }
     for name, module in model.named_modules():
         for leaf, buffer in module.named_buffers(recurse=False):
-            module._buffers[leaf] = buffer.to(device)
+            full = f"{name}.{leaf}"
+            module._buffers[leaf] = (checkpoint.read(full) if full in names else buffer).to(device)
         own = {leaf: stored_as[f"{name}.{leaf}"] for leaf, _ in module.named_parameters(recurse=False)}
         if own:
             read = partial(_materialize, checkpoint, own, device, dtype)

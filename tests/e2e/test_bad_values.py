@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.cli import run_command
-from qdora.commands import export as export_command
+from qdora.export import job
 
 from .runs import metrics, tiny_tree, write_config
 
@@ -136,7 +136,7 @@ def test_a_tokenizer_that_cannot_be_saved_is_found_out_first(tmp_path, trained, 
         raise ValueError("this tokenizer has no files")
 
     monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", save_pretrained)
-    monkeypatch.setattr(export_command, "load_with_adapter", None)
+    monkeypatch.setattr(job, "load_with_adapter", None)
     words = ["--run", str(trained / "run"), "--output", str(tmp_path / "out")]
     assert "its tokenizer cannot be saved: this tokenizer has no files" in fails(capsys, "export", *words)
 

@@ -13,6 +13,7 @@ from qdora.cli import run_command
 from qdora.commands import export as export_command
 from qdora.commands import train as train_command
 from qdora.evaluation import evaluate as evaluation
+from qdora.export import job
 from qdora.output import locked
 from qdora.run import RunDirectory
 
@@ -147,7 +148,7 @@ def test_a_place_that_cannot_be_written_is_found_out_first(
 
 def test_an_export_in_the_way_is_found_out_first(tmp_path, trained, monkeypatch, capsys):
     """Catches: `already exists and is not empty` after a 70B model has been loaded and merged."""
-    monkeypatch.setattr(export_command, "load_with_adapter", None)
+    monkeypatch.setattr(job, "load_with_adapter", None)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert run_command("export", ["--run", str(trained / "run"), "--output", str(tmp_path / "out")]) == 2

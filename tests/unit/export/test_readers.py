@@ -14,6 +14,9 @@ from qdora.models.formats.write import write_settings
 from qdora.models.load import load_base
 from tests.environments import environment_python
 from tests.tiny import tiny_tokenizer, write_tiny_model
+from tests.unit.adapters.oracle import relative
+
+from .jobs import IDS, exported, logits, make_job
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA3 = {
@@ -102,3 +105,28 @@ def test_version_4_computes_the_same(tmp_path, rope):
     with torch.no_grad():
         ours = exported(torch.tensor([theirs["ids"]])).logits
     torch.testing.assert_close(torch.tensor(theirs["logits"]), ours, rtol=1e-4, atol=1e-5)
+
+
+_READ_4_BITS = """
+import json, sys, peft, torch, transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, device_map="cpu")
+for module in model.modules():
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+model = peft.PeftModel.from_pretrained(model, sys.argv[1] + "/adapter")
+with torch.no_grad():
+    print(json.dumps(model(torch.tensor(json.loads(sys.argv[2]))).logits.tolist()))
+"""
+
+
+def test_version_4_computes_the_same_in_4_bits(tmp_path):
+    """Catches: a 4-bit export that transformers 4 with PEFT refuses, or reads as another model."""
+    python = environment_python("transformers4")
+    job = make_job(tmp_path, write_tiny_model(tmp_path / "m", intermediate_size=128), "nf4", dtype="fp32")
+    expected, folder = logits(job.model), exported(job, "nf4")
+    words = [python, "-c", _READ_4_BITS, str(folder), json.dumps(IDS.tolist())]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert relative(theirs, expected) < 1e-5
