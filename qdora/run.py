@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qdora.config import RunConfig
+from qdora.config import PromptName, RunConfig
 from qdora.config_file import apply_overrides, check_config, dump_config, load_config
 from qdora.errors import InputError
 from qdora.files import clear_leftovers, read_json, remove, write_json, write_text
@@ -342,6 +342,16 @@ def resolve_target(
     elif directory is not None and not base_only:
         adapter = directory.kept_adapter() if best else directory.finished_adapter()
     return Target(config, adapter, directory)
+
+
+def prompt_name(arguments: argparse.Namespace, config: RunConfig, has_template: bool) -> PromptName:
+    """The prompt that a model answers: a run's; without one that of `--set data.prompt`, else a chat's turns.
+
+    Args:
+        has_template: the tokenizer has a chat template.
+    """
+    named = not arguments.model or arguments.run or any(s.startswith("data.prompt=") for s in arguments.set)
+    return config.data.prompt if named or not has_template else "chat"
 
 
 def _data_file(path: str, test: dict[str, Any] | None) -> dict[str, Any]:

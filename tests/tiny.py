@@ -8,10 +8,12 @@ import gguf
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from qdora.data.chat_templates import template_text
 from qdora.distributed.context import DistributedContext
 from qdora.distributed.launch import FsdpSettings
 
@@ -45,6 +47,36 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+TEXT = """
+Tom has 33 apples   and buys 4, then    12 more.\n\n  How many?\tHe's got 49; they'll say: "größer – 5½".
+def f(x):\n    return x + 1000\n"""
+
+
+def tiny_bpe_tokenizer(
+    splits: str = "smollm", text: str = TEXT, size: int = 310, **special: str
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that learned its merges from a text, which it splits by a rule that llama.cpp names."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=splits in ("smollm", "gpt-2"))
+    first = {"smollm": [pre_tokenizers.Digits(individual_digits=True)], "gpt-2": []}
+    if splits not in first:
+        first[splits] = [pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[splits]), "isolated")]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=splits in ("llama-bpe", "tekken")))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first[splits], byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    named = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"} | special
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[*named.values(), "<|im_start|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+    fast.chat_template = template_text("chatml")
+    return fast
 
 
 def write_tiny_model(

@@ -24,7 +24,7 @@ from qdora.evaluation.weights import evaluation_weights
 from qdora.models.load import adapter_rows, load_with_adapter, required_tokenizer, resolve_device
 from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
-from qdora.run import Target
+from qdora.run import Target, prompt_name
 
 COMMANDS = {
     "/reset": "forget the turns so far",
@@ -78,9 +78,8 @@ def _load(
     checkpoint = open_checkpoint(config.model.path, config.model.revision)
     tokenizer = required_tokenizer(checkpoint, config.data.chat_template, adapter=adapter)
     fit_padding(tokenizer, adapter_rows(adapter, embedding_rows(checkpoint.config)))
-    if target.directory is None and not any(s.startswith("data.prompt=") for s in arguments.set):
-        prompt = "chat" if tokenizer.chat_template else config.data.prompt
-        config = config.model_copy(update={"data": config.data.model_copy(update={"prompt": prompt})})
+    prompt = prompt_name(arguments, config, has_template=bool(tokenizer.chat_template))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"prompt": prompt})})
     saved = read_saved(adapter) if arguments.base and adapter is not None else None
     if saved is not None and (saved.is_full or saved.changes_base):
         why = "trained every weight" if saved.is_full else "changed the base's weights at its start"

@@ -44,6 +44,10 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "help": "what to merge onto, or what a server holds: the dequantized weights that the adapter was "
         "trained on, whatever their format, or the original ones",
     },
+    "--type": {
+        "choices": ("f16", "q8_0", "q4_0"),
+        "help": "encoding of the matrices",
+    },
     "--quantize": {
         "choices": sorted(get_args(QuantizationName)),
         "help": "full fine-tuning: quantize what was trained to this format, and write what it says",
@@ -121,6 +125,10 @@ FORMATS: Mapping[str, FormatRow] = {
         library="peft",
         relation="adapter",
         usage=PEFT_USAGE,
+    ),
+    "gguf": FormatRow(
+        "the merged weights as one file for llama.cpp and Ollama",
+        {"--type": "f16", "--onto": "nf4", "--quantize": None},
     ),
 }
 DEFAULT = "merged"

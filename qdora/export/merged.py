@@ -69,28 +69,35 @@ def check(job: ExportJob) -> None:
 
 def write(job: ExportJob, folder: Path) -> str:
     """As `Format.write`."""
-    model, dtype = job.model, DTYPES[job.options.dtype]
-    tensors = merged_tensors(model, dtype)
-    if job.options.onto == "original":
-        if not adapted_layers(model):
-            raise InputError(
-                "--onto original: full fine-tuning leaves no adapter to merge onto other weights"
-            )
-        tensors = merged_onto(model, job.checkpoint.tensors(), dtype)
-    refuse_overflow(model, "the model")
-    write_tensors(folder, model, job.tokenizer, dtype, tensors)
+    dtype = DTYPES[job.options.dtype]
+    refuse_overflow(job.model, "the model")
+    write_tensors(folder, job.model, job.tokenizer, dtype, tensors_as_asked(job, dtype))
     return "merged weights"
 
 
 def verify(job: ExportJob, folder: Path) -> str:
     """As `Format.verify`."""
-    model = job.model
-    if job.options.onto == "original":
-        # What the export must reproduce is the adapter on the unquantized base.
-        job.release()
-        del model
-        model = job.load(job.adapter, quantization="none")
-    return str(verify_export(folder, model))
+    return str(verify_export(folder, model_as_asked(job)))
+
+
+def tensors_as_asked(job: ExportJob, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The merged tensors that `--onto` asks for, one at a time.
+
+    Raises: InputError: there is no adapter to merge onto other weights; as `merged_tensors`.
+    """
+    if job.options.onto == "nf4":
+        return merged_tensors(job.model, dtype)
+    if not adapted_layers(job.model):
+        raise InputError("--onto original: full fine-tuning leaves no adapter to merge onto other weights")
+    return merged_onto(job.model, job.checkpoint.tensors(), dtype)
+
+
+def model_as_asked(job: ExportJob) -> PreTrainedModel:
+    """The adapted model that computes what the tensors of `--onto` do; the job's model may be released."""
+    if job.options.onto == "nf4":
+        return job.model
+    job.release()
+    return job.load(job.adapter, quantization="none")
 
 
 def write_tensors(

@@ -145,6 +145,7 @@ def streamed(directory: Path, device: torch.device, dtype: torch.dtype) -> PreTr
     """The model of an unquantized folder in transformers, of which only the module that runs exists.
 
     Args:
+        directory: or a GGUF file.
         device: that computes.
         dtype: in which.
     """

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
+from qdora import AdapterConfig, inject, load_base, save_adapter
 from qdora.cli import run_command
+from tests.tiny import tiny_bpe_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.e2e
 
@@ -38,10 +40,37 @@ def test_lora(trained, tmp_path, capsys):
     assert run_command("evaluate", ["--run", str(run), "--adapter", str(out), "--limit", "2"]) == 0
 
 
+def test_gguf(trained, tmp_path, capsys):
+    """Catches: a format that the command does not reach; a folder left by an export that is refused."""
+    base = write_tiny_model(tmp_path / "base", vocab_size=320)
+    tiny_bpe_tokenizer().save_pretrained(base)
+    model, _ = load_base(str(base), dtype="float32")
+    inject(model, AdapterConfig(r=4, alpha=12))
+    save_adapter(model, tmp_path / "adapter")
+    of_base = [
+        "--model",
+        str(base),
+        "--adapter",
+        str(tmp_path / "adapter"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert run_command("export", [*of_base, "--format", "gguf", "--type", "q4_0", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "model-q4_0.gguf and Modelfile: " in shown
+    assert "verified: read back, weights differ by " in shown
+    assert "{{ range .Messages }}" in (tmp_path / "out" / "Modelfile").read_text()
+    of_run = ["--run", str(trained / "run"), "--output", str(tmp_path / "none"), "--format", "gguf"]
+    assert run_command("export", of_run) == 2
+    assert "is WordLevel; in GGUF files: BPE" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "nf4", "--onto", "original"], "--onto is an option of --format merged, lora;"),
+        (["--format", "nf4", "--onto", "original"], "--onto is an option of --format merged, lora, gguf;"),
+        (["--format", "gguf", "--dtype", "fp16"], "--format gguf takes --type, --onto, --quantize"),
         (["--format", "lora", "--r", "0"], "--format lora needs --r N, its rank, from 1 on; got 0"),
         (
             ["--requantize"],

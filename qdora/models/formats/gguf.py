@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import transformers
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-from tokenizers import pre_tokenizers
 from transformers import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qdora.errors import CheckpointError, InputError, suggest
 from qdora.models.formats import Checkpoint, TensorInfo, read_bytes
+from qdora.models.formats.gguf_tokenizer import split_as_llama_cpp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -131,13 +131,13 @@ def _llama3_scaling(path: Path, config: PreTrainedConfig, factors: torch.Tensor)
 
 
 # llama.cpp's tensor names and those of transformers; in a block without "blk.N." and "model.layers.N.".
-_EMBEDDING, _OUTPUT, _ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
-_TOP_NAMES = {
-    _EMBEDDING: "model.embed_tokens.weight",
+EMBEDDING, OUTPUT, ROPE_FACTORS = "token_embd.weight", "output.weight", "rope_freqs.weight"
+TOP_NAMES = {
+    EMBEDDING: "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
-    _OUTPUT: "lm_head.weight",
+    OUTPUT: "lm_head.weight",
 }
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
     "attn_k.weight": "self_attn.k_proj.weight",
@@ -148,7 +148,7 @@ _BLOCK_NAMES = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
-_QWEN2_BIASES = {f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
+QWEN2_BIASES = {f"attn_{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
 
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
@@ -207,11 +207,11 @@ class GGUFFile(Checkpoint):
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from None
         by_name = {tensor.name: tensor for tensor in tensors}
-        factors = _read_tensor(path, by_name.pop(_ROPE_FACTORS)) if _ROPE_FACTORS in by_name else None
-        if _EMBEDDING not in by_name:
-            raise CheckpointError(f"{path}: corrupt: it has no tensor {_EMBEDDING}")
-        vocab_size = by_name[_EMBEDDING].shape[0]
-        config = gguf_config(path, metadata, vocab_size, _OUTPUT not in by_name, factors)
+        factors = _read_tensor(path, by_name.pop(ROPE_FACTORS)) if ROPE_FACTORS in by_name else None
+        if EMBEDDING not in by_name:
+            raise CheckpointError(f"{path}: corrupt: it has no tensor {EMBEDDING}")
+        vocab_size = by_name[EMBEDDING].shape[0]
+        config = gguf_config(path, metadata, vocab_size, OUTPUT not in by_name, factors)
         _check_encodings(path, tensors)
         stored = {_hf_name(path, name, config.model_type): tensor for name, tensor in by_name.items()}
         in_order = dict(sorted(stored.items(), key=lambda item: item[1].start))
@@ -249,8 +249,7 @@ class GGUFFile(Checkpoint):
         except Exception as error:
             raise InputError(f"{self.path}: its tokenizer cannot be used: {error}") from error
         tokenizer.name_or_path = str(self.path)
-        if self.metadata.get("tokenizer.ggml.pre") == "smollm":
-            _split_digits(tokenizer)
+        split_as_llama_cpp(tokenizer, self.metadata.get("tokenizer.ggml.pre"))
         return tokenizer
 
     def generation_config(self) -> GenerationConfig | None:
@@ -276,9 +275,9 @@ class GGUFFile(Checkpoint):
 
 def _hf_name(path: Path, name: str, model_type: str) -> str:
     """The name in `transformers` of llama.cpp's tensor."""
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    names = _BLOCK_NAMES | (_QWEN2_BIASES if model_type == "qwen2" else {})
+    if name in TOP_NAMES:
+        return TOP_NAMES[name]
+    names = BLOCK_NAMES | (QWEN2_BIASES if model_type == "qwen2" else {})
     block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if block is None or block[2] not in names:
         raise InputError(f"{path}: tensor {name!r} has no place in a {model_type} model")
@@ -304,18 +303,6 @@ def _check_encodings(path: Path, tensors: tuple[GGUFTensor, ...]) -> None:
             raise InputError(
                 f"{path}: tensor {tensor.name}: encoding {encoding.name} cannot be read"
             ) from None
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """Let SmolLM's tokenizer split off every digit before anything else, as the original does.
-
-    `transformers` knows no splitting rule for `smollm` and takes GPT-2's, under which a run of
-    spaces or line breaks before a number becomes other tokens than in training.
-    Source: llama.cpp, LLAMA_VOCAB_PRE_TYPE_SMOLLM.
-    """
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
 
 
 class _HeaderReader:

@@ -281,9 +281,9 @@ def test_options_that_contradict_each_other(
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches: ModuleNotFoundError in place of how to install it."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("qdora.errors.find_spec", lambda name: None)
     assert run_command("evaluate", ["--model", "nowhere", "--lm-eval", "arc_easy"]) == 2
-    assert "not installed: pip install 'lm-eval>=0.4.13'" in capsys.readouterr().err
+    assert 'not installed: pip install "qdora[eval]"' in capsys.readouterr().err
 
 
 def test_ranks_divide_the_documents(saved: dict[str, Path], tmp_path: Path) -> None:

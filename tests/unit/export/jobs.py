@@ -45,7 +45,7 @@ def make_job(
     config = check_config(tree, RunConfig, "test")
     checkpoint = open_checkpoint(str(model_folder))
     context = DistributedContext(device=torch.device("cpu"))
-    names = argparse.Namespace(**(defaults | chosen))
+    names = argparse.Namespace(run=None, model=None, set=[], **(defaults | chosen))
     return ExportJob(
         names, config, tmp_path / "none", checkpoint, tokenizer, context, tmp_path / "out", model
     )
