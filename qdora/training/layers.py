@@ -45,8 +45,8 @@ def check_layer_settings(config: TrainingConfig, device: torch.device) -> None:
     lacking = _missing_for_compile(device) if config.compile else None
     if lacking:
         raise InputError(
-            f"training.compile writes code for the {device.type.upper()} and needs {lacking}; "
-            f"install it, or set training.compile: false"
+            f"training.compile writes code for the {device.type.upper()} and needs {lacking}, which is not "
+            f"there; install it, or set training.compile: false"
         )
 
 
@@ -54,8 +54,8 @@ def _missing_for_compile(device: torch.device) -> str | None:
     """What torch's or Triton's code generator needs on a device and does not find; None where it has all."""
     if device.type == "cuda":
         # Triton compiles the code by which Python launches a kernel.
-        if lacking := not_installed("triton"):
-            return lacking
+        if not_installed("triton"):
+            return 'Triton (pip install "qdora[gpu]")'
         own = os.environ.get("CC")
         found = which(own) if own else which("gcc") or which("clang")
         compiler = f"the C compiler {own!r} (CC)" if own else "a C compiler, gcc or clang"

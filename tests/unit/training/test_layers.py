@@ -182,10 +182,12 @@ def test_what_compiling_lacks_is_named(no_compiler, monkeypatch):
     monkeypatch.setenv("CXX", "icx")
     with pytest.raises(InputError, match=r"the C\+\+ compiler 'icx' \(CXX\)"):
         check_layer_settings(wanted, CPU)
-    monkeypatch.setattr(layers, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="code for the CUDA and needs Triton"):
+    monkeypatch.setattr(layers, "not_installed", lambda name: name)
+    with pytest.raises(
+        InputError, match=r'code for the CUDA and needs Triton \(pip install "qdora\[gpu\]"\)'
+    ):
         check_layer_settings(wanted, torch.device("cuda"))
-    monkeypatch.setattr(layers, "find_spec", lambda name: name)
+    monkeypatch.setattr(layers, "not_installed", lambda name: None)
     with pytest.raises(InputError, match="a C compiler, gcc or clang"):
         check_layer_settings(wanted, torch.device("cuda"))
     monkeypatch.setattr(layers, "which", lambda name: name)
