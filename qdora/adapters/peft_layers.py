@@ -1,18 +1,21 @@
 """PEFT's DoRA layers, computed by our product with PEFT's own parameters and bytes.
 
-PEFT computes W x before it asks the variant of a layer, and a variant of ours could only compute it again.  So an
-accelerated layer is of a subclass of PEFT's: its `forward` is ours where it can be, and PEFT's own where adapters
-are off, merged, mixed in a batch or several at once.  All else is inherited; parameters and modules do not move.
+PEFT computes W x before it asks the variant of a layer, so that with a variant of ours W would be multiplied
+twice.  An accelerated layer is of a subclass of PEFT's instead: its `forward` is ours where it can be, and
+PEFT's own where adapters are off, merged, mixed in a batch or several at once.  All else is inherited, and
+parameters and modules stay where they are.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Linear4bit
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import Linear4bit
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
@@ -21,7 +24,6 @@ from torch.distributed.tensor import DTensor
 from qdora.adapters.base import Factors
 from qdora.adapters.magnitude import NormCache
 from qdora.adapters.product import Scaling, adapted_product
-from qdora.errors import InputError
 from qdora.quant.base import FrozenWeight
 from qdora.quant.dense import DenseWeight
 from qdora.quant.stored import adopt_linear
@@ -41,21 +43,18 @@ class Acceleration:
     Args:
         name: of the layer.
         dropout_placement: as in `AdapterConfig`.
+        said: what has been said about the model, of which its layers share the list.
     """
 
-    def __init__(self, name: str, dropout_placement: str) -> None:
-        self.name, self.dropout_placement = name, dropout_placement
+    def __init__(self, name: str, dropout_placement: str, said: list[str]) -> None:
+        self.name, self.dropout_placement, self.said = name, dropout_placement, said
         self._weight: FrozenWeight | None = None
         self._source: tuple[Any, ...] = ()
         self._norms: dict[str, _Norms] = {}
         self._zeros_O: torch.Tensor | None = None
-        self.said_frozen = False
-
-    def __deepcopy__(self, memo: Any) -> Acceleration:
-        return Acceleration(self.name, self.dropout_placement)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Acceleration, (self.name, self.dropout_placement)
+        return Acceleration, (self.name, self.dropout_placement, self.said)
 
     def forget(self) -> None:
         """The base weight has changed, or an adapter in a way that leaves no trace."""
@@ -95,7 +94,7 @@ class Acceleration:
         return self._zeros_O
 
 
-class OffsetMagnitude(DoraLinearLayer):  # type: ignore[misc]
+class OffsetMagnitude(DoraLinearLayer):
     """PEFT's magnitude as m = initial + offset, of which the offset is trained; saved and loaded as m.
 
     Attributes:
@@ -119,11 +118,11 @@ class OffsetMagnitude(DoraLinearLayer):  # type: ignore[misc]
         m_O, trained = self.weight.detach().to(dtype), self.offset.requires_grad
         del self._parameters["offset"], self._buffers["initial_O"]
         self._non_persistent_buffers_set.discard("initial_O")
-        self.__class__ = DoraLinearLayer
+        self.__class__ = DoraLinearLayer  # type: ignore[assignment]
         self.register_parameter("weight", nn.Parameter(m_O, trained))
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
         """m: (O,) at least float32."""
         return self.initial_O + self.offset.to(self.initial_O.dtype)
 
@@ -150,7 +149,9 @@ class _Accelerated:
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As PEFT's; by our product where this layer and this call allow it."""
-        adapter = None if args or kwargs else single_adapter(self)
+        # A graph would keep what is asked for in every pass here: PEFT's own compiles as it is.
+        own = args or kwargs or torch.compiler.is_compiling()
+        adapter = None if own else single_adapter(self)
         if adapter is None or not x.is_floating_point() or why_left(self, adapter) is not None:
             result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
@@ -173,7 +174,7 @@ class _Accelerated:
         return super().train(mode)  # type: ignore[misc]
 
 
-class AcceleratedLinear(_Accelerated, LoraLinear):  # type: ignore[misc]
+class AcceleratedLinear(_Accelerated, LoraLinear):
     """PEFT's layer on a dense `nn.Linear`."""
 
 
@@ -225,25 +226,22 @@ def why_left(layer: Any, adapter: str) -> str | None:
 def _forward(layer: Any, acceleration: Acceleration, adapter: str, x: torch.Tensor) -> torch.Tensor:
     base, magnitude = layer.base_layer, layer.lora_magnitude_vector[adapter]
     m_O = magnitude.offset if isinstance(magnitude, OffsetMagnitude) else magnitude.weight
+    a_RI, b_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dtype, out_dtype = _dtypes(base, x, m_O.dtype)
+    if x.device.type == "cpu":
+        # As PEFT computes all but the base product outside of autocast; a CPU gains little by 16 bits.
+        dtype = torch.promote_types(dtype, a_RI.dtype)
     # The product casts by itself, and keeps its small sums in float32.
     with torch.autocast(x.device.type, enabled=False):
         weight = acceleration.weight(base)
-        factors = Factors(
-            layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, None, None, layer.scaling[adapter]
-        )
+        factors = Factors(a_RI, b_OR, None, None, layer.scaling[adapter])
         if isinstance(magnitude, OffsetMagnitude):
             initial_O = magnitude.initial_O
         else:
             initial_O = acceleration.zeros(weight)
-            if (
-                m_O.dtype.itemsize < 4
-                and m_O.requires_grad
-                and layer.training
-                and not acceleration.said_frozen
-            ):
-                acceleration.said_frozen = True
-                warnings.warn(frozen_sentence([m_O], m_O), stacklevel=2)
+            if layer.training and m_O.dtype.itemsize < 4 and m_O.requires_grad and not acceleration.said:
+                acceleration.said.append(frozen_sentence([m_O]))
+                warnings.warn(acceleration.said[0], stacklevel=2)
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
         dropout, p, rest_NI = layer.lora_dropout[adapter], 0.0, None
         if layer.training and not isinstance(dropout, nn.Identity):
@@ -282,15 +280,15 @@ def _dtypes(base: Any, x: torch.Tensor, magnitude: torch.dtype) -> tuple[torch.d
     return base.compute_dtype or x.dtype, x.dtype
 
 
-def frozen_sentence(magnitudes: list[torch.Tensor], example_O: torch.Tensor) -> str:
-    """That magnitudes in 16 bits do not learn, with the numbers."""
-    m = float(example_O.detach().abs().median())
-    spacing = float(torch.finfo(example_O.dtype).eps * 2.0 ** torch.tensor(m).log2().floor()) if m else 0.0
-    dtype = str(example_O.dtype).removeprefix("torch.")
+def frozen_sentence(magnitudes: Sequence[torch.Tensor]) -> str:
+    """That these trained magnitudes do not learn in 16 bits, with the numbers of the first."""
+    m, info = float(magnitudes[0].detach().abs().median()), torch.finfo(magnitudes[0].dtype)
+    spacing = info.eps * 2.0 ** math.floor(math.log2(max(m, info.tiny)))
+    what = "a trained magnitude is" if len(magnitudes) == 1 else f"{len(magnitudes)} trained magnitudes are"
     return (
-        f"{len(magnitudes)} trained magnitudes are stored in {dtype}, which near {m:.2g} has a spacing of "
-        f"{spacing:.2g}, so that steps of 1e-4 round away and they stay frozen without float32 masters: "
-        f"qdora.accelerate(model, magnitude='float32') or 'offset', before the optimizer is made, lets them learn"
+        f"{what} stored in {info.dtype}, which near {m:.2g} has a spacing of {spacing:.1g}: smaller steps of "
+        f"an optimizer without float32 masters round away; qdora.accelerate(model, magnitude='float32'), or "
+        f"'offset', keeps them"
     )
 
 

@@ -47,38 +47,37 @@ def accelerate(
 ) -> AccelerationReport:
     """Compute the DoRA layers of a PEFT model by our product, in place, until `restore`.
 
-    Parameters, bytes and modules stay PEFT's: nothing is copied or quantized again, and saving, loading, merging,
-    switching adapters and further adapters go on as they did.  Called again it takes in layers that have come since,
-    and changes the options of the others.
+    Parameters, bytes and modules stay PEFT's: nothing is copied or quantized again, and saving, loading,
+    merging and switching adapters go on as they did.  An adapter that is added later is accelerated where its
+    layer is; called again, this takes in layers that have come since, and sets the options anew.
 
     Args:
-        model: of `get_peft_model` or `PeftModel.from_pretrained`, or a model with such layers.
-        dropout_placement: `published` drops as PEFT does, also the inputs of (s - 1) W x, at a second product with
-            W; `branch` those of the low-rank update alone.
-        magnitude: how trained magnitudes are held.  `float32` as such; `offset` as m = start + offset, of which the
-            offset is trained in the dtype that the magnitude has, and 16 bits learn too.  Both are saved as PEFT
-            saves them.  To be given before the optimizer is made.
+        model: of `get_peft_model` or `PeftModel.from_pretrained`, or any model with such layers.
+        dropout_placement: `published` drops as PEFT does, also the inputs of (s - 1) W x, at a second product
+            with W; `branch` those of the low-rank update alone.
+        magnitude: how magnitudes are held: as `stored`; in `float32`; or as m = start + `offset`, of which
+            the offset is trained, in the dtype that the magnitude has, where 16 bits learn too.  All are
+            saved as PEFT saves them.  Not to be changed once there is an optimizer.
     Returns: which layers are accelerated, and why others are not.
-    Raises: InputError: PEFT is not installed, an option is none of the allowed ones, or no layer has a DoRA adapter.
+    Raises: InputError: PEFT is not installed, an option is none of the allowed ones, or no layer has a DoRA
+        adapter.
     """
     _refuse_option("dropout_placement", dropout_placement, DropoutPlacement)
     _refuse_option("magnitude", magnitude, MagnitudeStorage)
     layers = _peft_layers()
     accelerated: list[str] = []
     left: dict[str, str] = {}
+    said: list[str] = []
     for name, layer in _dora_layers(model):
         kind = type(layer)
         if kind not in (*layers.ACCELERATED, *layers.ACCELERATED.values()):
             left[name] = _foreign(layer)
             continue
-        reasons = [
-            _why_left(layers, layer, adapter, name) for adapter in layer.lora_A if layer.use_dora.get(adapter)
-        ]
-        if all(reasons):
-            left[name] = reasons[0]
+        if why := _why_left(layers, layer, name):
+            left[name] = why
             continue
         layer.__class__ = layers.ACCELERATED.get(kind, kind)
-        layer.qdora = layers.Acceleration(name, dropout_placement)
+        layer.qdora = layers.Acceleration(name, dropout_placement, said)
         accelerated.append(name)
     if not accelerated and not left:
         raise InputError(
@@ -87,6 +86,7 @@ def accelerate(
         )
     frozen = _hold_magnitudes(layers, model, magnitude)
     if frozen:
+        said.append(frozen)
         warnings.warn(frozen, stacklevel=2)
     return AccelerationReport(tuple(accelerated), left, frozen)
 
@@ -94,8 +94,8 @@ def accelerate(
 def restore(model: nn.Module) -> None:
     """Let PEFT compute every layer again.
 
-    Magnitudes that `accelerate` holds as an offset become PEFT's parameter, in float32, as those in float32 stay: in 16
-    bits they would lose what they have learned.
+    A magnitude that is held as an offset becomes PEFT's parameter, in float32; one that `accelerate` holds in
+    float32 stays so.  In 16 bits they would lose what they have learned.
     """
     layers = _peft_layers()
     kinds = {ours: theirs for theirs, ours in layers.ACCELERATED.items()}
@@ -117,11 +117,8 @@ def _peft_layers() -> Any:
 
 def _dora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if (
-            any(getattr(module, "use_dora", {}).values())
-            if isinstance(getattr(module, "use_dora", None), dict)
-            else False
-        ):
+        of_adapters = getattr(module, "use_dora", None)
+        if isinstance(of_adapters, dict) and any(of_adapters.values()):
             yield name, module
 
 
@@ -132,26 +129,24 @@ def _foreign(layer: Any) -> str:
     return f"adapters on a {base.__name__} ({base.__module__.partition('.')[0]}) are left as they are"
 
 
-def _why_left(layers: Any, layer: Any, adapter: str, name: str) -> str | None:
-    reason: str | None = layers.why_left(layer, adapter)
-    if reason is None:
-        try:
-            layers.adopt_linear(layer.base_layer, name)
-        except InputError as error:
-            reason = str(error).removeprefix(f"{name} ")
-    if reason is None and not layer.lora_magnitude_vector[adapter].weight.all():
-        reason = "its magnitude has zeros"
-    return reason
+def _why_left(layers: Any, layer: Any, name: str) -> str | None:
+    adapters = [adapter for adapter, dora in layer.use_dora.items() if dora]
+    reasons: list[str | None] = [layers.why_left(layer, adapter) for adapter in adapters]
+    if all(reasons):
+        return reasons[0]
+    if not all(layer.lora_magnitude_vector[adapter].weight.all() for adapter in adapters):
+        return "its magnitude has zeros"
+    try:
+        layers.adopt_linear(layer.base_layer, name)
+    except InputError as error:
+        return str(error).removeprefix(f"{name} is ")
+    return None
 
 
 def _hold_magnitudes(layers: Any, model: nn.Module, storage: MagnitudeStorage) -> str:
     """Hold the magnitudes of accelerated layers as asked; the sentence about those that cannot learn."""
-    found = [
-        magnitude
-        for module in model.modules()
-        if type(module) in layers.ACCELERATED.values()
-        for magnitude in module.lora_magnitude_vector.values()  # type: ignore[union-attr]
-    ]
+    accelerated: list[Any] = [m for m in model.modules() if type(m) in layers.ACCELERATED.values()]
+    found = [magnitude for layer in accelerated for magnitude in layer.lora_magnitude_vector.values()]
     for magnitude in found:
         offset = isinstance(magnitude, layers.OffsetMagnitude)
         if storage == "offset" and not offset:
@@ -165,7 +160,7 @@ def _hold_magnitudes(layers: Any, model: nn.Module, storage: MagnitudeStorage) -
         for magnitude in found
         if magnitude.weight.requires_grad and magnitude.weight.dtype.itemsize < 4
     ]
-    return layers.frozen_sentence(narrow, narrow[0]) if narrow else ""
+    return layers.frozen_sentence(narrow) if narrow else ""
 
 
 def _refuse_option(name: str, value: str, allowed: Any) -> None:
