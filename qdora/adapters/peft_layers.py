@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from qdora.adapters.base import Factors
 from qdora.adapters.magnitude import NormCache
 from qdora.adapters.product import Scaling, adapted_product
+from qdora.errors import InputError
 from qdora.quant.base import FrozenWeight
 from qdora.quant.dense import DenseWeight
 from qdora.quant.stored import adopt_linear
@@ -65,6 +66,11 @@ class Acceleration:
         """The base weight; adopted again where it is not the one that it was, as after a merge or a move."""
         weight: Any = base.weight
         state = getattr(weight, "quant_state", None)
+        if state is None and _is_4bit(base):
+            raise InputError(
+                f"{self.name}: its 4-bit weight has no quant_state, which FSDP2 takes from it, and PEFT "
+                f"cannot compute it either; allowed with FSDP2: unquantized base weights, or `qdora train`"
+            )
         absmax = None if state is None else state.absmax.data_ptr()
         packed = getattr(state, "packing_format_for_cpu", False)
         source = (id(weight), weight.data_ptr(), weight._version, id(state), absmax, packed)
@@ -268,7 +274,7 @@ def _forward(layer: Any, acceleration: Acceleration, adapter: str, x: torch.Tens
 def _dtypes(base: Any, x: torch.Tensor, magnitude: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """In what PEFT's layer computes the base product, and what it returns."""
     device = x.device.type
-    four_bit = hasattr(base, "compute_dtype")
+    four_bit = _is_4bit(base)
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         return dtype, torch.promote_types(x.dtype, magnitude) if four_bit else dtype
@@ -278,6 +284,11 @@ def _dtypes(base: Any, x: torch.Tensor, magnitude: torch.dtype) -> tuple[torch.d
         base.set_compute_type(x)
         base.compute_type_is_set = True
     return base.compute_dtype or x.dtype, x.dtype
+
+
+def _is_4bit(base: nn.Module) -> bool:
+    """Whether a layer is bitsandbytes' for 4 bits, whatever has become of its weight."""
+    return hasattr(base, "compute_dtype")
 
 
 def frozen_sentence(magnitudes: Sequence[torch.Tensor]) -> str:

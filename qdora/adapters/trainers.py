@@ -1,8 +1,8 @@
-"""What the trainers of other libraries need of a model with our adapters: torch's optimizers, and checkpoints.
+"""What the trainers of other libraries need of our models: gradients for torch's optimizers, checkpoints.
 
-A 16-bit parameter sums its gradient in float32, and torch's optimizers want it in the parameter's own dtype: a
-hook rounds it for the step alone.  Trainers save a model by `save_pretrained`, which would write the frozen base:
-on an adapted model it writes the adapter.
+A 16-bit parameter sums its gradient in float32, and torch's optimizers want it in the parameter's dtype: a
+hook rounds it for the step alone.  Trainers save a model by `save_pretrained`, which would write the frozen
+base: on an adapted model it writes the adapter.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""`accelerate` against PEFT's own computation of the same layers, on the PEFT that is installed."""
+"""`accelerate` against PEFT's own computation of the same layers; `PEFT_VERSION` says on which PEFT."""
 
 from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
 import warnings
+from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
@@ -20,10 +23,12 @@ import qdora
 from qdora.adapters import peft_layers
 from qdora.benchmark.peers import linear_4bit
 from qdora.errors import InputError
+from tests.environments import environment_python
 
 from .oracle import relative
 
 BASES = ("dense", "nf4")
+assert peft.__version__ == os.environ.get("PEFT_VERSION", peft.__version__)
 
 
 class Net(nn.Module):
@@ -53,7 +58,10 @@ def adapted(base: str = "dense", dtype: torch.dtype = torch.float32, **changes) 
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 10, "use_dora": True, "target_modules": ["first", "last"]} | changes
     narrow = settings.pop("narrow", False)
-    model = get_peft_model(Net(base, dtype), LoraConfig(**settings), autocast_adapter_dtype=not narrow)
+    model = get_peft_model(Net(base, dtype), LoraConfig(**settings))
+    for name, parameter in model.named_parameters() if narrow else ():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
     return off_the_identity(model).train()
 
 
@@ -500,3 +508,14 @@ def test_a_magnitude_that_becomes_16_bits_later_is_said():
     with pytest.warns(UserWarning, match="stored in bfloat16") as said:
         model(x)  # through two layers
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.19.1", "0.20.0"])
+def test_the_same_holds_on_older_versions_of_peft(version):
+    """Catches: a name or a signature that PEFT has changed between 0.18 and the version installed here."""
+    python = environment_python(f"peft-{version}")
+    chosen = "peft_s or switched or files or 16_bits_learns or trained"
+    words = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-k", chosen]
+    there = {"cwd": Path(__file__).parents[3], "env": os.environ | {"PEFT_VERSION": version}}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **there)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -72,7 +72,7 @@ def peft_model(folder: Path) -> PeftModel:
 
 @pytest.mark.parametrize("kind", ["transformers", "sft", "dpo"])
 def test_accelerated_models_train_as_peft_s_do(kind, tiny_model_folder, tmp_path, monkeypatch):
-    """Catches: other losses, a norm that the trainer's optimizer leaves stale, adapters that it adds left out."""
+    """Catches: other losses, a norm that the trainer's optimizer leaves stale, an adapter that it adds."""
     seen = set()
     own = peft_layers._forward
     monkeypatch.setattr(
