@@ -19,6 +19,7 @@ KERNELS = "tests/unit/adapters/kernels/test_closed_form.py"
 SHARDS = "tests/unit/quant/test_shards.py"
 SHARDED = "tests/distributed/test_sharded.py"
 DECODING = "tests/unit/evaluation/test_continuous.py"
+ACCELERATED = "tests/unit/adapters/test_accelerate.py"
 PACKING = "tests/unit/training/test_packing.py"
 
 MUTANTS = {
@@ -66,8 +67,8 @@ MUTANTS = {
     ),
     "stale norm after a fused step": Mutant(
         "adapters/magnitude.py",
-        'torch.autograd.graph.increment_version(group["params"])',
-        "pass",
+        "    _steps += 1",
+        "    _steps += 0",
         "tests/unit/training/test_loop.py::test_the_norm_follows_the_update",
     ),
     "update added to what is rounded": Mutant(
@@ -89,9 +90,9 @@ MUTANTS = {
         f"{SIXTEEN}::test_small_moves_come_through[kernels-qdora-update-0.0-start]",
     ),
     "compiled norm of an earlier step": Mutant(
-        "adapters/layer.py",
-        "return torch.compiler.is_compiling() or not self._norms.is_fresh(factors)",
-        "return not self._norms.is_fresh(factors)",
+        "adapters/magnitude.py",
+        "torch.compiler.is_compiling() or not self.is_fresh(factors)",
+        "not self.is_fresh(factors)",
         "tests/unit/adapters/test_compile.py::test_a_layer_is_one_graph[qdora-dtype0-1e-06-False-0.0]",
     ),
     "tile off by one": Mutant(
@@ -199,8 +200,8 @@ MUTANTS = {
     ),
     "sharded norm never stale": Mutant(
         "adapters/magnitude.py",
-        "return tuple(t._version for t in self._watched)",
-        "return tuple(0 for t in self._watched)",
+        "return _steps, *(t._version for t in self._watched)",
+        "return ()",
         f"{SHARDED}::test_float32_training_is_that_of_one_process[2-qdora]",
         slow=True,
     ),
@@ -317,6 +318,12 @@ MUTANTS = {
         "along_N1 = product_NI.mul_(weight_wide).mean(1, keepdim=True).mul_(-(inverse_N1**3))",
         "along_N1 = product_NI.mul_(weight_wide).sum(1, keepdim=True).mul_(-(inverse_N1**3))",
         "tests/unit/models/test_norm.py::test_as_near_to_float64_as_transformers",
+    ),
+    "a norm of the scale before": Mutant(
+        "adapters/magnitude.py",
+        "return _steps, factors.scale, *numbers",
+        "return _steps, *numbers",
+        f"{ACCELERATED}::test_a_norm_is_never_stale",
     ),
 }
 

@@ -158,7 +158,7 @@ class _Accelerated:
         # A graph would keep what is asked for in every pass here: PEFT's own compiles as it is.
         own = args or kwargs or torch.compiler.is_compiling()
         adapter = None if own else single_adapter(self)
-        if adapter is None or not x.is_floating_point() or why_left(self, adapter) is not None:
+        if adapter is None or why_left(self, adapter, x) is not None:
             result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
         return _forward(self, self.qdora, adapter, x)
@@ -201,10 +201,13 @@ def single_adapter(layer: Any) -> str | None:
     return active[0] if len(active) == 1 else None
 
 
-def why_left(layer: Any, adapter: str) -> str | None:
+def why_left(layer: Any, adapter: str, x: torch.Tensor | None = None) -> str | None:
     """Why PEFT computes a layer of a class in `ACCELERATED`; None where our product can.
 
     Asked for in every pass, since hooks, wrappers and what is trained may come and go.
+
+    Args:
+        x: the input of a pass.
     """
     if type(layer.lora_variant.get(adapter)) is not DoraLinearVariant:
         return "its adapter is no DoRA, or has another variant beside it"
@@ -219,7 +222,11 @@ def why_left(layer: Any, adapter: str) -> str | None:
         return "lora_bias: the update has a bias, which the magnitude would scale"
     if any(m._forward_hooks or m._forward_pre_hooks for m in (base, a, b)):
         return "hooks hang on its base layer or its factors, which our product would not call"
+    if "forward" in vars(base) and getattr(getattr(base, "_hf_hook", None), "offload", True):
+        return "the forward pass of its base layer has been replaced, as accelerate does to offload weights"
     weight = base.weight
+    if x is not None and (x.device != weight.device or not x.is_floating_point()):
+        return "its input is on another device, or no floating point"
     if weight.requires_grad:
         return "its base weight is trained"
     if weight.is_meta:

@@ -18,7 +18,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from transformers import PreTrainedModel
 
 from qdora.errors import InputError
 from qdora.files import write_file, write_tensors
@@ -58,12 +57,13 @@ register_optimizer_step_post_hook(_sum_wider_again)
 
 
 def save_as_adapter(model: nn.Module) -> None:
-    """Make `model.save_pretrained` write the adapter, where it is a transformers model."""
-    if isinstance(model, PreTrainedModel):
-        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[method-assign]
+    """Make `model.save_pretrained` write the adapter, where it has such a method."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         # What a trainer need not miss in `TRAINED_FILE`.
-        model._keys_to_ignore_on_save = [name for name in model.state_dict() if name not in trained]
+        frozen = [name for name in model.state_dict() if name not in trained]
+        model._keys_to_ignore_on_save = frozen  # type: ignore[assignment]
 
 
 def save_pretrained(

@@ -36,11 +36,13 @@ def benchmark_peft(config: RunConfig, batch: Batch, device: torch.device, rounds
         "accelerated": _arm(model, config, batch, device, dtype, ours=True),
         "peft": _arm(model, config, batch, device, dtype, ours=False),
     }
+    report = accelerate(model)
     seconds = alternate(arms, rounds, warmup=1, title="Trainer step")
     return {
         "batch": list(batch.input_ids_BT.shape),
         "labels": len(batch.targets_N),
-        "accelerated_layers": len(accelerate(model).accelerated),
+        "accelerated_layers": len(report.accelerated),
+        "dora_layers": len(report.accelerated) + len(report.left),
         "seconds": medians(seconds),
         "ratios": ratios(seconds, PAIRS),
     }
@@ -49,7 +51,7 @@ def benchmark_peft(config: RunConfig, batch: Batch, device: torch.device, rounds
 def quantized_peft_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The configured model in NF4 as transformers loads it, with PEFT's DoRA, B off zero."""
     settings: ModelConfig = config.model
-    dense, _ = load_base(settings.path, quantization="none", dtype=str(dtype)[6:], device=str(device))
+    dense, _ = load_base(settings.path, quantization="none", dtype=dtype, device=str(device))
     model: Any = dense_copy(dense, dtype)
     del dense
     model.is_loaded_in_4bit = True  # by which PEFT takes its class for such layers
@@ -60,7 +62,7 @@ def _arm(
     model: nn.Module, config: RunConfig, batch: Batch, device: torch.device, dtype: torch.dtype, *, ours: bool
 ) -> Arm:
     """Seconds of a step of the Trainer, from the forward pass to the optimizer's end."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Clock(TrainerCallback):
         """When a step began and ended."""
@@ -102,6 +104,7 @@ def _arm(
             )
             rows = [{"input_ids": 0}] * (1 + STEPS)
             trainer: Trainer = Trainer(model, arguments, lambda _: inputs, rows, callbacks=[clock])
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         return sum(clock.seconds[1:]) / STEPS
 

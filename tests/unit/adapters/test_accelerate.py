@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -246,7 +247,7 @@ def test_a_norm_is_never_stale():
             x = x.detach().double().requires_grad_()
         before, after = outcome(twin, x), outcome(model, x)
         assert relative(after["y"], before["y"]) < 1e-5, name
-        with torch.no_grad():
+        with torch.inference_mode():
             assert relative(model(x), twin(x)) < 1e-5, name
 
 
@@ -384,7 +385,7 @@ class Kinds(nn.Module):
         self.conv = nn.Conv2d(3, 4, 3)
         self.embed = nn.Embedding(10, 16)
         self.gpt2 = Conv1D(32, 16)
-        self.trained, self.hooked, self.zeros = (nn.Linear(16, 32) for _ in range(3))
+        self.trained, self.hooked, self.zeros, self.moved = (nn.Linear(16, 32) for _ in range(4))
 
 
 def test_what_is_left_to_peft_is_said():
@@ -398,6 +399,7 @@ def test_what_is_left_to_peft_is_said():
     kinds = model.base_model.model
     kinds.trained.base_layer.weight.requires_grad_()
     kinds.hooked.base_layer.register_forward_hook(lambda *_: None)
+    add_hook_to_module(kinds.moved.base_layer, AlignDevicesHook("cpu", offload=True))
     with torch.no_grad():
         kinds.zeros.lora_magnitude_vector["default"].weight[3] = 0
     report = qdora.accelerate(model)
@@ -412,6 +414,7 @@ def test_what_is_left_to_peft_is_said():
         "trained": "trained",
         "hooked": "hooks",
         "zeros": "zeros",
+        "moved": "offload",
     }.items():
         assert word in said[name], said
         assert said[name] in str(report)
