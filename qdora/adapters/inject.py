@@ -18,6 +18,7 @@ from qdora.adapters.init import layer_seed
 from qdora.adapters.layer import AdaptedLinear, refuse_large_rank
 from qdora.adapters.patterns import first_match, match_layers, matches
 from qdora.adapters.tokens import TokenRows, token_rows
+from qdora.adapters.trainers import save_as_adapter
 from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
 from qdora.quant import Quantization
@@ -107,6 +108,7 @@ def inject(
             shared=shared,
             original_OI=original_OI,
         )
+    save_as_adapter(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return InjectionReport(tuple(update_names), tuple(magnitude_names), trainable, count_parameters(model))
 

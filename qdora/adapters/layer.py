@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -14,7 +13,6 @@ from qdora.adapters import UPDATES
 from qdora.adapters.base import DTYPES, Factors, LowRankUpdate
 from qdora.adapters.magnitude import Magnitude, NormCache, original_norms
 from qdora.adapters.product import Scaling, adapted_product
-from qdora.adapters.tiles import scales_output
 from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
 from qdora.quant import Quantization
@@ -223,21 +221,8 @@ class AdaptedLinear(nn.Module):
     def _scaling(self, factors: Factors | None, x_NI: torch.Tensor) -> Scaling | None:
         if self.magnitude is None:
             return None
-        norms = self._norms
-        norm_O: torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-        if factors is not None and self.exact_norm_gradient:
-            norm_O = norms.differentiable_norm(factors)
-        elif factors is not None and self._norm_rides_along(factors, x_NI):
-            norm_O = partial(norms.remember, factors)
-        else:
-            norm_O = norms.norm(factors, x_NI.dtype)
+        norm_O = self._norms.for_product(factors, x_NI, exact=self.exact_norm_gradient)
         return Scaling(self.magnitude.initial_O, self.magnitude.offset_O, norm_O)
-
-    def _norm_rides_along(self, factors: Factors, x_NI: torch.Tensor) -> bool:
-        """Whether the product brings along what a norm needs that is stale, or in a graph may be."""
-        if not scales_output(x_NI.dtype, x_NI.device):
-            return False
-        return torch.compiler.is_compiling() or not self._norms.is_fresh(factors)
 
     def refresh_norm(self) -> None:
         """Bring the norm up to date where that is a kernel's pass over the codes; as `NormCache.refresh`."""

@@ -13,6 +13,7 @@ O out_features   I in_features   R rank
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from qdora.adapters import kernels
 from qdora.adapters.base import AdapterModule, Factors, adapter_parameter, full_tensor
 from qdora.adapters.kernels import native
+from qdora.adapters.tiles import scales_output
 from qdora.config import MagnitudeStart
 from qdora.quant.base import FrozenWeight
 from qdora.quant.dense import DenseWeight
@@ -175,11 +177,14 @@ def positive_root(norm2_O: torch.Tensor) -> torch.Tensor:
     return norm2_O.clamp_min_(torch.finfo(norm2_O.dtype).tiny).sqrt_()
 
 
+_steps = 0
+"""Steps of all optimizers so far."""
+
+
 def _count_the_step(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-    """Fused optimizers write parameters without counting a version, by which a stale norm is known."""
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            torch.autograd.graph.increment_version(group["params"])
+    """Fused optimizers, those of other libraries and those that copy masters write without a version."""
+    global _steps
+    _steps += 1
 
 
 register_optimizer_step_post_hook(_count_the_step)
@@ -197,7 +202,7 @@ class NormCache:
         self._w2_O: torch.Tensor | None = None
         self._wa_OR: torch.Tensor | None = None
         self._norm_O: torch.Tensor | None = None
-        self._versions: tuple[int, ...] | None = None
+        self._versions: tuple[float, ...] | None = None
         self._watched: Sequence[torch.Tensor] | None = None
 
     def watch(self, stored: Sequence[torch.Tensor]) -> None:
@@ -220,13 +225,14 @@ class NormCache:
         """Whether the norm is known for the factors as they are now."""
         return self._norm_O is not None and self._versions == self._current(factors)
 
-    def _current(self, factors: Factors | None) -> tuple[int, ...]:
-        """Changes with every write to a factor, in place or by replacing the storage."""
+    def _current(self, factors: Factors | None) -> tuple[float, ...]:
+        """Changes with every write to a factor, in place, by replacing the storage or by an optimizer."""
         if factors is None:
             return ()
         if self._watched is not None:
-            return tuple(t._version for t in self._watched)
-        return tuple(number for t in factors.tensors() for number in (t._version, t.data_ptr()))
+            return _steps, *(t._version for t in self._watched)
+        numbers = (number for t in factors.tensors() for number in (t._version, t.data_ptr()))
+        return _steps, factors.scale, *numbers
 
     @torch.no_grad()
     def norm(self, factors: Factors | None, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -242,6 +248,26 @@ class NormCache:
             self._keep(factors, self._compute(factors, dtype))
         assert self._norm_O is not None
         return self._norm_O
+
+    def for_product(
+        self, factors: Factors | None, x_NI: torch.Tensor, *, exact: bool = False
+    ) -> torch.Tensor | Callable[[torch.Tensor], torch.Tensor]:
+        """The norm as `Scaling` takes it.
+
+        Args:
+            x_NI: what the product multiplies; with a stale norm that can ride along with it, it does.
+            exact: differentiable in the factors.
+        """
+        if factors is None:
+            return self.norm(None, x_NI.dtype)
+        if exact:
+            return self.differentiable_norm(factors)
+        # In a graph the norm may be stale at any time.
+        if scales_output(x_NI.dtype, x_NI.device) and (
+            torch.compiler.is_compiling() or not self.is_fresh(factors)
+        ):
+            return partial(self.remember, factors)
+        return self.norm(factors, x_NI.dtype)
 
     @torch.no_grad()
     def refresh(self, factors: Callable[[], Factors]) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -151,6 +152,19 @@ def _mm(left: torch.Tensor, right: torch.Tensor, alpha: float) -> torch.Tensor:
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
 
 
+def _outside_autocast(backward: Any) -> Any:
+    """Backward within a caller's autocast would round what is summed in float32."""
+
+    @wraps(backward)
+    def plain(ctx: Any, g_NO: torch.Tensor) -> Any:
+        if not torch.is_autocast_enabled(g_NO.device.type):
+            return backward(ctx, g_NO)
+        with torch.autocast(g_NO.device.type, enabled=False):
+            return backward(ctx, g_NO)
+
+    return plain
+
+
 class _AdaptedProduct(torch.autograd.Function):
     """See `adapted_product`.  One function: a further autograd node costs as much as a small product.
 
@@ -227,6 +241,7 @@ class _AdaptedProduct(torch.autograd.Function):
         return (y_NO + given.bias_O).to(dtype)
 
     @staticmethod
+    @_outside_autocast
     @once_differentiable
     def backward(ctx: Any, g_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # Asked for once: activation recomputation unpacks the saved tensors only once.

@@ -53,7 +53,7 @@ def peft_model(
         dense: from `load_base`, its base dense.
         settings: its block size and double quantization.
     """
-    return adapt_4bit(_copy(dense, compute), settings, config, dora=dora, compute=compute)
+    return adapt_4bit(dense_copy(dense, compute), settings, config, dora=dora, compute=compute)
 
 
 def peft_saved(
@@ -64,13 +64,13 @@ def peft_saved(
     Args:
         folder: in PEFT's format.
     """
-    model = _copy(dense, compute)
+    model = dense_copy(dense, compute)
     _quantize_4bit(model, settings, compute)
     loaded: nn.Module = peft_module().PeftModel.from_pretrained(model, folder)
     return loaded.eval()
 
 
-def _copy(dense: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
+def dense_copy(dense: PreTrainedModel, compute: torch.dtype) -> PreTrainedModel:
     """The transformers model of the same weights."""
     with torch.device(next(dense.parameters()).device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(dense.config, dtype=compute)
@@ -192,11 +192,15 @@ def ratios(seconds: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, st
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, the device synchronized before and after."""
-    _synchronize(device)
-    started = time.perf_counter()
+    started = now(device)
     work()
+    return now(device) - started
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
     _synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter()
 
 
 def square_product(dtype: torch.dtype, device: torch.device) -> tuple[Arm, int]:

@@ -15,14 +15,14 @@ from qdora.output import check_file
 TIME_LIMIT = 450
 """Seconds of the stages of `gpu`: with its imports it takes less than eight minutes."""
 _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any]] = {
-    "rounds": (("layer", "train", "generate"), None),
-    "dtype": (("layer", "train", "generate"), "float32"),
-    "tile_mib": (("layer", "train", "generate"), None),
+    "rounds": (("layer", "train", "peft", "generate"), None),
+    "dtype": (("layer", "train", "peft", "generate"), "float32"),
+    "tile_mib": (("layer", "train", "peft", "generate"), None),
     "r": (("layer",), 16),
     "dropout": (("layer",), 0.0),
     "shapes": (("layer",), "all"),
-    "config": (("train", "generate"), None),
-    "set": (("train", "generate"), ()),
+    "config": (("train", "peft", "generate"), None),
+    "set": (("train", "peft", "generate"), ()),
     "examples": (("generate",), 128),
     "word_problems": (("generate",), 64),
     "max_new_tokens": (("generate",), 48),
@@ -33,19 +33,22 @@ _OPTIONS: Mapping[str, tuple[tuple[str, ...], Any]] = {
     "size": (("gpu",), None),
 }
 """Options that not every measurement has: those that do, and the default."""
-_CONFIGS = {"train": QUICKSTART, "generate": f"{SHIPPED}arc-easy-135m"}
+_CONFIGS = {"train": QUICKSTART, "peft": QUICKSTART, "generate": f"{SHIPPED}arc-easy-135m"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument(
         "what",
-        choices=("layer", "train", "generate", "gpu"),
-        help="one layer, a full training step, answers, or all that there is to measure on a GPU",
+        choices=("layer", "train", "peft", "generate", "gpu"),
+        help="one layer, a full training step, a step of PEFT's with qdora.accelerate, answers, or all that "
+        "there is to measure on a GPU",
     )
     parser.add_argument("--json", metavar="FILE", help="write every figure there as well; gpu: as stages end")
     parser.add_argument(
-        "--rounds", type=int, help="rounds that count (layer: 40 small, 10 large; train: 7; generate: 3)"
+        "--rounds",
+        type=int,
+        help="rounds that count (layer: 40 small, 10 large; train, peft: 7; generate: 3)",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
     dtypes = ("auto", "float32", "bfloat16")
@@ -57,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", choices=shapes, help="layer: LLaMA-7B's, SmolLM2's, or both (default)")
     parser.add_argument(
         "--config",
-        help="train, generate: model, adapter and data of this run (default: the quickstart, ARC-Easy)",
+        help="train, peft, generate: model, adapter and data of this run (default: the quickstart, ARC-Easy)",
     )
     parser.add_argument(
-        "--set", action="append", metavar="KEY=VALUE", help="train, generate: override one key"
+        "--set", action="append", metavar="KEY=VALUE", help="train, peft, generate: override one key"
     )
     parser.add_argument("--examples", type=int, help="generate: questions of its test set (default: 128)")
     parser.add_argument(

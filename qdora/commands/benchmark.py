@@ -24,6 +24,7 @@ from qdora.benchmark.gpu.sizes import SIZES
 from qdora.benchmark.gpu.stages import STAGES
 from qdora.benchmark.layer import ARMS, LARGE, PAIRS, SMALL, benchmark_layer
 from qdora.benchmark.peers import describe_machine, gemm_rate, peft_module
+from qdora.benchmark.peft import benchmark_peft
 from qdora.benchmark.step import benchmark_step
 from qdora.commands.train import read_inputs
 from qdora.config import AdapterConfig, RunConfig
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace, figures: Path | None) -> int:
     if arguments.tile_mib is not None:
         TILE_BYTES[device.type] = int(arguments.tile_mib * 2**20)
     machine = describe_machine(device)
-    measure = {"layer": _layers, "train": _train, "generate": _generate}[arguments.what]
+    measure = {"layer": _layers, "train": _train, "peft": _peft, "generate": _generate}[arguments.what]
     measured = measure(arguments, dtype, device)
     print(f"\n{machine['device']}, {machine['threads']} threads, {dtype}")
     if figures is not None:
@@ -133,11 +134,7 @@ def _config(arguments: argparse.Namespace, dtype: torch.dtype) -> RunConfig:
 def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     config = _config(arguments, dtype)
     step = benchmark_step(config, _first_batch(config), device, arguments.rounds or 7)
-    rows = [(name, f"{seconds:.3f}") for name, seconds in step["seconds"].items()]
-    print(tabulate(rows, headers=["arm", "seconds a step"]))
-    print(f"\nbatch of {step['batch'][0]} x {step['batch'][1]} tokens, {step['labels']} with a loss")
-    for entry in step["ratios"]:
-        print(f"{entry['arm']} / {entry['peer']}: {entry['ratio']:.3f}")
+    _print_step(step)
     gemm = step["gemm"]
     print(
         f"share of the machine's product rate: {100 * gemm['share']:.1f}% of "
@@ -145,6 +142,21 @@ def _train(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.devi
         f"({gemm['step_flops'] / 1e9:.0f} GFLOP in {gemm['step_seconds']:.3f} s, QDoRA alone)"
     )
     return {"step": step, "config": json.loads(config.model_dump_json())}
+
+
+def _peft(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    config = _config(arguments, dtype)
+    step = benchmark_peft(config, _first_batch(config), device, arguments.rounds or 7)
+    _print_step(step)
+    return {"step": step, "config": json.loads(config.model_dump_json())}
+
+
+def _print_step(step: dict[str, Any]) -> None:
+    rows = [(name, f"{seconds:.3f}") for name, seconds in step["seconds"].items()]
+    print(tabulate(rows, headers=["arm", "seconds a step"]))
+    print(f"\nbatch of {step['batch'][0]} x {step['batch'][1]} tokens, {step['labels']} with a loss")
+    for entry in step["ratios"]:
+        print(f"{entry['arm']} / {entry['peer']}: {entry['ratio']:.3f}")
 
 
 def _generate(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

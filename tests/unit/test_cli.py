@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from qdora import cli
+from qdora.adapters import peft_layers
 from qdora.benchmark import generate, peers, step
+from qdora.benchmark import peft as benchmark_peft
 from qdora.benchmark.layer import Shape
 from qdora.cli import run_command
 from qdora.commands import benchmark
@@ -190,6 +192,21 @@ def test_benchmark_train_runs_on_the_model_that_is_configured(
     assert report["seconds"].keys() == {"qdora", "qlora", "peft qdora", "peft qlora"}
     assert {(e["arm"], e["peer"]) for e in report["ratios"]} == set(step.PAIRS)
     assert report["gemm"]["share"] > 0
+
+
+def test_benchmark_peft_times_the_same_trainer_twice(tmp_path, tiny_model_folder, capsys, monkeypatch):
+    """Catches: an arm that is not accelerated, or one that stays so in the other's turn."""
+    passes = []
+    own = peft_layers._forward
+    monkeypatch.setattr(peft_layers, "_forward", lambda *words: (passes.append(1), own(*words))[1])
+    tree = tiny_tree(tmp_path, tiny_model_folder)
+    words = ["peft", "--config", write_config(tmp_path, tree), "--rounds", "1", "--dtype", "float32"]
+    assert run_command("benchmark", [*words, "--json", str(tmp_path / "peft.json")]) == 0
+    assert "accelerated / peft: " in capsys.readouterr().out
+    report = json.loads((tmp_path / "peft.json").read_text())["step"]
+    assert report["accelerated_layers"] == report["dora_layers"] > 0
+    # Of one arm alone: a warm-up and a round, each of one step and those that count.
+    assert len(passes) == report["dora_layers"] * 2 * (1 + benchmark_peft.STEPS)
 
 
 def test_benchmark_generate_compares_answers(tmp_path, capsys, monkeypatch):
