@@ -22,6 +22,7 @@ DECODING = "tests/unit/evaluation/test_continuous.py"
 ACCELERATED = "tests/unit/adapters/test_accelerate.py"
 PACKING = "tests/unit/training/test_packing.py"
 NF4 = "tests/unit/export/test_nf4.py"
+OPTIMIZERS = "tests/unit/training/test_optimizers.py"
 
 MUTANTS = {
     "scale dropped": Mutant(
@@ -313,6 +314,68 @@ MUTANTS = {
         "trains = layer.training and torch.is_grad_enabled()",
         "trains = True",
         "tests/unit/training/test_layers.py::test_evaluation_computes_each_layer_as_it_is",
+    ),
+    "B's rate for A": Mutant(
+        "config/model.py",
+        '{"b_OR": self.b_rate_ratio',
+        '{"a_RI": self.b_rate_ratio',
+        f"{OPTIMIZERS}::test_rates_of_their_own_are_groups[adamw]",
+    ),
+    "an update by the norm of a shard": Mutant(
+        "training/optimizers.py",
+        '"StableAdamW", not_sharded=_NORM)',
+        '"StableAdamW")',
+        f"{OPTIMIZERS}::test_what_is_allowed_on_shards_updates_each_element_alone[stableadamw]",
+    ),
+    "the best adapter left out of checkpoints": Mutant(
+        "commands/train.py",
+        "best=self.directory.best_adapter if self.config.training.keep_best else None",
+        "best=None",
+        "tests/e2e/test_validation.py::test_a_resumed_run_knows_its_best_and_its_patience",
+        slow=True,
+    ),
+    "a run that begins anew beside adapter.from": Mutant(
+        "commands/train.py",
+        "        put_saved(model, base, context)\n",
+        "",
+        "tests/e2e/test_continue.py::test_provenance",
+        slow=True,
+    ),
+    "rows not scaled as the embedding's": Mutant(
+        "adapters/tokens.py",
+        "        if scale is not None:",
+        "        if False:",
+        "tests/unit/adapters/test_tokens.py::test_other_families[scaled embedding]",
+    ),
+    "what a user says trained": Mutant(
+        "data/batches.py",
+        "            trained[slice(*gap)] = False",
+        "            pass",
+        "tests/unit/data/test_chats.py::TestTokenized::test_loss_is_that_of_transformers_labels[False-assistant]",
+    ),
+    "the end of an answer not compared": Mutant(
+        "data/chats.py",
+        '(("before", before), ("up to", up_to))',
+        '(("before", before),)',
+        "tests/unit/data/test_chats.py::test_beginnings_that_differ_are_refused_by_name[later]",
+    ),
+    "another tokenizer's tokens from the cache": Mutant(
+        "data/token_table.py",
+        "json.dumps(asdict(how)), _identity(tokenizer))",
+        "json.dumps(asdict(how)))",
+        "tests/unit/tasks/test_large.py::test_tokens_in_the_cache_are_those_of_the_same_input",
+    ),
+    "a later question of a streamed chat": Mutant(
+        "data/stream.py",
+        "if not any(question_key(q)",
+        "if not all(question_key(q)",
+        "tests/unit/data/test_stream.py::test_a_chat_that_asks_it_later_is_left_out",
+    ),
+    "the idle step's batch taken for the layers'": Mutant(
+        "planner/shorten.py",
+        "Breakdown(held | {Part.OTHER: at_rest[Part.OTHER]})",
+        "Breakdown(held)",
+        "tests/unit/planner/test_memory_step.py::test_a_short_step_gives_the_long_one_to_the_byte[alone]",
     ),
     "a norm's backward with a sum for a mean": Mutant(
         "models/norm.py",

@@ -39,7 +39,8 @@ from qdora.models.load import load_model
 from qdora.models.sources import open_checkpoint
 from qdora.planner.architecture import find_architecture
 from qdora.planner.report import Estimate
-from qdora.planner.simulate import Launch, estimate
+from qdora.planner.shorten import estimate
+from qdora.planner.simulate import Launch
 from qdora.resources import release_freed_memory
 from qdora.training import loop
 from qdora.training.loop import Callbacks, Trainer

@@ -22,7 +22,8 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.models.formats.safetensors import read_config
 from qdora.planner.architecture import Architecture
 from qdora.planner.report import Estimate
-from qdora.planner.simulate import Launch, estimate
+from qdora.planner.shorten import estimate
+from qdora.planner.simulate import Launch
 from qdora.quant import Quantization
 from qdora.training import loss
 

@@ -21,7 +21,7 @@ from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import UNTRAINED, ArmRun, CompareConfig, check_conditions, resumed
 from qdora.experiments.grid import GridPoint, choose, point_name
 from qdora.experiments.pages import markdown
-from qdora.experiments.plan import Item, Progress, dry_run_page, plan_items
+from qdora.experiments.plan import Item, Progress, dry_run_page, plan_items, training_settings
 from qdora.experiments.report import write_report
 from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
 from qdora.models.load import build_adapted, compute_dtype
@@ -213,13 +213,30 @@ class _Comparison:
         self.context.say(f"\n== {run}: {directory.path}")
         trained = self.context.gather([run.is_trained])[0]
         if not trained:
-            train(run.config, resume="auto" if self.resume else None, context=self.context)
+            self._train(run)
         split: Split = "validation" if item.on_validation else "test"
         reports = directory.validation if item.on_validation else directory.evaluation
         scores, fresh = self._score(run, directory.finished_adapter(), reports, split)
         seconds = time.perf_counter() - started
         self._finish(item, run, scores, seconds, again=trained and not fresh)
         return scores
+
+    def _train(self, run: ArmRun) -> None:
+        """Train a run, or take the training of one that differs in how it is scored alone."""
+        settings = training_settings(run.config)
+        alike = (
+            name
+            for name, other in self.planned.items()
+            if other.train and training_settings(other.config) == settings and other.is_trained
+        )
+        found = self.context.gather([next(alike, None)])[0]
+        if found is None:
+            train(run.config, resume="auto" if self.resume else None, context=self.context)
+            return
+        self.context.say(f"{run} is trained as {found}, whose settings of the training are the same")
+        with self.context.on_main_rank(run.directory.locked), self.context.raise_on_all_ranks():
+            if self.context.is_main:
+                run.directory.copy_training(self.planned[found].directory, run.config)
 
     def _finish(
         self, item: Item, run: ArmRun, scores: Sequence[Scores], seconds: float, *, again: bool

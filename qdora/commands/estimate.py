@@ -19,7 +19,8 @@ from qdora.planner.advise import advise
 from qdora.planner.architecture import Architecture, find_architecture
 from qdora.planner.report import Breakdown, Estimate
 from qdora.planner.scaling import LINKS, Point, Traffic, plot_efficiency, scale, traffic
-from qdora.planner.simulate import Launch, estimate
+from qdora.planner.shorten import estimate
+from qdora.planner.simulate import Launch
 from qdora.resources import show_size
 from qdora.training.layers import check_layer_settings
 

@@ -153,6 +153,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     if costs:
         headers = ["arm", "trained", "parameters", "% of all", "final loss", "s/step", "tokens/s", "peak GiB"]
         lines += ["", "## Cost", "", _table(costs, headers)]
+        shared = report["manifest"]["by_run"].get("trained_in", {})
+        lines += [f"\n{run} was trained once, as {other}." for run, other in shared.items() if other]
     if published := report["published"]:
         rows = [
             [one["arm"], one["task"], f"{one['published']:.1f}", _or_none(one["ours"]), _signed(one)]

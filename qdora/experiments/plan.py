@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from qdora.config import RunConfig
 from qdora.config_file import dotted
 from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import CONDITIONS, OF_TRAINING, ArmRun, CompareConfig, covers, differences
@@ -22,7 +23,7 @@ class Item:
 
     Attributes:
         runs: the run; one of these where the point of the grid is not chosen yet.
-        trains: False where there is no adapter, or it is that of the grid's chosen point.
+        trains: False where there is no adapter, or it is that of the grid's chosen point or of a run before.
         on_validation: whether it is a point of a grid.
     """
 
@@ -48,6 +49,14 @@ class Item:
         return f"{run.arm} seed {run.seed}{point}"
 
 
+def training_settings(config: RunConfig) -> dict[str, Any]:
+    """What a training follows from: runs that agree in these differ in how they are scored alone."""
+    tree = config.model_dump(mode="json", exclude={"output"})
+    if config.training.keep_best != "exact_match" and not config.evaluation.every:
+        tree["evaluation"] = {"loss_every": config.evaluation.loss_every}
+    return tree
+
+
 def plan_items(runs: Sequence[ArmRun], chosen: Mapping[str, Mapping[str, Any]] | None = None) -> list[Item]:
     """The work of a comparison in its order: untrained arms, grids, then each arm with each seed.
 
@@ -57,14 +66,23 @@ def plan_items(runs: Sequence[ArmRun], chosen: Mapping[str, Mapping[str, Any]] |
     """
     chosen = chosen or {}
     first = runs[0].seed
+    trained: list[dict[str, Any]] = []
+
+    def is_new(run: ArmRun) -> bool:
+        settings = training_settings(run.config)
+        known = settings in trained
+        trained.append(settings)
+        return not known
+
     items = [Item((run,), trains=False) for run in runs if not run.train]
-    items += [Item((run,), on_validation=True) for run in runs if run.point and run.seed == first]
+    items += [Item((run,), is_new(run), True) for run in runs if run.point and run.seed == first]
     by_arm: dict[tuple[int, str], list[ArmRun]] = {}
     for run in runs:
         if run.train and run.point == chosen.get(run.arm, run.point):
             by_arm.setdefault((run.seed, run.arm), []).append(run)
     for (seed, _), candidates in by_arm.items():
-        items.append(Item(tuple(candidates), trains=seed != first or not candidates[0].point))
+        trains = seed != first or not candidates[0].point
+        items.append(Item(tuple(candidates), trains and (len(candidates) > 1 or is_new(candidates[0]))))
     return items
 
 

@@ -10,7 +10,8 @@ from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
 from qdora.planner.architecture import Architecture
 from qdora.planner.report import Estimate, Part
-from qdora.planner.simulate import Launch, estimate
+from qdora.planner.shorten import estimate
+from qdora.planner.simulate import Launch
 
 Kind = Callable[["Launch"], Iterator["Change"]]
 """The changes of one kind to a launch, from mild to strong."""

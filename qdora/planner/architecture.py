@@ -20,6 +20,7 @@ from qdora.models.formats import Checkpoint
 from qdora.models.formats.safetensors import read_config
 from qdora.models.load import compute_dtype
 from qdora.models.sources import PREFIX, is_hub_id, local_path, open_checkpoint
+from qdora.planner.report import StepRecord
 from qdora.quant import Quantization
 from qdora.training.layers import decoder_layers
 
@@ -52,6 +53,11 @@ class Architecture:
     def layers_alike(self) -> bool:
         """As `same_layers` of the model; found once for all estimates of it."""
         return same_layers(self.build())
+
+    @cached_property
+    def idle_steps(self) -> dict[str, StepRecord]:
+        """What estimates of it share; filled by them."""
+        return {}
 
     def build(self, depth: int | None = None) -> PreTrainedModel:
         """The model on the meta device, nothing trainable, with so many decoder layers; with all where None.

@@ -14,7 +14,8 @@ from qdora.models.load import compute_dtype
 from qdora.planner.advise import mend
 from qdora.planner.architecture import Architecture, architecture_of
 from qdora.planner.internals import apart
-from qdora.planner.simulate import Launch, estimate
+from qdora.planner.shorten import estimate
+from qdora.planner.simulate import Launch
 from qdora.resources import show_size
 
 _BYTES_PER_PARAMETER = 36

@@ -29,9 +29,9 @@ from qdora.distributed.context import DistributedContext
 from qdora.distributed.fsdp import replace_parameter, reset_adapters, shard_like, shard_model
 from qdora.distributed.launch import FsdpSettings
 from qdora.errors import InputError
-from qdora.planner.architecture import Architecture, same_layers
+from qdora.planner.architecture import Architecture
 from qdora.planner.internals import StepTracker, fake_ranks, fake_tensors, in_backward, replaced
-from qdora.planner.report import Breakdown, Estimate, Moment, Part, StepRecord, added
+from qdora.planner.report import Breakdown, Part, StepRecord, added
 from qdora.quant.base import parameter_like
 from qdora.training import loss
 from qdora.training.layers import decoder_layers
@@ -41,10 +41,10 @@ from qdora.training.loss import chunks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SHALLOW = 4
-"""Two layers at each end see what no others do: nothing gathered before them, nothing to gather after."""
 UPDATE = "update"
-"""The phase behind the last micro-batch."""
+"""The phase behind the last micro-batch, in which gradients are clipped."""
+OPTIMIZER = "optimizer"
+"""The phase behind that, to the end of the step."""
 _SKIPPED = "skipped"
 
 
@@ -91,96 +91,12 @@ class Launch:
         return self.fsdp is not None and self.fsdp.offload
 
 
-def estimate(architecture: Architecture, launch: Launch) -> Estimate:
-    """Run a step on fake tensors and read its worst moment.
-
-    Raises: InputError: as `record_step`.
-    """
-    return Estimate.of(record(architecture, launch), launch.offload)
-
-
-def record(architecture: Architecture, launch: Launch) -> StepRecord:
-    """As `record_step` of the model, from a step that is cut short where it repeats itself.
-
-    Of micro-batches the last one runs, of the loss two chunks, and of layers that are alike five: two at each
-    end, and between them one, or a group, whose like are added.
-
-    Raises: InputError: as `record_step`.
-    """
-    # Layers repeat one by one, or in groups of which only the first is recomputed.
-    group = launch.training.checkpoint_every if launch.checkpointing else 1
-    least = SHALLOW + (architecture.depth - SHALLOW) % group
-    if architecture.depth <= least + group or not layers_alike(architecture, launch):
-        return record_step(architecture.build(), launch, micro_batches=1)
-    step = record_step(architecture.build(least + group), launch, micro_batches=1)
-    idle = record_step(architecture.build(least), launch, micro_batches=0)
-    groups = (architecture.depth - least) // group - 1
-    return _extended(step, idle, _Middle(least + group, group, _accumulation(launch)), groups)
-
-
-@dataclass(frozen=True)
-class _Middle:
-    """The layers of a recorded step whose like are added.
-
-    Attributes:
-        depth: layers of the recorded model.
-        group: how many of them, from the third on, are in the middle.
-        micro_batches: of the step; the last one is run.
-    """
-
-    depth: int
-    group: int
-    micro_batches: int
-
-    def phase(self, kind: str, layer: int) -> str:
-        """Name of the forward or backward pass of a layer."""
-        return f"{kind} of layer {_layer_name(layer, self.depth)}, micro-batch {self.micro_batches - 1}"
-
-
-def _extended(step: StepRecord, idle: StepRecord, middle: _Middle, groups: int) -> StepRecord:
-    """The record of a step of a model with more layers, all of them alike.
-
-    Args:
-        idle: of a step without micro-batches, of the model without the layers in the middle.
-        groups: how often those come again.
-    """
-    first, behind = SHALLOW // 2, SHALLOW // 2 + middle.group
-    inside = {middle.phase(kind, i) for kind in ("forward", "backward") for i in range(first, behind)}
-    passed = {}
-    for kind, start, end in (("forward", first, behind), ("backward", behind - 1, first - 1)):
-        end_phase = middle.phase(kind, end)
-        passed[end_phase] = step.starts[end_phase].plus(step.starts[middle.phase(kind, start)], -1)
-    peaks: dict[str, Breakdown] = {}
-    of_group = Moment(step.at_rest.plus(idle.at_rest, -1), {})
-    for phase, peak in step.peaks.items():
-        if phase in idle.starts and phase != UPDATE:
-            of_group = step.starts[phase].plus(idle.starts[phase], -1)
-        elif phase in passed:
-            of_group = of_group.plus(passed[phase])
-        if phase not in inside:
-            peaks[phase] = peak.plus(of_group.held, groups)
-    # What the update makes of each layer's tensors comes on top of what it finds.
-    made, less = (one.peaks[UPDATE].plus(one.starts[UPDATE].held, -1) for one in (step, idle))
-    peaks[UPDATE] = peaks[UPDATE].plus(made.plus(less, -1), groups)
-    exchanged = added(step.exchanged, step.starts[UPDATE].exchanged, -middle.micro_batches)
-    exchanged = added(exchanged, idle.exchanged, -1)
-    for one in passed.values():
-        exchanged = added(exchanged, one.exchanged, middle.micro_batches)
-    return StepRecord(
-        peaks,
-        {},
-        step.at_rest.plus(step.at_rest.plus(idle.at_rest, -1), groups),
-        step.shards.plus(step.shards.plus(idle.shards, -1), groups),
-        added(step.exchanged, exchanged, groups),
-    )
-
-
-def _layer_name(layer: int, depth: int) -> int:
+def layer_name(layer: int, depth: int) -> int:
     """The same at any depth: 0, 1, ... for the first half, the others -1, -2, ... from the end."""
     return layer if layer < depth // 2 else layer - depth
 
 
-def _accumulation(launch: Launch) -> int:
+def recorded_accumulation(launch: Launch) -> int:
     """Of a recorded step: memory before a third one is the same as before the second."""
     return min(2, launch.training.gradient_accumulation)
 
@@ -202,21 +118,6 @@ def _adapt(model: PreTrainedModel, launch: Launch) -> None:
     first = model.config.get_text_config().vocab_size
     ids = range(first, first + len(launch.adapter.trainable_tokens or ()))  # as if all were new
     with_tokens(model, adapted.report, adapted.config, ids)
-
-
-def layers_alike(architecture: Architecture, launch: Launch) -> bool:
-    """Whether every decoder layer has the same tensors, and the same adapters on them.
-
-    Raises: InputError: the adapter does not fit the model.
-    """
-    kinds = getattr(architecture.config.get_text_config(), "layer_types", None) or ()
-    adapter = launch.adapter
-    patterns = (*adapter.targets, *(adapter.magnitude_targets or ()))
-    patterns += (*adapter.rank_pattern, *adapter.alpha_pattern)
-    # A module's bare name means it in every layer: what the adapters add needs not be built to be compared.
-    named = all(pattern.isidentifier() for pattern in patterns)
-    same = architecture.layers_alike if named else same_layers(adapted_model(architecture, launch))
-    return same and len(set(kinds)) < 2
 
 
 def record_step(model: PreTrainedModel, launch: Launch, micro_batches: int | None = None) -> StepRecord:
@@ -294,7 +195,7 @@ class _WorstBatch(Trainer):
         tracker: StepTracker,
         micro_batches: int | None,
     ) -> None:
-        accumulation = _accumulation(launch)
+        accumulation = recorded_accumulation(launch)
         batch_size = launch.micro_batch_size * accumulation * launch.world_size
         steps = {"max_steps": 1, "epochs": None}
         batch = {"batch_size": batch_size, "gradient_accumulation": accumulation}
@@ -311,7 +212,7 @@ class _WorstBatch(Trainer):
         self._loss_of, self.loss = self.loss, self._loss
         layers = decoder_layers(model)
         for i, layer in enumerate(layers):
-            name = str(_layer_name(i, len(layers)))
+            name = str(layer_name(i, len(layers)))
             layer.register_forward_pre_hook(lambda *_, name=name: self._enter_forward(name))
             layer.register_forward_hook(lambda _, __, output, name=name: self._leave_forward(name, output))
 
@@ -333,7 +234,14 @@ class _WorstBatch(Trainer):
             batch = self.prepare(0)
         self._tracker.restart()
         self.model.train()
-        self._step(0, batch, StopRequest())
+        optimizer_step = self.optimizer.step
+
+        def step(rate: float, skip: torch.Tensor) -> None:
+            self._tracker.begin(OPTIMIZER)
+            optimizer_step(rate)  # what is read from a fake is 1: an optimizer that asks would be skipped
+
+        with replaced(self.optimizer, "step", step):
+            self._step(0, batch, StopRequest())
         starts = dict(self._tracker.starts)
         # What was skipped exchanges as much as what ran.
         exchanged = dict(self._tracker.exchanged)

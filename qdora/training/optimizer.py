@@ -140,14 +140,13 @@ class AdapterOptimizer:
         That step is made at a rate of 0, without a gradient, and moves nothing.
         """
         optimizer = self._make()
-        gradients = [master.grad for master in self.masters.values()]
         for master in self.masters.values():
             master.grad = torch.zeros_like(master)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         optimizer.step()
-        for master, gradient in zip(self.masters.values(), gradients, strict=True):
-            master.grad = gradient
+        for master in self.masters.values():
+            master.grad = None
         return optimizer
 
 
@@ -161,19 +160,13 @@ def _kept(optimizer: torch.optim.Optimizer, master: nn.Parameter) -> dict[str, t
     found = {
         key: value if isinstance(value, torch.Tensor) else torch.tensor(value)
         for key, value in state.items()
-        if _is_kept(key, value, master)
+        if value is not None and key not in _SHARED
     }
     group = _group_of(optimizer, master)
     if isinstance(group.get("step"), torch.Tensor) and state:
         # optimi counts the steps of a group: each parameter has a copy.
         found["step"] = group["step"].clone()
     return found
-
-
-def _is_kept(key: str, value: Any, master: nn.Parameter) -> bool:
-    # Where optimi sums without compensation, a single number stands in for its tensor.
-    stands_in = key == "kahan_comp" and value is not None and value.shape != master.shape
-    return value is not None and key not in _SHARED and not stands_in
 
 
 def _put_back(

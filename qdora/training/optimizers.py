@@ -43,13 +43,11 @@ class OptimizerKind:
         given: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         if self.takes_betas:
             given["betas"] = (config.beta1, config.beta2)
-        options = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in config.optimizer_options.items()
-        }
         if self.module == "optimi" and groups[0]["params"][0].device.type == "cpu":
             given["triton"] = False  # StableAdamW would choose it there too
-        found: torch.optim.Optimizer = self._class(list(groups), **given, **self.fixed, **options)
+        found: torch.optim.Optimizer = self._class(
+            list(groups), **given, **self.fixed, **config.optimizer_options
+        )
         return found
 
     def options(self) -> list[str]:

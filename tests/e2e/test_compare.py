@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from qdora.cli import run_command
+from qdora.run import RunDirectory
 
 from .runs import ROOT, finish, metrics, start, write_comparison
 
@@ -85,6 +86,24 @@ def test_ranks_rates_data_and_modes_in_one_comparison(tiny_model_folder, tmp_pat
     assert report["bases"].keys() == {"base of r4, r8-hot, half, vera, pissa", "base of full, full-nf4"}
     assert calls["load_with_adapter"] == 2 + len(arms)
     assert report["conditions"].keys() & {"initial_a", "batch_order", "base.parameters"} == set()
+
+
+def test_arms_that_differ_in_how_they_are_scored_are_trained_once(tiny_model_folder, tmp_path, calls, capsys):
+    """Catches: one training made twice; a copy without its adapter, configuration or metrics, or one that is
+    not said; a resumed comparison that takes it for another run's."""
+    arms = [{"name": "qdora"}, {"name": "merged", "set": {"evaluation.weights": "merged"}}]
+    words = write_comparison(tmp_path, tiny_model_folder, arms)
+    assert run_command("compare", words) == 0
+    assert calls["run"] == 1
+    first, second = (RunDirectory(tmp_path / "comparison" / f"{arm['name']}-seed0") for arm in arms)
+    assert metrics(second.path) == metrics(first.path)
+    assert second.config().evaluation.weights == "merged"
+    assert second.manifest() == first.manifest() | {"trained_in": "qdora-seed0"}
+    name = "adapter_model.safetensors"
+    assert (second.adapter / name).read_bytes() == (first.adapter / name).read_bytes()
+    assert "merged-seed0 was trained once, as qdora-seed0" in capsys.readouterr().out
+    assert run_command("compare", [*words, "--resume"]) == 0
+    assert calls["run"] == 1
 
 
 def test_resume_repeats_nothing_that_is_finished(tiny_model_folder, tmp_path, calls, capsys):

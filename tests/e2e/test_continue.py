@@ -56,7 +56,9 @@ def runs(tmp_path_factory, tiny_model_folder) -> Path:
 
 def test_provenance(runs, tiny_model_folder):
     """Catches: a manifest that does not say what a run went on from, a resolved configuration without the
-    adapter's settings."""
+    adapter's settings; a run that says so and begins anew."""
+    first = load_file(runs / "first" / "adapter_model.safetensors")
+    assert all(relative(tensor, first[name]) < 0.3 for name, tensor in trained(runs / "second").items())
     manifest = json.loads((runs / "second" / "run" / "manifest.json").read_text())
     assert manifest["adapter_from"] == {
         "path": str((runs / "first").resolve()),
@@ -91,7 +93,7 @@ def test_resume_takes_the_checkpoint(runs, tiny_model_folder, tmp_path, capsys):
     assert run_command("train", ["--config", config, "--resume"]) == 0
     expected = trained(runs / "second")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(runs / "again").items())
-    capsys.readouterr()
+    assert "it names 'somebody/else' as its base, this run has " in capsys.readouterr().err
     other = ["--set", f"adapter.from={runs / 'second' / 'run' / 'adapter'}"]
     assert run_command("train", ["--config", config, "--resume", *other]) == 2
     assert "written with adapter.from = " in capsys.readouterr().err

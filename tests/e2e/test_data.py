@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import types
 
 import pytest
 
@@ -37,7 +40,7 @@ def test_what_a_run_would_train_on(tmp_path, tiny_model_folder, capsys, monkeypa
     assert "training examples, 8 test examples; 1 training examples removed" in shown.out
     assert "10 validation examples left out of training" in shown.out
     assert "3 rows are left out:" in shown.out
-    assert "  2 as " in shown.out
+    assert re.search(r"  2 as \S*train\.jsonl:99: ", shown.out)  # the first of them
     assert "longer than data.max_length 128" in shown.out
     assert "train.jsonl:101: not valid JSON" in shown.out
     assert "1 training examples repeat the question of another one" in shown.out
@@ -60,7 +63,7 @@ def test_what_a_run_would_train_on(tmp_path, tiny_model_folder, capsys, monkeypa
 
 
 def test_a_chat_with_gaps(tmp_path, tiny_model_folder, capsys):
-    """Catches: a later user turn shown as trained, an answer that is trained shown as not."""
+    """Catches: a later user turn shown or counted as trained, an answer that is trained shown as not."""
     chat = [("user", "Hi?"), ("assistant", "Ho."), ("user", "And?"), ("assistant", "No.")]
     row = {"messages": [{"role": role, "content": text} for role, text in chat]}
     (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n")
@@ -74,7 +77,18 @@ def test_a_chat_with_gaps(tmp_path, tiny_model_folder, capsys):
     code, shown = show(capsys, write_config(tmp_path, tree))
     assert code == 0, shown.err
     assert "[[Ho.</s>]]\n\n### User:\nAnd?\n\n### Assistant:\n[[No.</s>]]" in shown.out
+    of_epoch = re.search(r"epoch has 1 steps and (\d+) tokens, of which (\d+) carry loss", shown.out)
+    of_row = re.search(r"chats\.jsonl:1: (\d+) tokens, (\d+) carry loss", shown.out)
+    assert of_epoch[1] == of_row[1] != of_epoch[2] == of_row[2]
     assert command._printable("a\x1b[2J\n\u202eb") == "a\\x1b[2J\n\\u202eb"
+
+
+def test_colours_are_for_terminals_that_want_them(monkeypatch):
+    """Catches: codes in a file, or against NO_COLOR."""
+    for is_terminal, wish in ((True, ""), (True, "1"), (False, "")):
+        monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(isatty=lambda found=is_terminal: found))
+        monkeypatch.setenv("NO_COLOR", wish)
+        assert command._coloured() == (is_terminal and not wish)
 
 
 def test_options_are_checked(tmp_path, tiny_model_folder, capsys):

@@ -8,7 +8,9 @@ import shutil
 import pytest
 
 from qdora.cli import run_command
+from qdora.commands import init as command
 from qdora.config_file import load_config
+from qdora.errors import InputError
 
 from .runs import write_questions
 
@@ -92,6 +94,34 @@ def test_an_architecture_without_weights_or_tokenizer(tmp_path, tiny_model_folde
     options += ["--gpu-memory", "6MiB", "--json", str(figures)]
     assert run_command("estimate", options) == 0
     assert json.loads(figures.read_text())["fits"]
+
+
+def test_numbers_follow_from_the_data(tmp_path, tiny_model_folder, capsys):
+    """Catches: steps of examples that are held out, a rate of another power of ten, answers that leave no
+    room for a question."""
+    data, output = tmp_path / "mine.jsonl", tmp_path / "mine.yaml"
+    rows = [{"question": f"{i}?", "answer": "It is long. " * 30 + f"The answer is {i}."} for i in range(33)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["--model", str(tiny_model_folder), "--data", str(data), "--output", str(output)]
+    assert run_command("init", [*words, "--gpu-memory", "24GiB"]) == 0
+    assert "# 2 steps each" in output.read_text()  # of 30 examples, 16 at a time
+    config = load_config(output)
+    assert (config.training.learning_rate, config.evaluation.max_new_tokens) == (2e-4, 256)
+
+
+def test_the_reserve_is_set_aside(tmp_path, tiny_model_folder, capsys, monkeypatch):
+    """Catches: settings that fit into what something else takes."""
+    given = []
+
+    def choose(architectures, lengths, context, memory, device):
+        given.append((context, memory, device))
+        raise InputError("enough")
+
+    monkeypatch.setattr(command, "choose", choose)
+    data = write_questions(tmp_path / "mine.jsonl", 20)
+    words = ["--model", str(tiny_model_folder), "--data", str(data), "--output", str(tmp_path / "x.yaml")]
+    assert run_command("init", [*words, "--gpu-memory", "24GiB", "--reserve", "3GiB"]) == 2
+    assert given == [(512, 21 << 30, "cuda")]
 
 
 def test_what_cannot_be_had_is_said(tmp_path, tiny_model_folder, capsys):

@@ -75,25 +75,29 @@ def test_a_run_with_validation(tmp_path, tiny_model_folder, capsys):
 def test_a_resumed_run_knows_its_best_and_its_patience(tmp_path, tiny_model_folder):
     """Catches: a best adapter or a count of validations lost with the process, or taken from steps that
     the run has gone back from."""
-    options = {"keep_best": "loss", "patience": 4, "save_every": 2, "keep_checkpoints": 9}
-    rate = {"learning_rate": 0.05}  # so high that the loss comes and goes
-    whole = train(tmp_path / "a", tree_of(tmp_path / "a", tiny_model_folder, max_steps=12, **options, **rate))
-    tree = tree_of(tmp_path / "b", tiny_model_folder, max_steps=12, **options, **rate)
-    run = train(tmp_path / "b", tree)
+    # No answer is right: the best adapter is the first, and the last validations count.
+    options = {"keep_best": "exact_match", "patience": 4, "save_every": 2, "keep_checkpoints": 9}
+    trees = {name: tree_of(tmp_path / name, tiny_model_folder, max_steps=12, **options) for name in "ab"}
+    for tree in trees.values():
+        tree["evaluation"]["max_new_tokens"] = 2
+    whole, run = (train(tmp_path / name, tree) for name, tree in trees.items())
+    assert (whole.manifest()["best"]["step"], whole.manifest()["stopped_early"]) == (0, 8)
     for step in (2, 4, 6):
         # As a kill would leave it, with the best adapter of a later step.
         (run.best_adapter / "adapter_model.safetensors").write_bytes(b"of a later step")
-        again = train(tmp_path / "b", tree, "--resume", str(run.checkpoints / f"step-{step}"))
+        run.record(best={"step": 99, "measure": "exact_match", "value": 1.0})
+        again = train(tmp_path / "b", trees["b"], "--resume", str(run.checkpoints / f"step-{step}"))
         assert numbers(again) == numbers(whole)
         assert validations(again) == validations(whole)
         assert weights(again.best_adapter) == weights(whole.best_adapter)
         assert again.manifest()["best"] == whole.manifest()["best"]
-        assert again.manifest().get("stopped_early") == whole.manifest().get("stopped_early")
+        assert again.manifest()["stopped_early"] == 8
 
 
 def test_the_best_by_generated_answers_and_an_early_stop(tmp_path, tiny_model_folder, capsys):
     """Catches: exact match that is not measured on the validation examples, is cut by the limit of the test
-    set, or has no reports; a stop that is not said; a stopped run that counts as unfinished."""
+    set, or has no reports; a stop that is not said; a stopped run that counts as unfinished, a finished one
+    that is said to have stopped."""
     tree = tree_of(tmp_path / "run", tiny_model_folder, keep_best="exact_match", patience=2)
     tree["evaluation"] |= {"limit": 3, "max_new_tokens": 4}
     run = train(tmp_path / "run", tree)
@@ -105,6 +109,9 @@ def test_the_best_by_generated_answers_and_an_early_stop(tmp_path, tiny_model_fo
     assert "4 of 8, stopped early" in shown.out
     report = json.loads((run.validation / "step-4" / "sums.json").read_text())
     assert report["total"] == 12
+    tree["training"]["max_steps"], tree["output"]["overwrite"] = 4, True
+    assert "stopped_early" not in train(tmp_path / "run", tree).manifest()
+    assert "stopping early" not in capsys.readouterr().err
 
 
 @pytest.mark.distributed

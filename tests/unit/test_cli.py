@@ -20,6 +20,7 @@ from qdora.cli import run_command
 from qdora.commands import benchmark
 from qdora.config_file import load_config
 from qdora.errors import CheckpointError, InputError, InterruptedRunError
+from qdora.experiments.schema import KINDS, schema_text
 from tests.e2e.runs import tiny_tree, write_config
 from tests.tiny import write_tiny_model
 
@@ -56,6 +57,17 @@ def test_an_unknown_command_suggests_the_nearest(capsys):
     shown = capsys.readouterr()
     assert "unknown command 'evalute'; did you mean 'evaluate'?" in shown.err
     assert shown.out == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schema_writes_that_of_the_kind(tmp_path, capsys, kind):
+    """Catches: the schema of another kind of file, a file that is named and not written."""
+    output = tmp_path / "new" / "s.json"
+    assert run_command("schema", [kind]) == 0
+    assert capsys.readouterr().out == schema_text(kind)
+    assert run_command("schema", [kind, "--output", str(output)]) == 0
+    assert output.read_text() == schema_text(kind)
+    assert f"# yaml-language-server: $schema={output}" in capsys.readouterr().out
 
 
 def fail_with(monkeypatch, error):

@@ -15,7 +15,8 @@ from qdora.data.tokenize import TokenizedExample
 from qdora.distributed.context import DistributedContext
 from qdora.evaluation.generation import generate
 from qdora.planner.architecture import Architecture
-from qdora.planner.simulate import Launch, estimate
+from qdora.planner.shorten import estimate
+from qdora.planner.simulate import Launch
 from qdora.quant import Quantization
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import StepMetrics, reset_peak_memory

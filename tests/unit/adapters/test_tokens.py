@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PhiConfig, PhiForCausalLM
 
 from qdora.adapters.adapt import with_tokens
 from qdora.adapters.inject import adapted_layers, adapters_off, inject
 from qdora.adapters.peft_io import load_adapter, save_adapter
+from qdora.adapters.saved import read_saved
 from qdora.adapters.tokens import add_special_tokens, token_rows, train_tokens
 from qdora.config import AdapterConfig
 from qdora.data.batches import collate
@@ -153,14 +156,73 @@ def test_where_rows_start(folder):
         off = logits(model, IDS.clamp_max(V - 1))
     assert torch.equal(off[..., :V], before)
     assert off[..., V:].max() == -torch.inf  # the base cannot answer with a token that it lacks
+    for rows in token_rows(model).values():
+        rows.offset_KI.data += 0.5
+        expected = rows.value()
+        rows.load(expected)
+        assert torch.equal(rows.value(), expected)
+
+
+def test_a_row_of_zeros_starts_as_a_new_one(folder):
+    """Catches: a row that was added to the table without a value, and that hardly learns."""
+    model, _ = load_base(str(folder), quantization="none", dtype="float32")
+    for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+        table[9] = 0
+    train_tokens(model, [9, V], torch.float32)
+    for rows in token_rows(model).values():
+        assert torch.equal(*rows.value())
+        assert rows.value().abs().min(1).values.max() > 0
+
+
+SIZES = {"vocab_size": V, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+FAMILIES = {
+    "scaled embedding": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    ),
+    "bias of the output": lambda: PhiForCausalLM(PhiConfig(**SIZES, num_attention_heads=4)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(tmp_path, family):
+    """Catches: rows that are not scaled as the table's are, logits of tokens without their bias."""
+    torch.manual_seed(0)
+    plain = FAMILIES[family]()
+    bias_V = getattr(plain.lm_head, "bias", None)
+    if bias_V is not None:
+        torch.nn.init.normal_(bias_V)
+    plain.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_base(str(tmp_path), quantization="none", dtype="float32")
+    train_tokens(model, TOKENS, torch.float32)
+    plain.resize_token_embeddings(V + 2, mean_resizing=False)
+    with torch.no_grad():
+        for name, rows in token_rows(model).items():
+            rows.offset_KI.copy_(torch.randn(rows.offset_KI.shape) * 0.1)
+            table = plain.get_submodule(name).weight
+            table.copy_(rows.into(table[:V]))
+        if bias_V is not None:
+            plain.lm_head.bias[V:] = 0
+    assert relative(logits(model), logits(plain.eval())) < 1e-5
+
+
+def test_an_adapter_is_known_by_its_rows_too(folder, tmp_path):
+    """Catches: a resumed run that takes another adapter for the one that it went on from."""
+    model = trained(folder)
+    save_adapter(model, tmp_path / "first")
+    with torch.no_grad():
+        next(iter(token_rows(model).values())).offset_KI[0, 0] += 1
+    save_adapter(model, tmp_path / "second")
+    assert read_saved(tmp_path / "first").digest != read_saved(tmp_path / "second").digest
 
 
 def test_tokens_of_the_tokenizer():
     """Catches: a token that the tokenizer has added again, ids in an order that the names decide, a row
-    that the table grows by and that nothing trains."""
+    that the table grows by and that nothing trains, a token that is shown in answers."""
     tokenizer = tiny_tokenizer()
     assert add_special_tokens(tokenizer, ["<|im_end|>", "</s>", "<|im_start|>"], V) == [2, V, V + 1]
     assert tokenizer("a<|im_end|>", add_special_tokens=False)["input_ids"][-1] == V
+    assert tokenizer.decode([9, V], skip_special_tokens=True) == tokenizer.decode([9])
     assert add_special_tokens(tokenizer, ["<|im_start|>"], V) == [V, V + 1]  # no row without a start
     assert add_special_tokens(tokenizer, ["<|im_start|>"], V + 2) == [V + 1]
     assert add_special_tokens(tokenizer, [], V) == []
@@ -175,6 +237,12 @@ def test_refused(folder, tmp_path):
         inject(model, AdapterConfig(r=4, targets=["lm_head"]))
         with pytest.raises(InputError, match=r"leave lm_head out of adapter\.targets"):
             train_tokens(model, [5], torch.float32)
+    save_adapter(trained(folder, tokens=[5, 7]), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["trainable_token_indices"] = {layer: [5, 5] for layer in settings["trainable_token_indices"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="expected different token ids"):
+        load_adapter(load_base(str(folder), dtype="float32")[0], tmp_path)
     save_adapter(trained(folder, tokens=[5, V + 1]), tmp_path)
     other, _ = load_base(str(folder), dtype="float32")
     with pytest.raises(InputError, match="lacks some beyond those: save the resized base"):

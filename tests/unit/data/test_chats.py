@@ -156,9 +156,8 @@ def test_a_template_that_drops_what_earlier_turns_thought(with_template, marks):
 def test_a_system_turn_that_is_dropped_is_refused(with_template):
     """Catches: a template that passes over system turns, so that no one sees what was trained."""
     silent = MARKED["chatml"].replace("messages %}", "messages if message['role'] != 'system' %}", 1)
-    assert "leaves out turn 1 (system)" in one(
-        with_template(silent), chat("Who?", "Ben.", system="Be brief.")
-    )
+    for system in ("Be brief.", "Who?"):  # the other one's text is no proof
+        assert "leaves out turn 1 (system)" in one(with_template(silent), chat("Who?", "Ben.", system=system))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import pytest
 
 from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
+from qdora.output import LOCK
+from qdora.run import RunDirectory
 
 
 class Recorded(DistributedContext):
@@ -62,3 +64,24 @@ def test_an_error_here_is_told_and_stays_what_it_is(error, told):
         raise error
     assert caught.value is error
     assert processes.given == [told]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_main_rank_alone_holds_a_lock(tmp_path, rank):
+    """Catches: a second rank that finds the run locked by the first, or a run that no rank has locked."""
+    ranks = Recorded([None, None])
+    ranks.rank = rank
+    with ranks.on_main_rank(RunDirectory(tmp_path / "run").locked):
+        assert (tmp_path / "run" / LOCK).exists() == (rank == 0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_the_main_rank_cannot_have_ends_all_ranks(tmp_path):
+    """Catches: ranks that wait for a main rank that has ended."""
+    ranks = Recorded(["is in use", None])
+    ranks.rank = 1
+    with (
+        pytest.raises(InputError, match="rank 0: is in use"),
+        ranks.on_main_rank(RunDirectory(tmp_path / "run").locked),
+    ):
+        raise AssertionError

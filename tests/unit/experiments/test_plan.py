@@ -8,7 +8,7 @@ import pytest
 
 from qdora.config_file import check_config
 from qdora.experiments.arms import ArmRun, CompareConfig, expand
-from qdora.experiments.plan import Progress, dry_run_page, plan_items, show_duration
+from qdora.experiments.plan import Progress, dry_run_page, plan_items, show_duration, training_settings
 
 from .runs import manifest_of, numeric, run_tree
 
@@ -143,3 +143,26 @@ def test_the_plan_names_what_is_done_and_what_is_known(tmp_path):
         "trained",
         "new",
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shared"),
+    [
+        ("evaluation.weights", "merged", True),
+        ("evaluation.max_new_tokens", 99, True),
+        ("evaluation.loss_every", 2, False),
+        ("training.learning_rate", 0.5, False),
+        ("data.max_length", 77, False),
+    ],
+)
+def test_runs_that_differ_in_how_they_are_scored_are_trained_once(key, value, shared):
+    """Catches: a run that takes a training which it would not have had; one trained twice."""
+    arms = [{"name": "a"}, {"name": "b", "set": {key: value}}]
+    _, runs = comparison(arms=arms)
+    assert [item.trains for item in plan_items(runs)] == [True, not shared] * 2
+    first, second, other_seed = (training_settings(run.config) for run in runs[:3])
+    assert (first == second) == shared
+    assert first != other_seed
+    _, runs = comparison(arms=arms, set={"training.keep_best": "exact_match", "evaluation.loss_every": 3})
+    if key != "evaluation.loss_every":
+        assert training_settings(runs[0].config) != training_settings(runs[1].config)  # scored meanwhile

@@ -11,7 +11,8 @@ from qdora.config_file import apply_overrides
 from qdora.planner import advise as memory_advice
 from qdora.planner.advise import advise, mend
 from qdora.planner.report import Breakdown, Estimate, Part
-from qdora.planner.simulate import Launch, estimate
+from qdora.planner.shorten import estimate
+from qdora.planner.simulate import Launch
 
 from .scenes import architecture, launch
 

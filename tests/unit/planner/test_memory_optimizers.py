@@ -6,9 +6,13 @@ import dataclasses
 from functools import cache
 
 import pytest
+import torch
+from torch import nn
 
+from qdora.planner.internals import replaced
 from qdora.planner.report import Part
 from qdora.planner.simulate import record_step
+from qdora.training.optimizer import AdapterOptimizer
 
 from .scenes import architecture, launch
 
@@ -38,6 +42,17 @@ def test_small_states_are_small():
     masters = bytes_kept("sgd")
     assert 1.5 * masters < bytes_kept("adamw8bit") < 1.8 * masters
     assert masters < bytes_kept("adafactor") < 1.3 * masters
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "stableadamw", "ranger"])
+def test_its_update_is_made(optimizer):
+    """Catches: an update that fake tensors leave out, because a number that is read from one says so."""
+    planned = launch().with_training(optimizer=optimizer)
+    made = []
+    kind = type(AdapterOptimizer({"a": nn.Parameter(torch.zeros(2, 2))}, planned.training)._optimizer)
+    with replaced(kind, "step", lambda self, original=kind.step: made.append(original(self))):
+        record_step(architecture().build(), planned)
+    assert len(made) == 2  # the first, which makes its state, and that of the step
 
 
 def test_shards_keep_shards():

@@ -18,7 +18,8 @@ from qdora.models.load import load_base
 from qdora.planner.architecture import Architecture
 from qdora.planner.internals import StepTracker
 from qdora.planner.report import Breakdown, Estimate, Part, StepRecord
-from qdora.planner.simulate import estimate, layers_alike, record, record_step
+from qdora.planner.shorten import estimate, layers_alike, record
+from qdora.planner.simulate import OPTIMIZER, UPDATE, record_step
 from qdora.quant import QUANTIZATIONS, Quantization
 from qdora.quant.base import TILE_BYTES
 from qdora.training.loss import CHUNK_BYTES
@@ -234,10 +235,24 @@ SHORTENED = {
     "every third, offloaded": launch(
         2, accumulation=2, checkpointing=True, adapter={"targets": ("q_proj",)}
     ).with_training(checkpoint_every=3, offload_activations=True),
+    "recomputed": launch(accumulation=2, checkpointing=True, adapter={"targets": ("q_proj", "down_proj")}),
+    "joined": replace(launch(length=32, adapter={"targets": ("q_proj",)}), packing="batch"),
+    "on a CPU": replace(launch(adapter={"targets": ("q_proj",), "dropout": 0.1}), device="cpu"),
     "full": launch(accumulation=2, full=True),
     "full, sharded": launch(2, accumulation=2, full=True),
 }
 """Steps of which a few micro-batches, layers and chunks of the loss are run."""
+OPTIMIZERS = ("adamw8bit", "paged_adamw8bit", "adafactor", "kahan_adamw", "stableadamw", "ranger", "lion")
+SHORTENED |= {
+    name: launch(adapter={"targets": ("q_proj",)}).with_training(
+        optimizer=name, optimizer_options={"min_8bit_size": 1} if name.endswith("8bit") else {}
+    )
+    for name in OPTIMIZERS
+}
+SHORTENED |= {
+    "kahan, sharded": launch(2, adapter={"targets": ("q_proj",)}).with_training(optimizer="kahan_adamw"),
+    "kahan, no masters": SHORTENED["kahan_adamw"].with_training(master_weights=False),
+}
 
 
 def of_kinds(peak: Breakdown) -> dict[Part, int]:
@@ -262,11 +277,30 @@ def test_a_short_step_gives_the_long_one_to_the_byte(run, monkeypatch):
     assert dict(short.shards) == dict(long.shards)
     assert short.exchanged == long.exchanged
     assert all(of_kinds(peak) == of_kinds(long.peaks[name]) for name, peak in short.peaks.items())
-    assert {f"{kind} of layer {i}" for kind in ("forward", "backward") for i in (0, 1, -2, -1)} <= {
+    ends = (0, 1, -1) if run.fsdp is None else (0, 1, -2, -1)
+    assert {f"{kind} of layer {i}" for kind in ("forward", "backward") for i in ends} <= {
         name.partition(",")[0] for name in short.peaks
     }
     first, second = (Estimate.of(one, run.offload) for one in (short, long))
     assert dict(first.host) == dict(second.host)
+
+
+def test_estimates_share_no_more_than_they_have_in_common():
+    """Catches: an idle step of another run, format or optimizer taken for that of this one."""
+    deep = architecture(7)
+    first = launch(accumulation=2, adapter={"targets": ("q_proj",)})
+    changed = [
+        first.with_training(batch_size=8, gradient_accumulation=1),
+        first.with_training(gradient_checkpointing=True),
+        first.with_training(optimizer="sgd"),
+        replace(first, adapter=first.adapter.model_copy(update={"r": 4})),
+        launch(2, accumulation=2, adapter={"targets": ("q_proj",)}),
+    ]
+    estimate(deep, first)
+    assert [estimate(deep, run) for run in changed] == [estimate(architecture(7), run) for run in changed]
+    assert len(deep.idle_steps) == 4
+    dense = replace(deep, quantization=Quantization("none"))
+    assert estimate(dense, first) == estimate(architecture(7, quantization="none"), first)
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
@@ -349,7 +383,7 @@ def test_the_update_makes_nothing_of_its_own():
     """Catches: the fakes by which DTensor finds the shape of a result, taken for memory."""
     # Sides that no other test has: shapes that were found once are not looked for again.
     step = record_step(architecture(1).build(), launch(2, adapter={"r": 13, "targets": ("down_proj",)}))
-    assert step.peaks["update"][Part.ACTIVATIONS] < 1000
+    assert all(step.peaks[phase][Part.ACTIVATIONS] < 1000 for phase in (UPDATE, OPTIMIZER))
 
 
 def test_unlike_layers_are_not_taken_for_alike():

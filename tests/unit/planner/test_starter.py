@@ -11,7 +11,8 @@ from qdora.config import ModelConfig
 from qdora.errors import InputError
 from qdora.planner import advise
 from qdora.planner.architecture import Architecture, find_architecture
-from qdora.planner.simulate import Launch, estimate
+from qdora.planner.shorten import estimate
+from qdora.planner.simulate import Launch
 from qdora.planner.starter import choose
 
 LENGTHS = [60] * 96 + [120] * 4

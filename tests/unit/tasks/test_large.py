@@ -105,6 +105,30 @@ def test_a_table_gives_what_objects_give(tokenizer, write_jsonl, on_disk, settin
     assert other.fingerprints["train"] != mapped.fingerprints["train"]
 
 
+def test_tokens_in_the_cache_are_those_of_the_same_input(tokenizer, write_jsonl, on_disk):
+    """Catches: a second run with the tokens of another length, template or choice of rows; one that ends
+    because somebody has cleared the cache."""
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}" + (
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    path = write_jsonl(list(rows(40)))
+
+    def train(template=template, **settings):
+        tokenizer.chat_template = template
+        return prepare(config(path, **settings), tokenizer, None).train
+
+    few = train(limit=20)
+    on_disk()
+    first = list(train())
+    assert max(lengths_of(train(max_length=40))) <= 40 < max(lengths_of(first))
+    other = train(template.replace("[{{ m.role }}]", "({{ m.role }})").replace("[assistant]", "(assistant)"))
+    assert "(user)" in tokenizer.decode(other[0].input_ids)
+    assert list(train(limit=20)) == few
+    for file in (path.parent / "cache").rglob("*.arrow"):
+        file.unlink()
+    assert list(train()) == first
+
+
 def test_every_field_of_an_example_returns(write_jsonl, write_json, on_disk):
     """Catches: options, turns or their weights lost on the disk; another order of a mixture's test set."""
     ask = "Please answer the following question with true or false, question: is {} odd?\n\nAnswer format: "

@@ -206,6 +206,30 @@ def test_what_is_refused(settings, message):
         check_optimizer(TrainingConfig(max_steps=1, **settings), CPU, sharded=False)
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_what_is_allowed_on_shards_updates_each_element_alone(name):
+    """Catches: an optimizer that is said to train shards and looks at the full tensor."""
+    options = {"optimizer": name, "optimizer_options": OPTIONS.get(name, {})}
+    config = TrainingConfig(max_steps=9, learning_rate=1e-2, weight_decay=0.1, **options)
+    generator = torch.Generator().manual_seed(0)
+    start_OI = torch.randn(24, 32, generator=generator)
+    rows = {"full": slice(None), "upper": slice(0, 9), "lower": slice(9, None)}
+    found = {}
+    for part, of_part in rows.items():
+        parameter = adapter_parameter(start_OI[of_part].clone())
+        optimizer = AdapterOptimizer({"p": parameter}, config)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            # Rows of unlike sizes: a norm of some of them is not that of all.
+            gradient_OI = torch.randn(24, 32, generator=generator) * torch.arange(1, 25)[:, None]
+            parameter.grad = gradient_OI[of_part].clone()
+            optimizer.step(1e-2)
+        found[part] = parameter.detach()
+    moved = (found["full"] - start_OI).abs().max()
+    differs = (found["full"] - torch.cat([found["upper"], found["lower"]])).abs().max() / moved
+    assert (differs < 1e-5) if OPTIMIZERS[name].not_sharded is None else (differs > 1e-3)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_shards_are_refused_by_name(name):
     """Catches: an update by the norm or the rows of a shard, which is another one than of the full tensor."""

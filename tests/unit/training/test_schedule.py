@@ -115,6 +115,8 @@ def test_a_warmup_ratio_is_that_many_steps(ratio, total, steps):
         ({"schedule": "polynomial", "schedule_options": {"pover": 2}}, "no 'pover'; did you mean 'power'"),
         ({"schedule": "cosine_with_minimum"}, "cosine_with_minimum.*min_lr"),
         ({"schedule": "polynomial", "schedule_options": {"lr_end": 1.0}}, "lr_end.*smaller"),
+        ({"schedule": "polynomial", "schedule_options": {"lr_end": -1e-4}}, "has a negative rate"),
+        ({"schedule": "warmup_stable_decay", "schedule_options": {"num_stable_steps": 5}}, "num_decay_steps"),
         ({"schedule": "warmup_stable_decay", "schedule_options": {"decay_type": "x"}}, "Unknown decay type"),
         (
             {"warmup_steps": 3, "warmup_ratio": 0.1},

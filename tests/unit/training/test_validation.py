@@ -10,7 +10,7 @@ from qdora.data.batches import Packing
 from qdora.data.rows import Example
 from qdora.data.tokenize import tokenize_examples
 from qdora.errors import DataError, InputError
-from qdora.training.best import ValidationState
+from qdora.training.best import ValidationState, copy_best
 from qdora.training.loop import DivergedError
 from qdora.training.validation import Validator, hold_out, validation_losses
 from tests.golden.curves import examples
@@ -108,6 +108,13 @@ def test_the_best_is_the_first_of_equally_good_ones(measure, values, best, since
     assert (state.step, state.best_step, state.best_value) == (len(values) - 1, best, values[best])
     assert state.since == since
     assert state.best(measure) == {"step": best, "measure": measure, "value": values[best]}
+
+
+def test_a_best_adapter_that_is_not_there_replaces_a_later_one(tmp_path):
+    """Catches: a run that goes back to before any validation and keeps the best adapter of its future."""
+    (tmp_path / "best").mkdir()
+    copy_best(tmp_path / "of no checkpoint", tmp_path / "best")
+    assert not (tmp_path / "best").exists()
 
 
 def test_patience_stops_after_its_validations_and_saves(tiny_model_folder):
