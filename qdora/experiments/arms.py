@@ -75,7 +75,6 @@ SWEPT = "grid"
 # A finished arm is scored again where its evaluation has changed; the others do not change what is trained.
 _FREE_TO_CHANGE = ("evaluation", "training.save_every", "training.keep_checkpoints")
 
-
 Sweep = dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]]
 """Values by dotted key; their cartesian product is a grid."""
 
@@ -130,8 +129,7 @@ class CompareConfig(Section):
     """Arms trained under identical conditions."""
 
     base: str | dict[str, Any]
-    """The run configuration shared by all arms: a file, relative to the comparison's, `qdora:NAME`, or the
-    sections themselves."""
+    """The run configuration of all arms: a file, relative to this one, `qdora:NAME`, or its sections."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the shared configuration for all arms: dotted key, value."""
     arms: tuple[ArmConfig, ...]
