@@ -267,9 +267,7 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
     with context.raise_on_all_ranks():
         check_settings(config, context)
         checkpoint = open_checkpoint(config.model.path, config.model.revision)
-    meta, adapted = build_adapted(
-        checkpoint, config.model, context, lambda model: adapt_run(model, config, context)
-    )
+    meta, adapted = build_adapted(checkpoint, config.model, context, lambda m: adapt_run(m, config, context))
     config = in_force(config, adapted)
     with context.raise_on_all_ranks():
         if config.adapter.trainable_tokens is not None:
