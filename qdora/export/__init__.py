@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from qdora.config import QuantizationName
-from qdora.errors import InputError
+from qdora.errors import InputError, require
 
 TRANSFORMERS_USAGE = """\
 from transformers import pipeline
 
 generate = pipeline("text-generation", "{name}")  # OWNER/NAME on the hub, or the folder of this card
 print(generate("...", max_new_tokens=64, do_sample=False)[0]["generated_text"])"""
+
 PEFT_USAGE = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -33,6 +34,12 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{name}", device_map="auto")
 # OWNER/NAME on the hub, or the folder of this card. One that was quantized again has no adapter beside it.
 model = PeftModel.from_pretrained(model, "{name}", subfolder="adapter")"""
+
+GGUF_USAGE = """\
+from llama_cpp import Llama
+
+model = Llama.from_pretrained("{name}", filename="*.gguf")  # OWNER/NAME on the hub; Llama(FILE) of a folder
+print(model("...", max_tokens=64, temperature=0)["choices"][0]["text"])"""
 
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "--dtype": {
@@ -129,6 +136,10 @@ FORMATS: Mapping[str, FormatRow] = {
     "gguf": FormatRow(
         "the merged weights as one file for llama.cpp and Ollama",
         {"--type": "f16", "--onto": "nf4", "--quantize": None},
+        lambda arguments: require("gguf", "--format gguf"),
+        scored=lambda arguments: (arguments.type, arguments.onto, arguments.quantize) == ("f16", "nf4", None),
+        library="gguf",
+        usage=GGUF_USAGE,
     ),
 }
 DEFAULT = "merged"

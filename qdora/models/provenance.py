@@ -11,9 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from qdora.errors import InputError
+from qdora.errors import InputError, not_installed
 from qdora.files import path_exists
-from qdora.models.formats.gguf import GGUFFile
 from qdora.models.sources import PACKAGED_MODELS, is_hub_id, local_path
 
 CARD_FILE = "README.md"
@@ -66,6 +65,10 @@ def _local(path: Path) -> Provenance:
     name = path.resolve().name
     if path.is_dir():
         return Provenance(name, **_of_card(path / CARD_FILE))
+    if not_installed("gguf"):
+        return Provenance(name)
+    from qdora.models.formats.gguf import GGUFFile  # of an extra
+
     try:
         metadata = GGUFFile.open(path, str(path)).metadata
     except InputError:
