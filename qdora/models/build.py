@@ -11,12 +11,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from qdora.adapters.inject import EXPERTS, expert_tensors
@@ -172,17 +171,6 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
             )
 
 
-class _NoRandomNumbersOnMeta(TorchFunctionMode):
-    """Within it, meta tensors are not filled at random, which takes milliseconds for each."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_) and args[0].is_meta:
-            return args[0]
-        return func(*args, **kwargs or {})
-
-
 def _architecture(config: PreTrainedConfig, origin: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the meta device and its derived buffers computed."""
     from accelerate import init_empty_weights  # a quarter of a second
@@ -192,7 +180,7 @@ def _architecture(config: PreTrainedConfig, origin: str, dtype: torch.dtype) -> 
         del config.quantization_config
     config.name_or_path = origin
     try:
-        with init_empty_weights(include_buffers=False), _quiet(), _NoRandomNumbersOnMeta():
+        with init_empty_weights(include_buffers=False), _quiet():
             model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         reason = str(error).splitlines()[0]

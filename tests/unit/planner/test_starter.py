@@ -13,7 +13,7 @@ from qdora.planner import advise
 from qdora.planner.architecture import Architecture, find_architecture
 from qdora.planner.shorten import estimate
 from qdora.planner.simulate import Launch
-from qdora.planner.starter import choose
+from qdora.planner.starter import EFFICIENT_TOKENS, _max_lengths, choose
 
 LENGTHS = [60] * 96 + [120] * 4
 GIB = 2**30
@@ -63,3 +63,14 @@ def test_settings_follow_the_memory(architectures: dict[Any, Architecture]) -> N
     assert order == sorted(order, key=lambda key: (*key[:3], -key[3]))
     assert order[-1] == (4, True, True, 1)
     assert {s.launch.training.batch_size for s in seen} == {16}
+    for one in seen:
+        assert not (one.quantization == "none" and one.launch.checkpointing)
+        tokens = one.launch.micro_batch_size * one.launch.max_length
+        at_once = one.launch.training.gradient_accumulation == 1
+        assert one.launch.checkpointing or at_once or tokens >= EFFICIENT_TOKENS
+
+
+def test_lengths_are_clearly_shorter() -> None:
+    """Catches: examples left out for a length that saves next to nothing."""
+    assert list(_max_lengths([640] * 98 + [700, 704], None)) == [704]
+    assert list(_max_lengths([400] * 98 + [700, 704], None)) == [704, 448]
