@@ -45,6 +45,7 @@ def _export(arguments: argparse.Namespace, target: Target, adapter: Path, output
     chosen = load_format(arguments.format)
     job = ExportJob(arguments, target.config, adapter, checkpoint, tokenizer, context, output)
     chosen.check(job)
+    job.prepare()
     with atomic_directory(output) as folder:
         said = chosen.write(job, folder)
     print(f"{said}: {output}")

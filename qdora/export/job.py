@@ -50,6 +50,10 @@ class ExportJob:
             self._model = self._load()
         return self._model
 
+    def prepare(self) -> None:
+        """Load the adapted model before anything is written."""
+        self._model = self._load()
+
     def release(self) -> None:
         """Free the adapted model before another one is loaded."""
         self._model = None

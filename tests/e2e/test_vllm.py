@@ -102,9 +102,7 @@ def test_vllm_generates_what_transformers_does(tmp_path, form):
         answers = ask(tmp_path, folder, folder / "adapter", "bfloat16")
         alone = distances(model, answers)
         served = distances(PeftModel.from_pretrained(model, folder / "adapter"), answers)
-        print(
-            "distances", served.max(), (served == 0).float().mean(), alone.max(), (alone == 0).float().mean()
-        )
+        # Greedy's tokens, but where bfloat16 cannot tell two apart.
         assert served.max() < 0.5
         assert (served == 0).float().mean() > 0.9
         assert alone.max() > 1  # without its adapter the base says something else
