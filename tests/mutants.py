@@ -407,6 +407,18 @@ MUTANTS = {
         "sigma_R.square().sum()",
         "tests/unit/export/test_lora.py::test_the_truncation_is_that_of_a_full_svd",
     ),
+    "keys of a GGUF file in the order of transformers": Mutant(
+        "models/formats/gguf_write.py",
+        '"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads',
+        '"q_proj": config.num_attention_heads',
+        "tests/unit/models/test_gguf_write.py::test_transformers_reads_the_same_model",
+    ),
+    "scores of a GGUF file the other way round": Mutant(
+        "models/formats/gguf_tokenizer.py",
+        "ranks = {made: float(-rank)",
+        "ranks = {made: float(rank)",
+        "tests/unit/models/test_gguf_tokenizer.py::test_sentencepiece_scores",
+    ),
     "modules of the export kept": Mutant(
         "export/verify.py",
         "module._parameters.update(empty)",
