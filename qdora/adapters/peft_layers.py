@@ -95,9 +95,10 @@ class Acceleration:
 
     def zeros(self, weight: FrozenWeight) -> torch.Tensor:
         """(O,) the frozen part of a magnitude that is trained as it is."""
-        if self._zeros_O is None or self._zeros_O.device != weight.device:
-            self._zeros_O = torch.zeros(weight.out_features, dtype=weight.norm_dtype, device=weight.device)
-        return self._zeros_O
+        zeros_O, dtype, device = self._zeros_O, weight.norm_dtype, weight.device
+        if zeros_O is None or zeros_O.device != device or zeros_O.dtype != dtype:
+            zeros_O = self._zeros_O = torch.zeros(weight.out_features, dtype=dtype, device=device)
+        return zeros_O
 
 
 class OffsetMagnitude(DoraLinearLayer):
@@ -131,6 +132,13 @@ class OffsetMagnitude(DoraLinearLayer):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """m: (O,) at least float32."""
         return self.initial_O + self.offset.to(self.initial_O.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        wide_O = self.initial_O
+        super()._apply(fn, recurse)
+        if self.initial_O.dtype.itemsize < wide_O.dtype.itemsize:  # of a model that is cast to 16 bits
+            self.initial_O = wide_O.to(self.initial_O.device)
+        return self
 
     @torch.no_grad()
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
