@@ -1,4 +1,4 @@
-"""Each named bug makes its named test fail: see tests/mutants.py."""
+"""Each named bug makes its named test fail: see tests/mutants."""
 
 from __future__ import annotations
 
