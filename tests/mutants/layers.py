@@ -2,6 +2,7 @@
 
 from tests.mutation import Mutant
 
+CLOSED_FORM = "tests/unit/adapters/test_closed_form.py"
 NORM = "tests/unit/adapters/test_norm_and_magnitude.py"
 SIXTEEN = "tests/unit/adapters/test_sixteen_bits.py"
 KERNELS = "tests/unit/adapters/kernels/test_closed_form.py"
