@@ -12,6 +12,7 @@ from qdora.config import ModelConfig, RunConfig
 from qdora.data.chat_templates import TEMPLATE_FILE
 from qdora.data.padding import eos_token_ids
 from qdora.distributed.context import DistributedContext
+from qdora.errors import InputError
 from qdora.models.formats import Checkpoint
 from qdora.models.load import load_with_adapter
 from qdora.quant import Quantization
@@ -57,6 +58,13 @@ class ExportJob:
     def release(self) -> None:
         """Free the adapted model before another one is loaded."""
         self._model = None
+
+    def check_onto(self) -> None:
+        """Raises: InputError: `--onto original` of a base that is stored quantized."""
+        if self.options.onto == "original" and self.checkpoint.quantization is not None:
+            raise InputError(
+                f"{self.checkpoint.origin}: holds no original weights, they are stored quantized"
+            )
 
     def load(self, adapter: Path | None, **model: object) -> PreTrainedModel:
         """The base with another adapter, or with other settings of the `model` section."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,8 +43,7 @@ _OVERSAMPLING, _ITERATIONS = 16, 8
 
 def check(job: ExportJob) -> None:
     """As `Format.check`."""
-    if job.options.onto == "original" and job.checkpoint.quantization is not None:
-        raise InputError(f"{job.checkpoint.origin}: holds no original weights, they are stored quantized")
+    job.check_onto()
     if job.options.score and job.config.data.test is None:
         raise InputError("--score: the run has no test set (data.test)")
 
@@ -56,19 +54,19 @@ def write(job: ExportJob, folder: Path) -> str:
     layers = adapted_layers(model)
     _refuse_unfit(model, layers, job)
     refuse_overflow(model, "the model")
-    updates, kept, total = {}, {}, 0.0
+    updates, kept = {}, {}
     for name, layer in layers.items():
         original_OI = job.checkpoint.read(f"{name}.weight") if job.options.onto == "original" else None
         change_OI = change_of(layer, original_OI)
         a_RI, b_OR, share = truncate(change_OI, r)
-        norm = float(change_OI.norm()) ** 2
-        updates[name], kept[name] = (a_RI.cpu(), b_OR.cpu()), Kept(share, norm)
-        total += norm
-    share = sum(each.share * each.norm for each in kept.values()) / total if total else 1.0
+        updates[name] = a_RI.cpu(), b_OR.cpu()
+        kept[name] = share, float(change_OI.norm()) ** 2  # of that squared norm
+    total = sum(norm for _, norm in kept.values())
+    share = sum(share * norm for share, norm in kept.values()) / total if total else 1.0
     fingerprint = base_fingerprint(model)
     metadata = {FINGERPRINT: fingerprint} if fingerprint else {}
     write_lora(folder, updates, base=job.config.model.path, metadata=metadata)
-    of_layers = {name: each.share for name, each in kept.items()}
+    of_layers = {name: share_of_layer for name, (share_of_layer, _) in kept.items()}
     write_json(folder / REPORT, {"r": r, "onto": job.options.onto, "kept": share, "layers": of_layers})
     save_tokenizer(folder, job.tokenizer)
     least = min(of_layers, key=lambda name: of_layers[name])
@@ -105,19 +103,6 @@ def _refuse_unfit(model: torch.nn.Module, layers: Mapping[str, AdaptedLinear], j
                 f"--format lora: the update of {name} started from its weight, which a server holds without "
                 f"that change; allowed: --onto original"
             )
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a LoRA keeps of one layer's change.
-
-    Attributes:
-        share: of the squared norm.
-        norm: the squared norm.
-    """
-
-    share: float
-    norm: float
 
 
 @torch.no_grad()

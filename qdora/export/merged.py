@@ -63,8 +63,7 @@ def merge_and_export(
 
 def check(job: ExportJob) -> None:
     """As `Format.check`."""
-    if job.options.onto == "original" and job.checkpoint.quantization is not None:
-        raise InputError(f"{job.checkpoint.origin}: holds no original weights, they are stored quantized")
+    job.check_onto()
 
 
 def write(job: ExportJob, folder: Path) -> str:

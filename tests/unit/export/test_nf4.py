@@ -15,6 +15,7 @@ from qdora.adapters.peft_io import load_adapter
 from qdora.adapters.tokens import train_tokens
 from qdora.errors import InputError
 from qdora.export import nf4
+from qdora.export.job import load_format
 from qdora.export.verify import VerificationError
 from qdora.models.load import load_base
 from tests.tiny import write_tiny_model
@@ -202,3 +203,12 @@ def test_four_and_a_half_bits(tmp_path, model_folder):
     tensors = load_file(exported(make_job(tmp_path, model_folder, "nf4"), "nf4") / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert 8 * (tensors[name].nbytes + tensors[f"{name}.absmax"].nbytes) == 4.5 * 64 * 128
+
+
+@pytest.mark.parametrize("form", ["merged", "lora"])
+def test_a_stored_4_bit_base_has_no_original_weights(tmp_path, model_folder, form):
+    """Catches: codes taken for weights by `--onto original`."""
+    folder = exported(make_job(tmp_path, model_folder, "nf4"), "nf4")
+    job = make_job(tmp_path / "again", folder, form, onto="original")
+    with pytest.raises(InputError, match="out: holds no original weights, they are stored quantized"):
+        load_format(form).check(job)
