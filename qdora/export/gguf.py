@@ -32,7 +32,7 @@ of the largest value of a block, at its 31 others.  What that does to logits dep
 
 def check(job: ExportJob) -> None:
     """As `Format.check`."""
-    merged.check(job)
+    job.check_onto()
     config = deepcopy(job.checkpoint.config)
     config.vocab_size = max(config.vocab_size, len(job.tokenizer))  # rows of new tokens come with the adapter
     _plan(job, config, job.checkpoint.generation_config())
