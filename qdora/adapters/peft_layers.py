@@ -68,8 +68,8 @@ class Acceleration:
         state = getattr(weight, "quant_state", None)
         if state is None and _is_4bit(base):
             raise InputError(
-                f"{self.name}: its 4-bit weight has no quant_state, which FSDP2 takes from it, and PEFT "
-                f"cannot compute it either; allowed with FSDP2: unquantized base weights, or `qdora train`"
+                f"{self.name}: its 4-bit weight has no quant_state, which FSDP takes from it, and PEFT "
+                f"cannot compute it either; allowed with FSDP: unquantized base weights, or `qdora train`"
             )
         absmax = None if state is None else state.absmax.data_ptr()
         packed = getattr(state, "packing_format_for_cpu", False)

@@ -126,7 +126,7 @@ def _foreign(layer: Any) -> str:
     base = type(layer.get_base_layer())
     if base.__name__ == "Linear8bitLt":
         return "8-bit layers of bitsandbytes are left as they are"
-    return f"adapters on a {base.__name__} ({base.__module__.partition('.')[0]}) are left as they are"
+    return f"adapters on a {base.__name__} are left as they are"
 
 
 def _why_left(layers: Any, layer: Any, name: str) -> str | None:
