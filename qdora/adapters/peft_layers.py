@@ -135,7 +135,7 @@ class OffsetMagnitude(DoraLinearLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         wide_O = self.initial_O
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.initial_O.dtype.itemsize < wide_O.dtype.itemsize:  # of a model that is cast to 16 bits
             self.initial_O = wide_O.to(self.initial_O.device)
         return self
