@@ -18,7 +18,7 @@ from qdora.adapters.init import layer_seed
 from qdora.adapters.layer import AdaptedLinear, refuse_large_rank
 from qdora.adapters.patterns import first_match, match_layers, matches
 from qdora.adapters.tokens import TokenRows, token_rows
-from qdora.adapters.trainers import save_as_adapter
+from qdora.adapters.trainers import save_as_adapter, save_as_before
 from qdora.config import AdapterConfig, QuantizationName
 from qdora.errors import InputError
 from qdora.quant import Quantization
@@ -231,6 +231,7 @@ def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     for name, layer in linear_layers(model).items():
         if isinstance(layer, AdaptedLinear):
             model.set_submodule(name, plain_layer(layer, dtype))
+    save_as_before(model)
     return model
 
 

@@ -66,6 +66,12 @@ def save_as_adapter(model: nn.Module) -> None:
         model._keys_to_ignore_on_save = frozen  # type: ignore[assignment]
 
 
+def save_as_before(model: nn.Module) -> None:
+    """Undo `save_as_adapter`, where it was done."""
+    for name in ("save_pretrained", "_keys_to_ignore_on_save"):
+        vars(model).pop(name, None)
+
+
 def save_pretrained(
     model: nn.Module,
     save_directory: str | Path,

@@ -43,7 +43,7 @@ from qdora.models.sources import open_checkpoint
 from qdora.quant import Quantization
 from qdora.quant.base import FULL
 from qdora.quant.blockwise import BlockwiseWeight, import_bitsandbytes
-from qdora.quant.stored import STORED_TYPES, parse_state, state_name
+from qdora.quant.stored import STORED_TYPES, as_stored, parse_state, state_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,8 +89,7 @@ def write(job: ExportJob, folder: Path) -> str:
             again = requantized(layer.merged(torch.float32), kind, block_size)
             yield from _stored_tensors(weight, again, again.scales(), dtype)
         else:
-            assert isinstance(layer.base, BlockwiseWeight)
-            yield from _stored_tensors(weight, layer.base, scaled_scales(layer, name), dtype)
+            yield from _stored_tensors(weight, as_stored(layer.base), scaled_scales(layer, name), dtype)
 
     output = output_name(model)
     skipped = sorted({*dense, *([] if output is None else [output])})
@@ -120,11 +119,11 @@ def _dense_layers(
             continue
         if base.quantization not in STORED_TYPES:
             _refuse_format(f"{name} is {base.quantization}")
-        assert isinstance(base, BlockwiseWeight)
-        if layer.magnitude is not None and base.in_features % base.block_size:
+        block_size = as_stored(base).block_size
+        if layer.magnitude is not None and base.in_features % block_size:
             raise InputError(
                 f"--format nf4: {name} has rows of {base.in_features} weights, which are no whole blocks of "
-                f"{base.block_size}: a magnitude cannot go into scales that two rows share; allowed: rows of "
+                f"{block_size}: a magnitude cannot go into scales that two rows share; allowed: rows of "
                 f"whole blocks, or --requantize"
             )
     if dense >= layers.keys() - {output}:
@@ -139,8 +138,7 @@ def _scale(layer: AdaptedLinear) -> torch.Tensor | None:
 
 def scaled_scales(layer: AdaptedLinear, name: str) -> torch.Tensor:
     """(blocks,) float32: the block scales of s ∘ W."""
-    assert isinstance(layer.base, BlockwiseWeight)
-    scales, s_O1 = layer.base.scales(), _scale(layer)
+    scales, s_O1 = as_stored(layer.base).scales(), _scale(layer)
     if s_O1 is not None:
         scales = (scales.view(layer.out_features, -1) * s_O1).view(-1)
     return cast_checked(f"{name}.weight.absmax", scales, torch.float32)
@@ -168,9 +166,7 @@ def served_updates(
 
 def requantized(w_OI: torch.Tensor, kind: str, block_size: int) -> BlockwiseWeight:
     """A weight quantized anew, with float32 scales."""
-    weight = Quantization(kind, block_size, double_quantization=False).from_dense(w_OI)  # type: ignore[arg-type]
-    assert isinstance(weight, BlockwiseWeight)
-    return weight
+    return as_stored(Quantization(kind, block_size, double_quantization=False).from_dense(w_OI))  # type: ignore[arg-type]
 
 
 def _stored_tensors(

@@ -24,6 +24,7 @@ from qdora.quant.nf4 import NF4Weight
 STORED_TYPES: Mapping[str, type[BlockwiseWeight]] = {"nf4": NF4Weight, "fp4": FP4Weight}
 """Formats of bitsandbytes' 4-bit checkpoints, by their `quant_type`."""
 
+
 _METHODS = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -96,6 +97,12 @@ class StoredWeight:
             expected[self.name + _NESTED_ABSMAX] = (-(-blocks // self.nested_block_size), torch.float32)
             expected[self.name + _NESTED_CODE] = (CODE_BOOK, torch.float32)
         return expected
+
+
+def as_stored(weight: FrozenWeight) -> BlockwiseWeight:
+    """A weight whose format is one of `STORED_TYPES`, by its type."""
+    assert isinstance(weight, BlockwiseWeight)
+    return weight
 
 
 def stored_type(stated: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ STEPS = 12
 _OF_THE_CLOCK = ("seconds", "tokens_per_second")
 # Whose contents have times, or the folder.
 _PRESENT = (
+    "README.md",
     "manifest.json",
     "config.yaml",
     "loss.png",
