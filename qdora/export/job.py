@@ -15,6 +15,7 @@ from qdora.distributed.context import DistributedContext
 from qdora.errors import InputError
 from qdora.models.formats import Checkpoint
 from qdora.models.load import load_with_adapter
+from qdora.models.provenance import find_provenance
 from qdora.quant import Quantization
 
 if TYPE_CHECKING:
@@ -54,6 +55,12 @@ class ExportJob:
     def prepare(self) -> None:
         """Load the adapted model before anything is written."""
         self._model = self._load()
+
+    @property
+    def base_name(self) -> str:
+        """The base as written files name it: by the folder where it is, which what is pushed leaves out."""
+        path = self.config.model.path
+        return path if self.options.push_to_hub is None else find_provenance(path).name
 
     def release(self) -> None:
         """Free the adapted model before another one is loaded."""

@@ -65,7 +65,7 @@ def write(job: ExportJob, folder: Path) -> str:
     share = sum(share * norm for share, norm in kept.values()) / total if total else 1.0
     fingerprint = base_fingerprint(model)
     metadata = {FINGERPRINT: fingerprint} if fingerprint else {}
-    write_lora(folder, updates, base=job.config.model.path, metadata=metadata)
+    write_lora(folder, updates, base=job.base_name, metadata=metadata)
     of_layers = {name: share_of_layer for name, (share_of_layer, _) in kept.items()}
     write_json(folder / REPORT, {"r": r, "onto": job.options.onto, "kept": share, "layers": of_layers})
     save_tokenizer(folder, job.tokenizer)

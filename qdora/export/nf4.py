@@ -98,7 +98,7 @@ def write(job: ExportJob, folder: Path) -> str:
     updates = {} if job.options.requantize else served_updates(layers, dense)
     if not updates:
         return "4-bit weights"
-    r = write_lora(folder / ADAPTER, updates, base=str(job.output))
+    r = write_lora(folder / ADAPTER, updates, base=job.options.push_to_hub or str(job.output))
     return f"4-bit weights, and in {ADAPTER}/ a LoRA of rank {r}"
 
 

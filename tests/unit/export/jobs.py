@@ -31,6 +31,7 @@ def make_job(
     Args:
         options: of the format, and `quantization` and settings of the adapter.
     """
+    pushed = options.pop("push_to_hub", None)
     defaults = {name.removeprefix("--").replace("-", "_"): None for name in OPTIONS}
     defaults |= {name.removeprefix("--"): value for name, value in FORMATS[form].options.items()}
     chosen = {name: options.pop(name) for name in list(options) if name in defaults}
@@ -45,7 +46,7 @@ def make_job(
     config = check_config(tree, RunConfig, "test")
     checkpoint = open_checkpoint(str(model_folder))
     context = DistributedContext(device=torch.device("cpu"))
-    names = argparse.Namespace(run=None, model=None, set=[], **(defaults | chosen))
+    names = argparse.Namespace(run=None, model=None, set=[], push_to_hub=pushed, **(defaults | chosen))
     return ExportJob(
         names, config, tmp_path / "none", checkpoint, tokenizer, context, tmp_path / "out", model
     )

@@ -76,6 +76,18 @@ def test_each_share_is_that_of_the_merged_weight_less_the_servers(tmp_path, tiny
     assert report["kept"] == pytest.approx(kept / total, rel=0.01)
 
 
+def test_what_is_pushed_names_no_folder(tmp_path, tiny_model_folder):
+    """Catches: the path of a base on this machine in a folder that goes to the hub."""
+    names = {None: str(tiny_model_folder), "ada/sums": tiny_model_folder.name}
+    for number, (pushed, base) in enumerate(names.items()):
+        job = make_job(tmp_path / str(number), tiny_model_folder, "lora", r=4, push_to_hub=pushed)
+        settings = json.loads((exported(job, "lora") / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == base
+    job = make_job(tmp_path / "nf4", tiny_model_folder, "nf4", method="qlora", push_to_hub="ada/sums")
+    settings = json.loads((exported(job, "nf4") / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "ada/sums"
+
+
 def test_a_small_share_is_loud(tmp_path, tiny_model_folder, capsys):
     """Catches: a LoRA that is another model than the one that was trained, and says nothing of it."""
     job = make_job(tmp_path, tiny_model_folder, "lora", r=1, onto="nf4")
