@@ -40,7 +40,7 @@ def main() -> None:
     )
     fsdp = FsdpSettings() if options.gpus > 1 else None
     launch = Launch(config.adapter, training, config.data.max_length, options.gpus, fsdp)
-    architecture = find_architecture(config.model, None, CONFIG, "cuda")
+    architecture = find_architecture(config.model, None, "cuda")
     with cProfile.Profile() if options.profile else nullcontext() as profile:
         started = time.process_time()
         now = estimate(architecture, launch)
