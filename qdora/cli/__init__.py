@@ -11,6 +11,8 @@ import argparse
 import errno
 import importlib
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -89,11 +91,14 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         if name in _COMPUTING:
             _set_up(parsed)
         code = work()
+        sys.stdout.flush()
     except InputError as error:
         return _ended(name, f"error: {error}", 2)
     except InterruptedRunError as stop:
         return _ended(name, str(stop), stop.exit_code)
     except OSError as error:
+        if error.errno == errno.EPIPE and _reader_left():
+            return 128 + signal.SIGPIPE
         if error.errno not in _USERS_ERRORS:
             raise
         return _ended(name, f"error: {error.filename or 'a file'}: {error.strerror}", 2)
@@ -105,6 +110,17 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             raise
         leave(_ended(name, f"error: {lost}", 1))
     return code or 0
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the output any more, as `head` once it has enough; the rest is dropped then."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def add_threads(parser: argparse.ArgumentParser, default: Any = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -99,6 +100,14 @@ def test_what_a_user_can_cause_is_one_line_and_an_exit_code(monkeypatch, capsys,
     assert shown.err.count("\n") == 1
     assert words in shown.err
     assert "Traceback" not in shown.err + shown.out
+
+
+def test_a_reader_that_has_enough(tmp_path):
+    """Catches: a traceback, or Python's own complaint at its end, behind `qdora configs | head -1`."""
+    for command in ("configs", "schema"):
+        line = f"set -o pipefail; {sys.executable} -m qdora {command} | head -c 9"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert (done.returncode, done.stderr, len(done.stdout)) in [(0, "", 9), (141, "", 9)]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("ours"), ValueError("ours"), OSError(errno.EIO, "ours")])
