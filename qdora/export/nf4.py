@@ -2,9 +2,9 @@
 
     s ∘ (W + c B A) = (s ∘ W) + (s ∘ c B) A
 
-To scale a row of whole blocks is to scale their block scales: the codes stay as they are, and what is left is
-a plain LoRA.  The folder is a checkpoint of bitsandbytes with float32 scales, 4.5 bits a weight in blocks of
-64, and in `adapter/` a LoRA in PEFT's format.
+To scale a row that is a multiple of the block size is to scale its block scales: the codes stay as they
+are, and what is left is a plain LoRA.  The folder is a checkpoint of bitsandbytes with float32 scales, 4.5
+bits a weight in blocks of 64, and in `adapter/` a LoRA in PEFT's format.
 
 O out_features   I in_features   R rank
 """
@@ -122,9 +122,9 @@ def _dense_layers(
         block_size = as_stored(base).block_size
         if layer.magnitude is not None and base.in_features % block_size:
             raise InputError(
-                f"--format nf4: {name} has rows of {base.in_features} weights, which are no whole blocks of "
-                f"{block_size}: a magnitude cannot go into scales that two rows share; allowed: rows of "
-                f"whole blocks, or --requantize"
+                f"--format nf4: {name} has rows of {base.in_features} weights, not a multiple of the block "
+                f"size {block_size}: a magnitude cannot go into scales that two rows share; allowed: rows "
+                f"that are, or --requantize"
             )
     if dense >= layers.keys() - {output}:
         _refuse_format("no layer is quantized")

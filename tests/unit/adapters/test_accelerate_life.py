@@ -146,6 +146,18 @@ def test_what_is_left_to_peft_is_said():
         assert said[name] in str(report)
 
 
+def test_codes_stored_as_wider_numbers_are_left():
+    """Catches: bytes of `bnb_4bit_quant_storage=bfloat16` read as if each were a number of its own."""
+    net = Net("nf4", torch.float32)
+    net.first = bnb.nn.Linear4bit(128, 64, quant_type="nf4", quant_storage=torch.bfloat16).to("cpu")
+    model = get_peft_model(net, LoraConfig(use_dora=True, target_modules=["first", "last"]))
+    report = qdora.accelerate(model)
+    assert [name.rpartition(".")[2] for name in report.accelerated] == ["last"]
+    ((name, reason),) = report.left.items()
+    assert name.endswith("first")
+    assert "torch.bfloat16" in reason
+
+
 def test_a_layer_that_changes_later_goes_back_to_peft(calls):
     """Catches: a hook that is not called, or a gradient of the base weight that is lost."""
     model, x = adapted(), inputs()
