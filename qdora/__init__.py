@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         merge_and_unload,
         unmerge_adapters,
     )
+    from qdora.adapters.label_logits import logits_at_labels
     from qdora.adapters.layer import AdaptedLinear
     from qdora.adapters.peft_io import load_adapter, save_adapter
     from qdora.adapters.peft_model import AccelerationReport, accelerate, restore
@@ -44,6 +45,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "load_base",
+    "logits_at_labels",
     "merge_adapters",
     "merge_and_export",
     "merge_and_unload",
@@ -66,6 +68,7 @@ _HOMES = {
     "inject": "qdora.adapters.inject",
     "load_adapter": "qdora.adapters.peft_io",
     "load_base": "qdora.models.load",
+    "logits_at_labels": "qdora.adapters.label_logits",
     "merge_adapters": "qdora.adapters.inject",
     "merge_and_export": "qdora.export.merged",
     "merge_and_unload": "qdora.adapters.inject",

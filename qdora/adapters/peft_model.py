@@ -11,10 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from qdora.adapters.label_logits import logits_at_labels
 from qdora.errors import InputError, suggest
 
 DropoutPlacement = Literal["published", "branch"]
 MagnitudeStorage = Literal["stored", "float32", "offset"]
+Logits = Literal["all", "labelled"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def accelerate(
     *,
     dropout_placement: DropoutPlacement = "published",
     magnitude: MagnitudeStorage = "stored",
+    logits: Logits = "all",
 ) -> AccelerationReport:
     """Compute the DoRA layers of a PEFT model by our product, in place, until `restore`.
 
@@ -58,17 +61,27 @@ def accelerate(
         magnitude: how magnitudes are held: as `stored`; in `float32`; or as m = start + `offset`, of which
             the offset is trained, in the dtype that the magnitude has, where 16 bits learn too.  All are
             saved as PEFT saves them.  Not to be changed once there is an optimizer.
+        logits: at which positions a training step with `labels` computes them: `all`, or the `labelled` ones
+            alone, for the same loss (`logits_at_labels`).
     Returns: which layers are accelerated, and why others are not.
-    Raises: InputError: PEFT is not installed, an option is none of the allowed ones, or no layer has a DoRA
-        adapter.
+    Raises: InputError: PEFT is not installed, an option is none of the allowed ones, no layer has a DoRA
+        adapter, or labelled logits of a model whose loss is no causal one of transformers.
     """
     _refuse_option("dropout_placement", dropout_placement, DropoutPlacement)
     _refuse_option("magnitude", magnitude, MagnitudeStorage)
+    _refuse_option("logits", logits, Logits)
     layers = _peft_layers()
+    found = list(_dora_layers(model))
+    if not found:
+        raise InputError(
+            f"this {type(model).__name__} has no layer with a DoRA adapter of PEFT's; expected a model of "
+            f"get_peft_model(model, LoraConfig(..., use_dora=True))"
+        )
+    logits_at_labels(model, logits == "labelled")
     accelerated: list[str] = []
     left: dict[str, str] = {}
     said: list[str] = []
-    for name, layer in _dora_layers(model):
+    for name, layer in found:
         kind = type(layer)
         if kind not in (*layers.ACCELERATED, *layers.ACCELERATED.values()):
             left[name] = _foreign(layer)
@@ -79,11 +92,6 @@ def accelerate(
         layer.__class__ = layers.ACCELERATED.get(kind, kind)
         layer.qdora = layers.Acceleration(name, dropout_placement, said)
         accelerated.append(name)
-    if not accelerated and not left:
-        raise InputError(
-            f"this {type(model).__name__} has no layer with a DoRA adapter of PEFT's; expected a model of "
-            f"get_peft_model(model, LoraConfig(..., use_dora=True))"
-        )
     frozen = _hold_magnitudes(layers, model, magnitude)
     if frozen:
         said.append(frozen)
@@ -105,6 +113,7 @@ def restore(model: nn.Module) -> None:
             del module.qdora
         elif isinstance(module, layers.OffsetMagnitude):
             module.revert(torch.float32)
+    logits_at_labels(model, on=False)
 
 
 def _peft_layers() -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from qdora.adapters.peft_model import accelerate, restore
+from qdora.adapters.peft_model import Logits, accelerate, restore
 from qdora.benchmark.peers import Arm, adapt_4bit, alternate, dense_copy, medians, now, ratios
 from qdora.config import ModelConfig, RunConfig
 from qdora.data.batches import Batch
@@ -17,14 +18,16 @@ from qdora.models.load import compute_dtype, load_base
 if TYPE_CHECKING:
     from transformers import Trainer
 
-PAIRS = (("accelerated", "peft"),)
+ARMS: Mapping[str, Logits | None] = {"accelerated": "all", "labelled": "labelled", "peft": None}
+"""Where the logits are computed in each arm, by `accelerate`; None where PEFT computes."""
+PAIRS = (("accelerated", "peft"), ("labelled", "peft"))
 """Arm and peer whose ratio of times is reported."""
 STEPS = 2
 """Steps of a call of the trainer that count, after one that does not: it makes the optimizer's state."""
 
 
 def benchmark_peft(config: RunConfig, batch: Batch, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Median seconds of a step of each arm, and the ratio of `PAIRS`; both arms take turns with one model.
+    """Median seconds of a step of each arm, and the ratios of `PAIRS`; the arms take turns with one model.
 
     Args:
         config: model, adapter and training settings.
@@ -32,10 +35,7 @@ def benchmark_peft(config: RunConfig, batch: Batch, device: torch.device, rounds
     """
     dtype = compute_dtype(config.model.dtype, device)
     model = quantized_peft_model(config, device, dtype)
-    arms = {
-        "accelerated": _arm(model, config, batch, device, dtype, ours=True),
-        "peft": _arm(model, config, batch, device, dtype, ours=False),
-    }
+    arms = {name: _arm(model, config, batch, device, dtype, logits) for name, logits in ARMS.items()}
     report = accelerate(model)
     seconds = alternate(arms, rounds, warmup=1, title="Trainer step")
     return {
@@ -59,7 +59,12 @@ def quantized_peft_model(config: RunConfig, device: torch.device, dtype: torch.d
 
 
 def _arm(
-    model: nn.Module, config: RunConfig, batch: Batch, device: torch.device, dtype: torch.dtype, *, ours: bool
+    model: nn.Module,
+    config: RunConfig,
+    batch: Batch,
+    device: torch.device,
+    dtype: torch.dtype,
+    logits: Logits | None,
 ) -> Arm:
     """Seconds of a step of the Trainer, from the forward pass to the optimizer's end."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -84,10 +89,10 @@ def _arm(
     inputs = {"input_ids": own.input_ids_BT, "labels": labels_BT}
 
     def train() -> float:
-        if ours:
-            accelerate(model)
-        else:
+        if logits is None:
             restore(model)
+        else:
+            accelerate(model, logits=logits)
         clock = Clock()
         with tempfile.TemporaryDirectory(prefix="qdora-benchmark-") as folder:
             arguments = TrainingArguments(

@@ -22,6 +22,7 @@ from qdora.errors import InputError
 from tests.tiny import tiny_config
 
 IDS = torch.arange(4, 52).view(2, 24)
+LABELS = IDS.masked_fill(torch.arange(24) < torch.tensor([[3], [20]]), -100)
 
 
 def build(four_bit: bool) -> nn.Module:
@@ -45,7 +46,7 @@ def train(model: nn.Module) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(3):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=IDS, labels=LABELS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -62,7 +63,7 @@ def main(folder: Path) -> None:
     peft_layers._forward = lambda *words: (seen.append(words[2]), own(*words))[1]
     for four_bit in (False, True):
         model = build(four_bit)
-        qdora.accelerate(model)
+        qdora.accelerate(model, logits="labelled")
         for module in model.modules():
             if isinstance(module, LlamaDecoderLayer):
                 fully_shard(module, mesh=mesh)

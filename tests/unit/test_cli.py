@@ -8,9 +8,11 @@ import json
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from qdora import cli
 from qdora.adapters import peft_layers
@@ -215,19 +217,31 @@ def test_benchmark_train_runs_on_the_model_that_is_configured(
     assert report["gemm"]["share"] > 0
 
 
-def test_benchmark_peft_times_the_same_trainer_twice(tmp_path, tiny_model_folder, capsys, monkeypatch):
-    """Catches: an arm that is not accelerated, or one that stays so in the other's turn."""
-    passes = []
-    own = peft_layers._forward
+def test_benchmark_peft_times_the_same_trainer(tmp_path, tiny_model_folder, capsys, monkeypatch):
+    """Catches: an arm that is not accelerated, or one that stays so in another's turn; the logits of all
+    positions where those with labels were to be timed."""
+    passes, logits = [], Counter()
+    own, loss = peft_layers._forward, torch.nn.functional.cross_entropy
+
+    def counted(source, *words, **more):
+        logits[len(source)] += 1
+        return loss(source, *words, **more)
+
     monkeypatch.setattr(peft_layers, "_forward", lambda *words: (passes.append(1), own(*words))[1])
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", counted)
     tree = tiny_tree(tmp_path, tiny_model_folder)
     words = ["peft", "--config", write_config(tmp_path, tree), "--rounds", "1", "--dtype", "float32"]
     assert run_command("benchmark", [*words, "--json", str(tmp_path / "peft.json")]) == 0
-    assert "accelerated / peft: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "accelerated / peft: " in out
+    assert "labelled / peft: " in out
     report = json.loads((tmp_path / "peft.json").read_text())["step"]
     assert report["accelerated_layers"] == report["dora_layers"] > 0
-    # Of one arm alone: a warm-up and a round, each of one step and those that count.
-    assert len(passes) == report["dora_layers"] * 2 * (1 + benchmark_peft.STEPS)
+    # Of an arm: a warm-up and a round, each of one step and those that count.
+    steps = 2 * (1 + benchmark_peft.STEPS)
+    assert len(passes) == report["dora_layers"] * 2 * steps
+    rows, tokens = report["batch"]
+    assert logits == {rows * tokens: 2 * steps, report["labels"]: steps}
 
 
 def test_benchmark_generate_compares_answers(tmp_path, capsys, monkeypatch):

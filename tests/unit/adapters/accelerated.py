@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from typing import Any
 
 import peft
 import torch
@@ -10,11 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import qdora
+from qdora.adapters import kernels, peft_layers
 from qdora.benchmark.peers import linear_4bit
 
 from .oracle import relative
 
 BASES = ("dense", "nf4")
+SIXTEEN_BITS = ("narrow", "wide", "autocast")
+"""Model and adapters in bfloat16; the model alone; float32 under autocast."""
 assert peft.__version__ == os.environ.get("PEFT_VERSION", peft.__version__)
 
 
@@ -62,8 +67,8 @@ def off_the_identity(model: PeftModel, adapter: str = "default") -> PeftModel:
     return model
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+def inputs(dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+    return torch.randn(3, 5, 128, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
 
 
 def outcome(model: nn.Module, x: torch.Tensor, run=None) -> dict[str, torch.Tensor]:
@@ -92,3 +97,44 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], bound: 
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert relative(ours[name], tensor) < bound, name
+
+
+def in_float64(model: PeftModel) -> PeftModel:
+    """PEFT's own computation of the same numbers, the weights as the codes say them."""
+    exact = copy.deepcopy(model)
+    for name in ("first", "last"):
+        layer = exact.base_model.model.get_submodule(name)
+        weight = peft_layers.adopt_linear(layer.base_layer, name)
+        dense = nn.Linear(layer.in_features, layer.out_features)
+        dense.weight.data = layer.base_layer.weight.data if weight is None else weight.dense(torch.float32)
+        dense.bias = layer.base_layer.bias
+        layer.base_layer = dense.requires_grad_(False)
+    wide = exact.double()
+    for name in ("first", "last"):
+        layer = wide.base_model.model.get_submodule(name)
+        layer.__class__ = peft_layers.LoraLinear
+        layer.fan_in_fan_out = False
+    return wide
+
+
+def distances(base: str, how: str, seed: int = 1) -> dict[str, tuple[float, float]]:
+    """Relative distance from float64 of output and gradients, ours and PEFT's, in one of `SIXTEEN_BITS`."""
+    stored = torch.float32 if how == "autocast" else torch.bfloat16
+    model, x = adapted(base, stored, narrow=how == "narrow"), inputs(stored, seed)
+    exact = outcome(in_float64(model), x.detach().double().requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        theirs = outcome(model, x)
+        ours = outcome(accelerated(model), x)
+    errors = {}
+    for name, value in exact.items():
+        assert ours[name].dtype == theirs[name].dtype, name
+        errors[name] = relative(ours[name], value), relative(theirs[name], value)
+    return errors
+
+
+def as_on_cuda() -> list[tuple[Any, str, Any]]:
+    """What to set, module, name and value, for a CPU to round as a GPU does."""
+    return [
+        (kernels, "available", lambda device: True),
+        (peft_layers, "computes_in_float32", lambda device: False),
+    ]

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-
 import peft
 import pytest
 import torch
-from peft import PeftModel
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qdora
 from qdora.adapters import peft_layers
 
-from .accelerated import BASES, accelerated, adapted, inputs, outcome, same
+from .accelerated import (
+    BASES,
+    SIXTEEN_BITS,
+    accelerated,
+    adapted,
+    as_on_cuda,
+    distances,
+    inputs,
+    outcome,
+    same,
+)
 from .oracle import relative
 
 
@@ -62,40 +68,20 @@ def test_dropout_of_the_branch_alone_leaves_the_base(calls):
 
 @pytest.mark.filterwarnings("ignore:.* stored in bfloat16")
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("how", ["narrow", "wide", "autocast"])
-def test_in_16_bits_it_is_closer_to_float64_than_peft(base, how):
-    """Catches: W x rounded before s takes effect, a norm in 16 bits, small sums under autocast."""
-    stored = torch.float32 if how == "autocast" else torch.bfloat16
-    model, x = adapted(base, stored, narrow=how == "narrow"), inputs(stored)
-    exact = outcome(in_float64(model), x.detach().double().requires_grad_())
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        theirs = outcome(model, x)
-        ours = outcome(accelerated(model), x)
-    errors = {}
-    for name, value in exact.items():
-        assert ours[name].dtype == theirs[name].dtype, name
-        errors[name] = relative(ours[name], value), relative(theirs[name], value)
-    assert errors["y"][0] < errors["y"][1], errors
+@pytest.mark.parametrize("how", SIXTEEN_BITS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_in_16_bits_it_is_closer_to_float64_than_peft(base, how, device, monkeypatch):
+    """Catches: W x rounded before s takes effect, a norm in 16 bits, small sums under autocast.
+
+    With the roundings of CUDA float32 adapters of a 16-bit model are the case where PEFT, which computes them
+    in float32, is as near: docs/peft.md says so.
+    """
+    for module, name, value in as_on_cuda() if device == "cuda" else ():
+        monkeypatch.setattr(module, name, value)
+    errors = distances(base, how)
+    assert errors["y"][0] < (1 if device == "cpu" else 1.1) * errors["y"][1], errors
     own, peft_s = (sum(error[i] ** 2 for error in errors.values()) for i in (0, 1))
-    assert own < 0.8 * peft_s, errors
-
-
-def in_float64(model: PeftModel) -> PeftModel:
-    """PEFT's own computation of the same numbers, the weights as the codes say them."""
-    exact = copy.deepcopy(model)
-    for name in ("first", "last"):
-        layer = exact.base_model.model.get_submodule(name)
-        weight = peft_layers.adopt_linear(layer.base_layer, name)
-        dense = nn.Linear(layer.in_features, layer.out_features)
-        dense.weight.data = layer.base_layer.weight.data if weight is None else weight.dense(torch.float32)
-        dense.bias = layer.base_layer.bias
-        layer.base_layer = dense.requires_grad_(False)
-    wide = exact.double()
-    for name in ("first", "last"):
-        layer = wide.base_model.model.get_submodule(name)
-        layer.__class__ = peft_layers.LoraLinear
-        layer.fan_in_fan_out = False
-    return wide
+    assert own < (1.4 if (device, how) == ("cuda", "wide") else 0.8) * peft_s, errors
 
 
 def test_a_norm_is_never_stale():

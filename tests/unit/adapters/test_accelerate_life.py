@@ -181,6 +181,8 @@ def test_a_layer_that_changes_later_goes_back_to_peft(calls):
         (lambda: adapted(use_dora=False), {}, "use_dora=True"),
         (adapted, {"magnitude": "fp32"}, "magnitude: got 'fp32'"),
         (adapted, {"dropout_placement": "publshed"}, "did you mean 'published'"),
+        (adapted, {"logits": "labeled"}, "did you mean 'labelled'"),
+        (adapted, {"logits": "labelled"}, "does not take its loss by"),
     ],
 )
 def test_bad_input_is_refused_before_anything_changes(make, options, words):

@@ -70,9 +70,11 @@ def peft_model(folder: Path) -> PeftModel:
     return get_peft_model(base, config)
 
 
+@pytest.mark.parametrize("logits", ["all", "labelled"])
 @pytest.mark.parametrize("kind", ["transformers", "sft", "dpo"])
-def test_accelerated_models_train_as_peft_s_do(kind, tiny_model_folder, tmp_path, monkeypatch):
-    """Catches: other losses, a norm that the trainer's optimizer leaves stale, an adapter that it adds."""
+def test_accelerated_models_train_as_peft_s_do(kind, logits, tiny_model_folder, tmp_path, monkeypatch):
+    """Catches: other losses, a norm that the trainer's optimizer leaves stale, an adapter that it adds;
+    labelled logits where a trainer needs all."""
     seen = set()
     own = peft_layers._forward
     monkeypatch.setattr(
@@ -84,7 +86,7 @@ def test_accelerated_models_train_as_peft_s_do(kind, tiny_model_folder, tmp_path
     for accelerate in (False, True):
         model = peft_model(tiny_model_folder)
         if accelerate:
-            assert len(qdora.accelerate(model).accelerated) == 6
+            assert len(qdora.accelerate(model, logits=logits).accelerated) == 6
         found[accelerate] = losses(make_trainer(kind, model, tmp_path / str(accelerate)))
     assert found[True] == pytest.approx(found[False], rel=2e-5)
     assert len(set(found[True])) == 3
