@@ -15,7 +15,7 @@ from qdora.commands.train import plan_run, read_inputs, train
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dump_config
 from qdora.distributed.context import DistributedContext
-from qdora.errors import InputError
+from qdora.errors import InputError, MissingDataError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import UNTRAINED, ArmRun, CompareConfig, check_conditions, resumed
@@ -155,6 +155,10 @@ class _Comparison:
                         self._prepared[key] = read_inputs(run.config)[2]
                 plan = plan_run if run.train else _plan_base
                 config, manifest = plan(run.config, self._prepared[key], self.context)
+            except MissingDataError as error:
+                settings = ", ".join(f"{key}: PATH" for key in error.keys)
+                how = f"in an overlay, --overlay FILE with `set: {{{settings}}}`"
+                raise MissingDataError(f"{run}: {error.what}", error.keys, how) from error
             except InputError as error:
                 raise InputError(f"{run}: {error}") from error
             config = rendered(config, self._prepared[key])
