@@ -28,14 +28,14 @@ class MissingDataError(InputError):
 
     Attributes:
         what: says so.
-        keys: of the configuration, which name the path.
+        keys: of the configuration, which have the path.
     """
 
     def __init__(self, what: str, keys: Sequence[str], how: str | None = None) -> None:
-        """Args: how: the path is named; None with `--set`."""
+        """`how` the keys are set where a command has no `--set` for them."""
         self.what, self.keys = what, keys
         how = how or "with " + " ".join(f"--set {key}=PATH" for key in keys)
-        super().__init__(f"{what}; name it {how}")
+        super().__init__(f"{what}; say where it is {how}")
 
 
 class CheckpointError(InputError):

@@ -323,7 +323,7 @@ def test_missing_data_are_said_with_where_they_are_from(
     said = capsys.readouterr().err
     assert ": no such file or folder; expected " in said
     assert " of github.com/AGI-Edgerunners/LLM-Adapters" in said
-    assert "; name it with --set data.train.path=PATH --set data.test.path=PATH" in said
+    assert "; say where it is with --set data.train.path=PATH --set data.test.path=PATH" in said
     assert list(tmp_path.iterdir()) == []
 
 
