@@ -82,6 +82,12 @@ def find_shipped(name: str | Path, beside: Path | None = None) -> Path:
     return found
 
 
+def data_note(path: str | Path) -> str:
+    """A sentence on the data of a configuration file, out of its comment `# Data: ...`; empty without one."""
+    found = re.search(r"(?m)^# Data: (.+)$", find_shipped(path).read_text(encoding="utf-8"))
+    return "" if found is None else f". Data of {path}: {found[1]}"
+
+
 @overload
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig: ...
 @overload

@@ -7,7 +7,7 @@ without a traceback and exit with code 2.  Any other exception is our bug.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 
 
@@ -17,6 +17,25 @@ class InputError(ValueError):
 
 class DataError(InputError):
     """A row of a data file cannot be used; the message names file and line."""
+
+
+class MissingPathError(InputError):
+    """A file or folder is not there; the message names what was expected, and what is there."""
+
+
+class MissingDataError(InputError):
+    """The file or folder of a data set is not there.
+
+    Attributes:
+        what: says so.
+        keys: of the configuration, which have the path.
+    """
+
+    def __init__(self, what: str, keys: Sequence[str], how: str | None = None) -> None:
+        """`how` the keys are set where a command has no `--set` for them."""
+        self.what, self.keys = what, keys
+        how = how or "with " + " ".join(f"--set {key}=PATH" for key in keys)
+        super().__init__(f"{what}; say where it is {how}")
 
 
 class CheckpointError(InputError):

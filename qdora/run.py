@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -21,11 +20,9 @@ from qdora.config import PromptName, RunConfig
 from qdora.config_file import apply_overrides, check_config, dump_config, load_config
 from qdora.errors import InputError
 from qdora.files import (
-    atomic_directory,
     clear_leftovers,
     read_json,
     remove,
-    wrap_os_errors,
     write_json,
     write_text,
 )
@@ -123,22 +120,6 @@ class RunDirectory:
         manifest = {key: value for key, value in self.manifest().items() if key not in fields}
         known = {key: value for key, value in fields.items() if value is not None}
         write_json(self.manifest_file, manifest | known)
-
-    def copy_training(self, source: RunDirectory, config: RunConfig) -> None:
-        """Take the training of another run, which differs in how it is scored alone, in place of one's own.
-
-        Raises: InputError: it cannot be copied.
-        """
-        self.clear()
-        self.start(config, source.manifest() | {"trained_in": source.path.name})
-        with wrap_os_errors(self.path):
-            for path in (source.metrics_file, source.loss_plot):
-                shutil.copy(path, self.path)
-        # Last, since a run that has its adapter counts as finished.
-        for path in (source.best_adapter, source.adapter):
-            if path.is_dir():
-                with atomic_directory(self.path / path.name) as staged:
-                    shutil.copytree(path, staged, dirs_exist_ok=True)
 
     def config(self) -> RunConfig:
         """The configuration in force.

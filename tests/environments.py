@@ -3,16 +3,18 @@
 python -m tests.environments vllm
 
 builds one.  Those that take minutes and gigabytes are built by that command alone; a test that needs one is
-skipped, and says the command, where it is missing.
+skipped, and says the command, where it is missing.  One that another definition built counts as missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,28 @@ class Environment:
         """Where it is."""
         return model_cache().parent / "environments" / self.package.replace("==", "-")
 
+    @property
+    def digest(self) -> str:
+        """Of what it is made of; a field that is added later changes it only where it is set."""
+        made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "large"}
+        made_of = {name: value for name, value in made_of.items() if value}
+        if self.borrows:  # what is borrowed is compiled for one version of Python
+            made_of["python"] = sys.version_info[:2]
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was built to its end, of what it is made of now."""
+        try:
+            return self.ready.read_text(encoding="utf-8") == self.digest
+        except FileNotFoundError:
+            return False
+
+    @property
+    def ready(self) -> Path:
+        """Written at the end of building, with the digest."""
+        return self.folder / "ready"
+
 
 ENVIRONMENTS = {
     "transformers4": Environment(("transformers==4.57.6", "safetensors"), borrows=True),
@@ -76,8 +100,10 @@ class NotBuiltError(Exception):
 def environment_python(name: str) -> str:
     """Its interpreter.  The test is skipped where the environment is missing or cannot be built."""
     environment = ENVIRONMENTS[name]
-    if environment.large and not (environment.folder / "ready").is_file():
-        pytest.skip(f"no environment with {environment.package}: python -m tests.environments {name}")
+    if environment.large and not environment.is_ready:
+        older = ", only one of another definition" if environment.ready.exists() else ""
+        how = f"python -m tests.environments {name}"
+        pytest.skip(f"no environment with {environment.package}{older}: {how}")
     try:
         return str(build(environment))
     except NotBuiltError as error:
@@ -85,7 +111,7 @@ def environment_python(name: str) -> str:
 
 
 def build(environment: Environment) -> Path:
-    """Build it where it is not there; its interpreter.
+    """Build it where it is not there as it is defined now; its interpreter.
 
     Raises: NotBuiltError
     """
@@ -93,7 +119,7 @@ def build(environment: Environment) -> Path:
     python = folder / "bin" / "python"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / "ready").is_file():
+        if not environment.is_ready:
             _run([sys.executable, "-m", "venv", "--clear", str(folder)])
             install = [str(python), "-m", "pip", "install", "--quiet"]
             if environment.requirements:
@@ -102,7 +128,7 @@ def build(environment: Environment) -> Path:
                 _run([*install, "--no-deps", *environment.alone])
             if environment.removed:
                 _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *environment.removed])
-            (folder / "ready").touch()
+            environment.ready.write_text(environment.digest, encoding="utf-8")
         if environment.borrows:
             borrow(python)
     return python

@@ -1,8 +1,8 @@
 """How long training waits for a checkpoint, written in the foreground and in the background.
 
-python tools/checkpoint_time.py 60            one process, 60 MB of state
+python -m tools.checkpoint_time 60            one process, 60 MB of state
 ACCELERATE_USE_FSDP=true FSDP_VERSION=2 ACCELERATE_USE_CPU=true \\
-    torchrun --nproc-per-node 2 tools/checkpoint_time.py 30    two ranks, each with 30 MB
+    torchrun --nproc-per-node 2 -m tools.checkpoint_time 30    two ranks, each with 30 MB
 
 The state is that of 672 parameters: A, B and the magnitude of the seven layers of 32 blocks.
 """
@@ -28,7 +28,11 @@ PARAMETERS, SAVES = 672, 5
 MOMENTS = ("master", "exp_avg", "exp_avg_sq")
 
 
-def main(megabytes: float) -> None:
+def main() -> None:
+    """Measure and print, on each rank of a launch."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("megabytes", type=float, help="of optimizer state on each rank")
+    megabytes = parser.parse_args().megabytes
     torch.set_num_threads(1)
     context = DistributedContext.from_launch()
     rows = int(megabytes * 1e6 / (len(MOMENTS) * PARAMETERS * 4 * 16))
@@ -77,6 +81,4 @@ def spread(seconds: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("megabytes", type=float, help="of optimizer state on each rank")
-    main(parser.parse_args().megabytes)
+    main()

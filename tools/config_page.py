@@ -5,6 +5,7 @@ python -m tools.config_page
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -101,6 +102,7 @@ def shown_default(value: Any) -> str:
 
 def main() -> None:
     """Write the page and the schemas."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     PAGE.write_text(page_text(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     for kind, path in SCHEMAS.items():
         path.parent.mkdir(exist_ok=True)

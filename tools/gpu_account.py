@@ -1,6 +1,6 @@
 """What the adapted layers of LLaMA-3-8B ask of a GPU in a training step: launches, bytes, flops and time.
 
-    python tools/gpu_account.py [--tokens 2048] [--without-kernels] [--operators]
+    python -m tools.gpu_account [--tokens 2048] [--without-kernels] [--operators]
 
 Forward and backward of each layer run on fake tensors, and every operator that is no view counts as one
 launch that reads its inputs and writes its outputs once.  The time is a lower bound: of each launch the
@@ -51,7 +51,7 @@ class Account(TorchDispatchMode):
     names: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -87,7 +87,8 @@ def account(shape: tuple[int, int], tokens: int, dora: bool) -> Account:
     x, g = torch.randn(tokens, shape[1]).bfloat16().requires_grad_(), torch.randn(tokens, shape[0]).bfloat16()
     for parameter in layer.parameters():
         torch.autograd.graph.increment_version([parameter])
-    with Account() as counted:
+    counted = Account()
+    with counted:
         torch.autograd.grad(layer(x), [x, *(p for p in layer.parameters() if p.requires_grad)], g)
     return counted
 

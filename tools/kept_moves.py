@@ -1,6 +1,6 @@
 """How much of a small move of an adapter a bf16 layer keeps, and its error, held against float64.
 
-    python tools/kept_moves.py [--device cuda] [--shape 1024 1024] [--tokens 512]
+    python -m tools.kept_moves [--device cuda] [--shape 1024 1024] [--tokens 512]
 
 The share is that of output and input gradient, 1 where a move comes through (`qdora.benchmark.kept`).
 """

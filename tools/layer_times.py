@@ -1,6 +1,6 @@
 """Times of our layers next to those of another checkout, alternating in one process.
 
-    git worktree add /elsewhere COMMIT && python tools/layer_times.py /elsewhere
+    git worktree add /elsewhere COMMIT && python -m tools.layer_times /elsewhere
 
 Milliseconds of forward and backward, medians, and the median over rounds of the ratio to the other's; B
 counts as changed before every pass, so each norm is computed anew.

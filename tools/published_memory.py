@@ -1,6 +1,6 @@
 """Estimates next to the memory that AnswerDotAI/fsdp_qlora published for two 24 GB GPUs.
 
-    python tools/published_memory.py
+    python -m tools.published_memory
 
 Published: benchmarks_03_2024.md of that repository, two RTX 3090, LLaMA-2, gradient checkpointing, FSDP; the
 settings that its commands leave out are the defaults of its train.py: rank 64 on six projections, bf16.

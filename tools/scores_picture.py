@@ -5,8 +5,8 @@ python -m tools.scores_picture docs/results/main-135m/report.json docs/images/ma
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,18 +14,23 @@ from matplotlib.figure import Figure
 from qdora.experiments.plots import draw_scores
 
 
-def main(report_file: Path, picture: Path) -> None:
+def main() -> None:
     """Draw the scores of the report's first task with their 95% intervals."""
-    report = json.loads(report_file.read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("report", type=Path, help="report.json of a comparison")
+    parser.add_argument("picture", type=Path, help="the file to write")
+    options = parser.parse_args()
+    # An older report, as that of the README's picture is, does not name its metric.
+    report = {"metric": "exact match", **json.loads(options.report.read_text(encoding="utf-8"))}
     figure = Figure(figsize=(7, 3.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     draw_scores(axes, report, next(iter(report["tasks"])))
     axes.grid(axis="x", alpha=0.2)
     axes.set_axisbelow(True)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture)
+    options.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.picture)
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main()

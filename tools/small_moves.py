@@ -1,6 +1,6 @@
 """What the compute dtype makes of training at a small rate: the loss curve in bf16 against that in float32.
 
-    python tools/small_moves.py [--json FILE] [--plot FILE.png]
+    python -m tools.small_moves [--json FILE] [--plot FILE.png]
 
 A stack of adapted layers learns what a slightly different stack computes, in 200 steps at 1e-5: each moves
 a weight by less than its spacing in bf16.  Every arm has float32 masters and sees the same batches; they
@@ -49,6 +49,7 @@ def teacher_of(model: nn.Sequential) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     weights = []
     for layer in model:
+        assert isinstance(layer, AdaptedLinear)
         w_OI = layer.base.dense(torch.float32)
         update_OI = torch.randn(SIDE, R, generator=generator) @ torch.randn(R, SIDE, generator=generator)
         w_OI = w_OI + update_OI * (0.02 * w_OI.norm() / update_OI.norm())

@@ -1,6 +1,6 @@
 """How far bf16 factors still move when the learning rate has decayed to 1%, by way of stepping them.
 
-    python tools/small_rate_tail.py
+    python -m tools.small_rate_tail
 
 Every arm starts from the same trained stack of QDoRA layers, its factors on the bf16 grid, and takes the
 same 100 batches at 1% of the rate.  A movement is the projection on what float32 did, in its units:
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import optimi
 import torch
@@ -23,9 +24,10 @@ from qdora.training.optimizer import AdapterOptimizer
 
 SIDE, R, RATE, STEPS = 128, 8, 1e-3, 100
 Step = Callable[[], None]
+AdapterDtype = Literal["bfloat16", "float32"]
 
 
-def make_stack(dtype: str) -> nn.Sequential:
+def make_stack(dtype: AdapterDtype) -> nn.Sequential:
     torch.manual_seed(0)
     config = AdapterConfig(r=R, alpha=16.0, dtype=dtype)
     return nn.Sequential(
@@ -107,7 +109,7 @@ def kahan(parameters: Mapping[str, nn.Parameter], rate: float) -> Step:
     return lambda: optimizer.step()
 
 
-ARMS: dict[str, tuple[str, Callable[[Mapping[str, nn.Parameter], float], Step], int]] = {
+ARMS: dict[str, tuple[AdapterDtype, Callable[[Mapping[str, nn.Parameter], float], Step], int]] = {
     "float32": ("float32", masters, 16),
     "bf16, naive": ("bfloat16", naive, 14),
     "bf16, stochastic rounding": ("bfloat16", stochastic, 14),
@@ -171,10 +173,15 @@ def measure() -> dict[str, dict[str, float]]:
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Measure and print."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     results = measure()
     rows = [
         [arm, *(f"{value:.3f}" for value in values.values()), ARMS[arm][2]] for arm, values in results.items()
     ]
     print(tabulate(rows, headers=["means", "A", "B", "offset of m", "fall of the loss", "bytes a parameter"]))
+
+
+if __name__ == "__main__":
+    main()

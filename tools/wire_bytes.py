@@ -1,6 +1,6 @@
 """Bytes on the loopback interface in a sharded training step over gloo, next to the formula's.
 
-    python tools/wire_bytes.py          # the 135M model, 2 and 4 processes
+    python -m tools.wire_bytes          # the 135M model, 2 and 4 processes
 
 The interface counts what all processes of the machine send over it, so nothing else should use it meanwhile.
 Gloo has no reduce-scatter: torch sums everything on every process and lets each keep its part, which sends
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sharded_memory import PACKAGED, ROOT
 from tabulate import tabulate
 
 from qdora.adapters.inject import inject
@@ -32,6 +31,7 @@ from qdora.planner.architecture import find_architecture
 from qdora.planner.scaling import traffic
 from qdora.planner.simulate import Launch
 from qdora.training.loop import Callbacks, Trainer
+from tools.sharded_memory import PACKAGED, ROOT
 
 LENGTH, STEPS = 32, 2
 MODEL = ModelConfig(path=PACKAGED, dtype="float32")
@@ -69,7 +69,7 @@ def launched(world_size: int) -> float:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    command = [sys.executable, *torchrun, __file__, "--child"]
+    command = [sys.executable, *torchrun, "-m", "tools.wire_bytes", "--child"]
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, check=True)
     (found,) = re.findall(r"COUNTED (\d+)", done.stdout)
     return int(found) / STEPS

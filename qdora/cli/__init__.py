@@ -17,7 +17,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from qdora.errors import InputError, InterruptedRunError, suggest
+from qdora.config_file import data_note
+from qdora.errors import InputError, InterruptedRunError, MissingDataError, suggest
 from qdora.resources import choose_threads
 from qdora.signals import StopSignal, end, leave, raise_on_signals
 
@@ -93,7 +94,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         code = work()
         sys.stdout.flush()
     except InputError as error:
-        return _ended(name, f"error: {error}", 2)
+        config = getattr(parsed, "config", None) if isinstance(error, MissingDataError) else None
+        noted = "" if config is None else data_note(config)
+        return _ended(name, f"error: {error}{noted}", 2)
     except InterruptedRunError as stop:
         return _ended(name, str(stop), stop.exit_code)
     except OSError as error:

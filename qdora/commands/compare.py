@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from qdora.adapters.fingerprint import base_fingerprint
-from qdora.commands.train import planned_manifest, read_inputs, train
+from qdora.commands.train import plan_run, read_inputs, train
 from qdora.config import RunConfig
 from qdora.config_file import config_digest, dump_config
 from qdora.distributed.context import DistributedContext
-from qdora.errors import InputError
+from qdora.errors import InputError, MissingDataError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.scores import Scores, read_reports
 from qdora.experiments.arms import UNTRAINED, ArmRun, CompareConfig, check_conditions, resumed
@@ -23,8 +23,10 @@ from qdora.experiments.grid import GridPoint, choose, point_name
 from qdora.experiments.pages import markdown
 from qdora.experiments.plan import Item, Progress, dry_run_page, plan_items, training_settings
 from qdora.experiments.report import write_report
-from qdora.files import file_digest, read_json, wrap_os_errors, write_json, write_text
+from qdora.export.card import renew_run_cards, write_run_cards
+from qdora.files import atomic_directory, file_digest, read_json, wrap_os_errors, write_json, write_text
 from qdora.models.load import build_adapted, compute_dtype
+from qdora.models.provenance import CARD_FILE
 from qdora.models.sources import open_checkpoint
 from qdora.run import RunDirectory, make_manifest
 from qdora.tasks.prepare import PreparedData, Split, rendered
@@ -151,11 +153,15 @@ class _Comparison:
                 if key not in self._prepared:
                     with self.context.raise_on_all_ranks():
                         self._prepared[key] = read_inputs(run.config)[2]
-                plan = planned_manifest if run.train else _base_manifest
-                manifest = plan(run.config, self._prepared[key], self.context)
+                plan = plan_run if run.train else _plan_base
+                config, manifest = plan(run.config, self._prepared[key], self.context)
+            except MissingDataError as error:
+                settings = ", ".join(f"{key}: PATH" for key in error.keys)
+                how = f"in an overlay, --overlay FILE with `set: {{{settings}}}`"
+                raise MissingDataError(f"{run}: {error.what}", error.keys, how) from error
             except InputError as error:
                 raise InputError(f"{run}: {error}") from error
-            config = rendered(run.config, self._prepared[key])
+            config = rendered(config, self._prepared[key])
             self.planned[str(run)] = replace(run, config=config, manifest=manifest)
 
     def _check_conditions(self) -> None:
@@ -217,6 +223,8 @@ class _Comparison:
         split: Split = "validation" if item.on_validation else "test"
         reports = directory.validation if item.on_validation else directory.evaluation
         scores, fresh = self._score(run, directory.finished_adapter(), reports, split)
+        if fresh and self.context.is_main:
+            print(*(f"{sentence}\n" for sentence in renew_run_cards(directory)), sep="", end="")
         seconds = time.perf_counter() - started
         self._finish(item, run, scores, seconds, again=trained and not fresh)
         return scores
@@ -236,7 +244,8 @@ class _Comparison:
         self.context.say(f"{run} is trained as {found}, whose settings of the training are the same")
         with self.context.on_main_rank(run.directory.locked), self.context.raise_on_all_ranks():
             if self.context.is_main:
-                run.directory.copy_training(self.planned[found].directory, run.config)
+                source = self.planned[found].directory
+                _copy_training(source, self._name(source.path), run)
 
     def _finish(
         self, item: Item, run: ArmRun, scores: Sequence[Scores], seconds: float, *, again: bool
@@ -298,8 +307,34 @@ class _Comparison:
         file = self.folder / SCORED
         return read_json(file) if file.exists() else {}
 
-    def _name(self, reports: Path) -> str:
-        return str(reports.relative_to(self.folder))
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.folder))
+
+
+def _copy_training(source: RunDirectory, name: str, run: ArmRun) -> None:
+    """Take the training of another run, which differs in how it is scored alone, in place of one's own.
+
+    The loss plot and the model cards name their run, and are made anew.
+
+    Args:
+        name: of the other run's folder in the comparison.
+    Raises: InputError: it cannot be copied.
+    """
+    from qdora.experiments.plots import plot_run  # with matplotlib
+
+    directory = run.directory
+    directory.clear()
+    directory.start(run.config, {"trained_in": name} | source.manifest())
+    with wrap_os_errors(directory.path):
+        shutil.copy(source.metrics_file, directory.metrics_file)
+        plot_run(directory)
+        # Last, since a run that has its adapter counts as finished.
+        for path in (source.best_adapter, source.adapter):
+            if path.is_dir():
+                with atomic_directory(directory.path / path.name) as staged:
+                    leave_out = shutil.ignore_patterns(CARD_FILE)
+                    shutil.copytree(path, staged, dirs_exist_ok=True, ignore=leave_out)
+    write_run_cards(directory)
 
 
 def _grid_point(run: ArmRun, scores: Sequence[Scores]) -> GridPoint:
@@ -307,8 +342,10 @@ def _grid_point(run: ArmRun, scores: Sequence[Scores]) -> GridPoint:
     return GridPoint(run.arm, run.point, correct, total, False, str(run.directory.path))
 
 
-def _base_manifest(config: RunConfig, data: PreparedData, context: DistributedContext) -> dict[str, Any]:
-    """`planned_manifest` of a base model that is scored without training; a collective.
+def _plan_base(
+    config: RunConfig, data: PreparedData, context: DistributedContext
+) -> tuple[RunConfig, dict[str, Any]]:
+    """`plan_run` of a base model that is scored without training; a collective.
 
     Raises: InputError: the model cannot be loaded in its format.
     """
@@ -320,7 +357,7 @@ def _base_manifest(config: RunConfig, data: PreparedData, context: DistributedCo
         "data": data.counts(),
         "compute_dtype": str(compute_dtype(config.model.dtype, context.device)),
     }
-    return make_manifest(config, world_size=context.world_size, fields=fields)
+    return config, make_manifest(config, world_size=context.world_size, fields=fields)
 
 
 def _scored_config(config: RunConfig, split: Split) -> RunConfig:

@@ -10,11 +10,10 @@ from tabulate import tabulate
 
 from qdora.config_file import config_digest
 from qdora.distributed.context import DistributedContext
-from qdora.errors import InputError
 from qdora.evaluation.evaluate import evaluate_adapter
 from qdora.evaluation.harness import FOLDER, HarnessScores, evaluate_harness
 from qdora.evaluation.scores import Scores
-from qdora.export.card import write_run_cards
+from qdora.export.card import renew_run_cards
 from qdora.run import Target
 
 
@@ -69,11 +68,7 @@ def _write_card(target: Target, folder: Path) -> None:
     run = target.directory
     if run is None or folder not in (run.evaluation, run.base_evaluation, run.best_evaluation):
         return
-    try:
-        said = write_run_cards(run)
-    except InputError as error:  # the scores are written
-        said = [f"no model card: {error}"]
-    print(*said, sep="\n", end="\n" if said else "")
+    print(*(f"{sentence}\n" for sentence in renew_run_cards(run)), sep="", end="")
 
 
 def _report_folder(arguments: argparse.Namespace, target: Target) -> Path | None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from qdora.adapters.adapt import with_tokens
-from qdora.adapters.base import describe
 from qdora.adapters.fingerprint import base_fingerprint
 from qdora.adapters.peft_io import check_savable
 from qdora.config import RunConfig
@@ -195,19 +194,17 @@ def _train_locked(
     if config.training.trackers:
         context.end()
     with context.raise_on_all_ranks():
-        if context.is_main:
-            steps, validations = read_metrics(lines := directory.metrics_file), read_validations(lines)
-            if not_installed("matplotlib") is None:
-                from qdora.experiments.plots import plot_run
+        if context.is_main and not_installed("matplotlib") is None:
+            from qdora.experiments.plots import plot_run
 
-                trained = describe(config.model.quantization, config.adapter, config.training.mode)
-                plot_run(steps, validations, directory.loss_plot, f"{directory.path.name}: {trained}")
+            plot_run(directory)
     # Last, since a run that has its adapter counts as finished.
     run.save_adapter(directory.adapter if context.is_main else None)
     if context.is_main:
         from qdora.export.card import write_run_cards  # with transformers' generation
 
         write_run_cards(directory)
+        steps, validations = read_metrics(lines := directory.metrics_file), read_validations(lines)
         rows = trained_rows(directory, report) | data.left_out_of_stream()
         print(summarize(directory, steps, validations, rows))
     if after is not None:
@@ -256,12 +253,15 @@ def read_inputs(config: RunConfig) -> tuple[Checkpoint, PreTrainedTokenizerBase,
     return checkpoint, tokenizer, replace(data, pad_id=tokenizer.pad_token_id)
 
 
-def planned_manifest(config: RunConfig, data: PreparedData, context: DistributedContext) -> dict[str, Any]:
+def plan_run(
+    config: RunConfig, data: PreparedData, context: DistributedContext
+) -> tuple[RunConfig, dict[str, Any]]:
     """Check everything about a run that needs no weight, its model on the meta device; a collective.
 
     Args:
         data: of `read_inputs`.
-    Returns: the manifest that the run would write, but None for the base's fingerprint.
+    Returns: the configuration in force, and the manifest that the run would write, but None for the base's
+        fingerprint.
     Raises: InputError: an adapter or format does not fit the model, or the batch not the number of ranks.
     """
     with context.raise_on_all_ranks():
@@ -281,7 +281,7 @@ def planned_manifest(config: RunConfig, data: PreparedData, context: Distributed
             # Whether that format holds every layer must not be found out after the training.
             checkpoint = open_checkpoint(config.model.path, config.model.revision)
             build_model(checkpoint, torch.float32, Quantization(config.evaluation.quantization))
-        return run_manifest(config, meta.model, data, adapted, context)
+        return config, run_manifest(config, meta.model, data, adapted, context)
 
 
 class _Run:

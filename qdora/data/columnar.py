@@ -23,8 +23,8 @@ def read_parquet(path: Path) -> Iterator[Row]:
         InputError: the file cannot be read as Parquet.
         DataError: two columns have the same name.
     """
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         # ParquetFile, unlike read_table, does not invent columns from folder names like split=train.

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from qdora.data.columnar import read_parquet
 from qdora.data.folders import COMPRESSED, data_files, has_splits, kind_of, split_files
 from qdora.data.rows import Row, Rows, repeated_names
-from qdora.errors import DataError, InputError, suggest
+from qdora.errors import DataError, InputError, MissingPathError, suggest
 from qdora.files import path_exists
 
 _NAMES_SHOWN = 12
@@ -79,10 +79,10 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
 def require(path: Path, expected: str) -> None:
     """Check that a path exists.
 
-    Raises: InputError: it does not; names what was expected and what is there.
+    Raises: MissingPathError: it does not; names what was expected and what is there.
     """
     if not path_exists(path):
-        raise InputError(f"{path}: no such file or folder; expected {expected}; {_nearby(path)}")
+        raise MissingPathError(f"{path}: no such file or folder; expected {expected}; {_nearby(path)}")
 
 
 def _nearby(path: Path) -> str:

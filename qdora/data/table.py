@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
 from huggingface_hub import constants
 from tqdm import tqdm
 

@@ -16,9 +16,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from qdora.adapters.base import describe
 from qdora.experiments.arms import AVERAGE, ArmRun
 from qdora.files import write_file
-from qdora.training.metrics import StepMetrics, ValidationMetrics
+from qdora.run import RunDirectory
+from qdora.training.metrics import StepMetrics, read_metrics, read_validations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,17 +70,14 @@ class Interval:
     filled: bool = True
 
 
-def plot_run(
-    steps: Sequence[StepMetrics], validations: Sequence[ValidationMetrics], path: Path, title: str
-) -> None:
-    """Losses of training and validation, learning rate and gradient norm over the steps of one run.
+def plot_run(directory: RunDirectory) -> None:
+    """Draw losses of training and validation, learning rate and gradient norm over the steps of a run.
 
-    Args:
-        steps: none where nothing was trained.
-        validations: none where nothing was validated.
-        path: PNG to write.
-        title: above the losses.
+    Raises: InputError: its configuration or metrics cannot be read, or the plot not written.
     """
+    config, lines = directory.config(), directory.metrics_file
+    steps, validations = read_metrics(lines), read_validations(lines)
+    trained = describe(config.model.quantization, config.adapter, config.training.mode)
     with _figure(7, 6.4) as figure:
         upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
         draw_loss(upper, {"training": steps})
@@ -98,7 +97,7 @@ def plot_run(
                 label=named,
             )
             upper.legend(frameon=False, fontsize=8)
-        upper.set_title(title, fontsize=11)
+        upper.set_title(f"{directory.path.name}: {trained}", fontsize=11)
         upper.set_xlabel("")
         numbers = [m.step for m in steps]
         middle.plot(numbers, [m.lr for m in steps], color=_COLORS[0], linewidth=1.4)
@@ -111,7 +110,7 @@ def plot_run(
             axes.set_ylim(bottom=0)
             axes.grid()
         figure.align_ylabels()
-        _write_png(figure, path)
+        _write_png(figure, directory.loss_plot)
 
 
 def plot_comparison(runs: Sequence[ArmRun], report: Mapping[str, Any], path: Path) -> None:

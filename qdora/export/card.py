@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qdora.adapters.base import describe
 from qdora.adapters.saved import CONFIG_FILE, OWN_TYPE, WEIGHTS_FILE
-from qdora.config import DatasetConfig, RunConfig
+from qdora.config import DatasetConfig, EvaluationConfig, RunConfig
 from qdora.data.chat_templates import TEMPLATE_FILE
 from qdora.data.templates import PROMPTS
 from qdora.errors import InputError
@@ -39,6 +39,8 @@ _SETTINGS = {
         *("optimizer", "weight_decay", "clip_norm", "master_weights"),
     ),
     "data": ("prompt", "loss_on", "max_length", "packing"),
+    # What decides scores, where it is not the default.
+    "evaluation": ("method", "shots", "shots_seed", "max_new_tokens", "weights", "quantization"),
 }
 _PEFT_SETTINGS = ("peft_type", "adapter_type", "use_dora", "r", "lora_alpha", "lora_dropout", "use_rslora")
 
@@ -114,12 +116,14 @@ def make_card(title: str, target: Target, adapter: Path, row: FormatRow, *, scor
         saved_template = (adapter / TEMPLATE_FILE).is_file()
         facts |= _facts_of_run(own, directory.manifest(), saved_template)
         facts |= {"results": results, "left_out": left_out}
-        scored = scored and same_base
-        measured = (
-            f"Measured on {describe(own.model.quantization, own.adapter, own.training.mode)}, the model"
-        )
+        after = own.evaluation.quantization  # of what was trained; an export has it too
+        scored = scored and same_base and not (after and row is FORMATS["adapter"])
+        method = describe(own.model.quantization, own.adapter, own.training.mode)
+        how = f" and then quantized to {after}" if after else ""
         these = "" if scored else " These weights differ from it, and were not scored."
-        facts["about_scores"] = f"{measured} as it was trained, before any export.{these}"
+        facts["about_scores"] = (
+            f"Measured on {method}, the model as it was trained{how}, before any export.{these}"
+        )
     data = ModelCardData(
         base_model=base.hub_id,
         base_model_relation=row.relation if base.hub_id else None,
@@ -158,6 +162,17 @@ def write_run_cards(directory: RunDirectory) -> list[str]:
                 write_card(adapter, make_card(title, target, adapter, FORMATS["adapter"], scored=True))
             )
     return [sentence for sentence in said if sentence is not None]
+
+
+def renew_run_cards(directory: RunDirectory) -> list[str]:
+    """`write_run_cards` after a scoring, whose reports are written whatever becomes of the cards.
+
+    Returns: also a sentence on a card that could not be written.
+    """
+    try:
+        return write_run_cards(directory)
+    except InputError as error:
+        return [f"no model card: {error}"]
 
 
 def _digest(text: str) -> str:
@@ -212,7 +227,7 @@ def _facts_of_run(config: RunConfig, manifest: Mapping[str, Any], saved_template
         "prompt": None if saved_template else template.text,
         "chat": chat,
         "command": _public(manifest.get("command", "not recorded")),
-        "manifest": {"started": manifest.get("started"), "git_commit": manifest.get("git_commit")},
+        "manifest": {key: manifest.get(key) for key in ("started", "git_commit", "trained_in")},
         "machine": f"{', '.join(gpus)}, {manifest.get('processes', 1)} process(es)",
         "seeds": ", ".join(f"{name} {seed}" for name, seed in seeds.items()),
         "versions": _versions(manifest.get("versions", {})),
@@ -221,10 +236,12 @@ def _facts_of_run(config: RunConfig, manifest: Mapping[str, Any], saved_template
 
 def _settings(config: RunConfig) -> Iterable[tuple[str, str]]:
     tree = config.model_dump(mode="json")
+    usual = EvaluationConfig().model_dump(mode="json")
+    tree["evaluation"] = {k: v for k, v in tree["evaluation"].items() if v != usual[k]}
     full = config.training.mode == "full"
     for section, keys in _SETTINGS.items():
         for key in keys:
-            value = tree[section][key]
+            value = tree[section].get(key)
             if value not in (None, [], {}) and not (full and section == "adapter"):
                 yield f"`{section}.{key}`", f"`{_yaml(value)}`"
 

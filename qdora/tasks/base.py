@@ -33,6 +33,9 @@ from qdora.tasks.scoring import SCORERS, Verdict, published_gold, score_publishe
 SAMPLE = 1_000
 """Rows of a streamed source by which it is known before training."""
 
+AS_PUBLISHED = "as in `dataset` of github.com/AGI-Edgerunners/LLM-Adapters"
+"""Where files in LLM-Adapters' format are."""
+
 NeedsGold = Literal["all", "questions", "none"]
 """`all`: a row without a gold answer is bad; `questions`: one that is no chat is; `none`: none is."""
 
@@ -284,7 +287,9 @@ class Mixture(Task):
     def rows(self, config: DatasetConfig) -> Rows:
         """The rows of FOLDER/TASK/SPLIT.json of one task after the other."""
         folder = Path(str(config.path))
-        require(folder, "a folder with one folder for each task, ROOT/TASK/{train,test}.json")
+        require(
+            folder, f"a folder with one folder for each task, ROOT/TASK/{{train,test}}.json, {AS_PUBLISHED}"
+        )
         names = config.tasks or [task.name for task in self.members]
         by_task = {name: read_llm_adapters(folder, name, config.split) for name in names}
         return Rows(
@@ -333,9 +338,9 @@ def read_llm_adapters(folder: Path, task: str, split: str) -> Rows:
 
     Raises: InputError: a folder or the file is missing.
     """
-    require(folder / task, f"the folder of task {task!r}")
+    require(folder / task, f"the folder of task {task!r}, {AS_PUBLISHED}")
     file = folder / task / f"{split}.json"
-    require(file, f"the {split} set of task {task!r}")
+    require(file, f"the {split} set of task {task!r}, {AS_PUBLISHED}")
     return stream_rows(file)
 
 

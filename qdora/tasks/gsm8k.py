@@ -18,6 +18,7 @@ from qdora.tasks.scoring import gold_answer
 
 DATASET = "openai/gsm8k"
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_AS_PUBLISHED = "as github.com/openai/grade-school-math has them"
 
 
 class Gsm8k(Task):
@@ -32,7 +33,7 @@ class Gsm8k(Task):
         if config.path is None:
             return read_hub(DATASET, "main", config.split, ["question", "answer"])
         path = Path(config.path)
-        require(path, "a GSM8K file, or a folder with train.jsonl and test.jsonl")
+        require(path, f"a GSM8K file, or a folder with train.jsonl and test.jsonl, {_AS_PUBLISHED}")
         if path.is_dir():
             if not (path / f"{config.split}.jsonl").exists() and has_splits(path, READERS):
                 return stream_rows(path, config.split, "main")

@@ -22,7 +22,7 @@ from qdora.data.table import (
 )
 from qdora.data.token_table import lengths_of, special_texts, tokenize_set
 from qdora.data.tokenize import TokenizedExample, fitting_prompts
-from qdora.errors import InputError
+from qdora.errors import InputError, MissingDataError, MissingPathError
 from qdora.tasks import check_data, find_task, load_dataset, task_for
 from qdora.tasks.base import NeedsGold
 
@@ -219,6 +219,19 @@ def rendered(config: RunConfig, data: PreparedData) -> RunConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"prompt": data.prompt})})
 
 
+def _load(config: DataConfig, source: DatasetConfig, needs_gold: NeedsGold) -> Dataset:
+    """`load_dataset` of one of the sets.
+
+    Raises: MissingDataError: its file or folder is not there. InputError, DataError: as `load_dataset`.
+    """
+    try:
+        return load_dataset(source, config.bad_rows, needs_gold=needs_gold)
+    except MissingPathError as error:
+        sets = {"train": config.train, "test": config.test, "validation": config.validation}
+        named = (name for name, s in sets.items() if isinstance(s, DatasetConfig) and s.path == source.path)
+        raise MissingDataError(str(error), [f"data.{name}.path" for name in named]) from None
+
+
 def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
     """Load the training set, remove the test questions, set the validation examples apart.
 
@@ -235,12 +248,12 @@ def load_training(config: DataConfig, test: Sequence[Example]) -> TrainingSets:
     # Without a test set a question may be answered by any text.
     gold: NeedsGold = "none" if config.test is None else "questions"
     if size is None or isinstance(size, DatasetConfig):
-        loaded = load_dataset(config.train, config.bad_rows, needs_gold=gold)
+        loaded = _load(config, config.train, gold)
         clean, leaked = remove_leaked(loaded.examples, test)
         sets = TrainingSets(clean, [], len(loaded.examples), leaked, 0, loaded.skipped)
         return sets if size is None else _with_own_validation(sets, size, config, gold, test)
     unlimited = config.train.model_copy(update={"limit": None})
-    loaded = load_dataset(unlimited, config.bad_rows, needs_gold=gold)
+    loaded = _load(config, unlimited, gold)
     everything, _ = remove_leaked(loaded.examples, test)
     if isinstance(size, float):
         size = max(1, round(size * len(everything)))
@@ -262,7 +275,7 @@ def _with_own_validation(
     sets: TrainingSets, source: DatasetConfig, config: DataConfig, gold: NeedsGold, test: Sequence[Example]
 ) -> TrainingSets:
     """With the validation examples of a source of their own, whose questions are removed from training."""
-    loaded = load_dataset(source, config.bad_rows, needs_gold=gold)
+    loaded = _load(config, source, gold)
     clean, of_validation = remove_leaked(loaded.examples, test)
     validation = list(clean)
     if not validation:
@@ -293,7 +306,7 @@ def load_test(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset
             "there is no test set: data.test is not set. Name one, data.test: {source: file, path: FILE}, or "
             "a file with --data"
         )
-    loaded = load_dataset(config.test, config.bad_rows, needs_gold="all")
+    loaded = _load(config, config.test, "all")
     loaded = replace(loaded, examples=list(loaded.examples))
     return _fitting(loaded, config, tokenizer, "test")
 

@@ -9,9 +9,10 @@ import shutil
 import pytest
 
 from qdora.cli import run_command
+from qdora.evaluation.scores import read_reports
 from qdora.run import RunDirectory
 
-from .runs import ROOT, finish, metrics, start, write_comparison
+from .runs import ROOT, finish, metrics, start, tiny_tree, write_comparison, write_config
 
 pytestmark = pytest.mark.e2e
 
@@ -104,6 +105,44 @@ def test_arms_that_differ_in_how_they_are_scored_are_trained_once(tiny_model_fol
     assert "merged-seed0 was trained once, as qdora-seed0" in capsys.readouterr().out
     assert run_command("compare", [*words, "--resume"]) == 0
     assert calls["run"] == 1
+
+
+def test_the_copy_of_a_training_tells_its_own_run(tiny_model_folder, tmp_path, calls):
+    """Catches: the card, the loss plot or the configuration of an arm that were made for another one, scores
+    that are not in the card, a card that a person edited taken for another run's; a configuration that lacks
+    what the training has put in force."""
+    first = {"adapter": {"r": 2, "alpha": 6, "targets": ["q_proj"]}}
+    write_config(tmp_path, tiny_tree(tmp_path, tiny_model_folder, max_steps=1) | first)
+    assert run_command("train", ["--config", str(tmp_path / "config.yaml")]) == 0
+    calls.clear()
+    arms = [{"name": "one"}, {"name": "other", "set": {"evaluation.weights": "merged"}}]
+    goes_on = {"adapter": {"from": str(tmp_path / "run" / "adapter")}}
+    words = write_comparison(tmp_path, tiny_model_folder, arms, set=goes_on)
+    assert run_command("compare", words) == 0
+    assert calls["run"] == 1
+    one, other = (RunDirectory(tmp_path / "comparison" / f"{arm['name']}-seed0") for arm in arms)
+    assert (other.config().adapter.r, other.config().adapter.targets) == (2, ("q_proj",))
+    assert other.config().output.dir == str(other.path)
+    for path in (path for path in other.path.rglob("*") if path.suffix in (".json", ".yaml", ".jsonl")):
+        assert path == other.manifest_file or one.path.name not in path.read_text(encoding="utf-8"), path
+    assert other.loss_plot.read_bytes() != one.loss_plot.read_bytes()
+    said = "The training was that of the run `one-seed0`"
+    cards = [(run.adapter / "README.md").read_text(encoding="utf-8") for run in (one, other)]
+    assert ["\n# one-seed0\n" in cards[0], "\n# other-seed0\n" in cards[1]] == [True, True]
+    assert [said in card for card in cards] == [False, True]
+    assert ["| `evaluation.weights` | `merged` |" in card for card in cards] == [False, True]
+    for run, card in zip((one, other), cards, strict=True):
+        [scores] = read_reports(run.evaluation)
+        assert f"| {100 * scores.score:.1f}% |" in card
+        assert f"| {scores.total} |" in card
+
+    (one.adapter / "README.md").write_text("What a person says of the first.", encoding="utf-8")
+    shutil.rmtree(other.adapter)
+    shutil.rmtree(other.checkpoints, ignore_errors=True)
+    assert run_command("compare", [*words, "--resume"]) == 0
+    assert calls["run"] == 1
+    assert (other.adapter / "README.md").read_text(encoding="utf-8") == cards[1]
+    assert "a person says" in (one.adapter / "README.md").read_text(encoding="utf-8")
 
 
 def test_resume_repeats_nothing_that_is_finished(tiny_model_folder, tmp_path, calls, capsys):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qdora.commands.train import planned_manifest, read_inputs
+from qdora.commands.train import plan_run, read_inputs
 from qdora.config_file import load_config, read_yaml, set_key
 from qdora.distributed.context import DistributedContext
 from qdora.experiments.arms import CompareConfig, check_conditions, expand
@@ -28,7 +28,7 @@ def test_every_arm_of_a_shipped_study_passes_the_checks(tiny_model_folder, name)
     runs = list(reversed(first_points.values()))
     context = DistributedContext()
     _, _, data = read_inputs(runs[0].config)
-    planned = [replace(run, manifest=planned_manifest(run.config, data, context)) for run in runs]
+    planned = [replace(run, manifest=plan_run(run.config, data, context)[1]) for run in runs]
     check_conditions(planned)
     assert len({run.manifest["base"]["parameters"] for run in planned}) == (
         2 if any(run.config.training.mode == "full" for run in planned) else 1

@@ -14,8 +14,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from qdora import config as schema
-from qdora.cli import compare
-from qdora.config import RunConfig, Section
+from qdora.cli import compare, run_command
+from qdora.commands.configs import list_shipped
+from qdora.config import DatasetConfig, RunConfig, Section
 from qdora.config_file import find_shipped, load_config, read_yaml, shipped_names
 from qdora.errors import InputError
 from qdora.experiments import arms, overlay
@@ -284,3 +285,73 @@ def test_a_comparison_of_ones_own_builds_on_shipped_files(tmp_path):
     parser = argparse.ArgumentParser()
     compare.add_arguments(parser)
     compare.prepare(parser.parse_args(["--config", str(mine), "--dry-run"]))  # its base is found
+
+
+def own_files(config: RunConfig) -> list[str]:
+    """The keys of a configuration that name a file or folder of the user's."""
+    sets = {"train": config.data.train, "test": config.data.test, "validation": config.data.validation}
+    found = {name: s for name, s in sets.items() if isinstance(s, DatasetConfig)}
+    return [f"data.{name}.path" for name, s in found.items() if s.path is not None and s.source != "hub"]
+
+
+def test_the_list_marks_what_needs_files_of_the_user():
+    """Catches: a configuration of which its user finds out at the start that data are missing; a
+    comparison whose base needs some; a mark at one that needs none."""
+    marked = set(re.findall(r"(?m)^qdora:(\S+) +needs data  ", list_shipped()))
+    expected = {path for path in RUNS if own_files(load_config(path))}
+    for path in COMPARISONS:
+        comparison = load_config(path, [], CompareConfig)
+        if any(own_files(run.config) for run in expand(base_sections(comparison, path), comparison)):
+            expected.add(path)
+    for path in OVERLAYS:
+        sets = load_config(path, [], OverlayConfig).set
+        if any("path" in sets.get(f"data.{name}", {}) for name in ("train", "test")):
+            expected.add(path)
+    assert marked == {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in expected}
+    assert len(marked) > 10
+
+
+@pytest.mark.parametrize("path", [path for path in RUNS if own_files(load_config(path))], ids=name)
+def test_missing_data_are_said_with_where_they_are_from(
+    path, tmp_path, monkeypatch, tiny_model_folder, capsys
+):
+    """Catches: "no such file" without what the file is, where it is from, or the keys that name it."""
+    monkeypatch.chdir(tmp_path)
+    shipped = f"qdora:{path.relative_to(ROOT / 'configs').with_suffix('')}"
+    tiny = ["--set", f"model.path={tiny_model_folder}", "--set", "data.max_length=64"]
+    assert run_command("data", ["--config", shipped, *tiny]) == 2
+    said = capsys.readouterr().err
+    assert ": no such file or folder; expected " in said
+    assert " of github.com/AGI-Edgerunners/LLM-Adapters" in said
+    assert "; say where it is with --set data.train.path=PATH --set data.test.path=PATH" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overlay_names_the_data_of_a_comparison(tmp_path, monkeypatch, tiny_model_folder, capsys):
+    """Catches: advice that `compare` does not take: its `--set` replaces the settings of the comparison."""
+    monkeypatch.chdir(tmp_path)
+    tiny = {"model.path": str(tiny_model_folder), "data.max_length": 256, "data.train.limit": 8}
+    settings = {**tiny, "training.max_steps": 1, "data.test.limit": 2}
+    arms = [{"name": "a", "set": {"adapter.r": 2}}, {"name": "b", "set": {"adapter.r": 4}}]
+    mine = {"base": "qdora:arc-easy-135m", "arms": arms, "set": settings, "output": {"dir": "runs/mine"}}
+    Path("mine.yaml").write_text(json.dumps(mine))
+    words = ["--config", "mine.yaml", "--dry-run"]
+    assert run_command("compare", words) == 2
+    said = capsys.readouterr().err
+    assert "arm 'a', seed 0: ../shared/data/commonsense: no such file or folder; expected a folder" in said
+    advised = re.search(r"--overlay FILE with `(set: .*)`$", said.strip())
+    assert advised is not None
+    task = tmp_path / "here" / "ARC-Easy"
+    task.mkdir(parents=True)
+    for split, first in (("train", 0), ("test", 100)):
+        rows = [
+            {
+                "instruction": f"Which is {i}?\n\nAnswer1: {i} Answer2: 7\n\nAnswer format: answer1/answer2",
+                "output": "the correct answer is answer1",
+                "answer": "answer1",
+            }
+            for i in range(first, first + 40)
+        ]
+        (task / f"{split}.json").write_text(json.dumps(rows))
+    Path("here.yaml").write_text(advised[1].replace("PATH", str(task.parent)))
+    assert run_command("compare", [*words, "--overlay", "here.yaml"]) == 0

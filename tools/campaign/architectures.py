@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ import bitsandbytes
 import peft
 import torch
 import transformers
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
+from transformers import PreTrainedModel
 
 from qdora.adapters.inject import adapted_layers, merge_adapters, unmerge_adapters
 from qdora.adapters.layer import AdaptedLinear
@@ -59,7 +62,7 @@ def check(case: Case, folder: Path) -> str:
     Returns: how it ended as promised.
     Raises: DiffersError: it did not.
     """
-    theirs = _with_values(peft.get_peft_model(make_model(case), case.settings), case)
+    theirs: Any = _with_values(peft.get_peft_model(make_model(case), case.settings), case)
     theirs.save_pretrained(folder / "theirs")
     outcome = "equal"
     if case.zero == "both" and case.dora:
@@ -96,12 +99,14 @@ def check(case: Case, folder: Path) -> str:
     return outcome
 
 
-def _ours(case: Case, folder: Path) -> nn.Module:
+def _ours(case: Case, folder: Path) -> PreTrainedModel:
     if not case.loaded:
         return make_model(case)
     if not (folder / "base").exists():
         make_model(case).save_pretrained(folder / "base")
-    return load_base(folder / "base", quantization="none", dtype="float32", device="cpu")[0].train()
+    model, _ = load_base(folder / "base", quantization="none", dtype="float32", device="cpu")
+    model.train()
+    return model
 
 
 @torch.no_grad()
@@ -128,9 +133,11 @@ def _move(model: nn.Module, case: Case) -> None:
             layer.update.a_RI.mul_(1 + 0.1 * torch.randn_like(layer.update.a_RI))
             layer.update.b_OR.mul_(1 + 0.1 * torch.randn_like(layer.update.b_OR))
         if layer.magnitude is not None:
-            offset_O = 0.1 * torch.randn_like(layer.magnitude.offset_O)
+            offset_O = layer.magnitude.offset_O
+            assert offset_O is not None
+            moved_O = 0.1 * torch.randn_like(offset_O)
             zero = layer.magnitude.initial_O < 1e-9
-            layer.magnitude.offset_O.copy_(offset_O.masked_fill(zero, 0.0))
+            offset_O.copy_(moved_O.masked_fill(zero, 0.0))
 
 
 def _ids(case: Case) -> torch.Tensor:
@@ -139,7 +146,8 @@ def _ids(case: Case) -> torch.Tensor:
 
 
 def _outputs(model: nn.Module, case: Case) -> torch.Tensor:
-    return model(input_ids=_ids(case), use_cache=False).logits
+    logits: torch.Tensor = model(input_ids=_ids(case), use_cache=False).logits
+    return logits
 
 
 def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -182,7 +190,8 @@ def _compare_gradients(ours: nn.Module, theirs: nn.Module, case: Case, bound: fl
         for key, parameter in layer.named_parameters():
             if not parameter.requires_grad:
                 continue
-            pair = [parameter.grad, expected[f"base_model.model.{name}.{NAMES[key]}"].grad]
+            peer = f"base_model.model.{name}.{NAMES[key]}"
+            pair = [_gradient(parameter), _gradient(expected[peer])]
             if case.zero == "both" and case.dora and name != "lm_head" and "a_RI" not in key:
                 pair = [gradient[1:] for gradient in pair]  # PEFT's are 0/0 of the zero row
             try:
@@ -193,9 +202,8 @@ def _compare_gradients(ours: nn.Module, theirs: nn.Module, case: Case, bound: fl
                     raise
                 exact = exact or [_exact_model(case, adapter, nudge) for nudge in range(4)]
                 nudged = nudged or [_nudged(theirs, case, seed) for seed in range(1, 4)]
-                true, *moved = (model.get_submodule(name).get_parameter(key).grad for model in exact)
-                peer = f"base_model.model.{name}.{NAMES[key]}"
-                peers = [dict(model.named_parameters())[peer].grad for model in nudged]
+                true, *moved = (_gradient(m.get_submodule(name).get_parameter(key)) for m in exact)
+                peers = [_gradient(model.get_parameter(peer)) for model in nudged]
                 allowed = max(bound, ROUNDINGS * max(_error(each, true) for each in moved))
                 if true.shape == peers[0].shape:
                     allowed = max(allowed, SPREAD * max(_error(each, true) for each in peers))
@@ -203,6 +211,11 @@ def _compare_gradients(ours: nn.Module, theirs: nn.Module, case: Case, bound: fl
             count += 1
     if count != sum(parameter.requires_grad for parameter in theirs.parameters()):
         raise DiffersError(f"{count} parameters are trained, PEFT trains another number of them")
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _exact_model(case: Case, adapter: Path, nudge: int) -> nn.Module:
@@ -213,9 +226,8 @@ def _exact_model(case: Case, adapter: Path, nudge: int) -> nn.Module:
     """
     model = make_model(replace(case, quantization="none", dtype=torch.float64))
     for name, module in make_model(case).named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            w_OI = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            model.get_submodule(name).weight.data = w_OI.double()
+        if isinstance(module, Linear4bit):
+            model.get_submodule(name).get_parameter("weight").data = _dequantized(module).double()
     load_adapter(model, adapter)
     if nudge:
         _nudge(model, nudge)
@@ -242,7 +254,7 @@ def _nudge(model: nn.Module, seed: int) -> None:
             parameter.data.mul_(1 + 2.0**-24 * torch.randn_like(parameter).sign())
 
 
-def _compare_merged(ours: nn.Module, theirs: nn.Module, case: Case, bound: float) -> None:
+def _compare_merged(ours: PreTrainedModel, theirs: nn.Module, case: Case, bound: float) -> None:
     unmerged = _outputs(ours, case)
     merge_adapters(ours, case.dtype)
     with torch.no_grad():
@@ -255,7 +267,7 @@ def _compare_merged(ours: nn.Module, theirs: nn.Module, case: Case, bound: float
         )
         _compare("exported outputs", _outputs(plain, case), unmerged, bound)
     for name, layer in adapted_layers(ours).items():
-        of_peft = theirs.base_model.model.get_submodule(name)
+        of_peft = theirs.get_submodule(f"base_model.model.{name}")
         expected = _merged_by_peft(of_peft, layer, case)
         _compare(f"merged {name}", layer.merged(case.dtype), expected, bound)
 
@@ -265,15 +277,19 @@ def _merged_by_peft(module: Any, layer: AdaptedLinear, case: Case) -> torch.Tens
     base = module.get_base_layer()
     if case.quantization == "none" or type(base) is nn.Linear:
         module.merge()
-        merged = base.weight.clone()
+        merged: torch.Tensor = base.weight.clone()
         module.unmerge()
         return merged
     # Merging into 4 bits rounds: what PEFT would round, from PEFT's own parts.
-    w_OI = bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
-    w_OI = w_OI + module.get_delta_weight("default")
-    if layer.magnitude is None:
-        return w_OI
-    return w_OI * (module.lora_magnitude_vector["default"].weight / w_OI.norm(dim=1))[:, None]
+    w_OI: torch.Tensor = _dequantized(base) + module.get_delta_weight("default")
+    if layer.magnitude is not None:
+        w_OI *= (module.lora_magnitude_vector["default"].weight / w_OI.norm(dim=1))[:, None]
+    return w_OI
+
+
+def _dequantized(layer: Any) -> torch.Tensor:
+    w_OI: torch.Tensor = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return w_OI
 
 
 def run(count: int, seed: int, folder: Path) -> Report:
@@ -283,7 +299,7 @@ def run(count: int, seed: int, folder: Path) -> Report:
         for number in range(seed, seed + count):
             case = make_case(number)
             kind = f"{case.family}, {case.quantization}"
-            attempt(report, kind, str(case), lambda case=case: check(case, folder / str(case.seed)))
+            attempt(report, kind, str(case), partial(check, case, folder / str(case.seed)))
     return report
 
 

@@ -88,7 +88,8 @@ def _write_shards(weights: Path, folder: Path) -> None:
     from qdora.files import write_json, write_tensors
 
     tensors = load_file(weights)
-    names, shard_of = sorted(tensors), {}
+    names = sorted(tensors)
+    shard_of: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), start=1):
         file = f"model-{number:05d}-of-00002.safetensors"
         write_tensors(folder / file, {name: tensors[name] for name in part}, {"format": "pt"})

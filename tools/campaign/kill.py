@@ -75,7 +75,8 @@ def run(count: int, seed: int, folder: Path) -> Report:
     report, inputs = Report("kill"), write_inputs(folder / "inputs")
     start_server()
     references: dict[str, Reference] = {}
-    chains, left = [], count
+    chains: list[_Chain] = []
+    left = count
     while left:
         chain = _Chain(seed + len(chains), inputs, folder, references)
         chain.kills = min(left, chain.kills)

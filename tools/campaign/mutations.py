@@ -57,7 +57,7 @@ def damage_bytes(rng: Random, data: bytes, canary: Path) -> tuple[str, bytes]:
                 changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
         return name, bytes(changed)
     middle, after = data[at : at + length], data[at + length :]
-    after_change = {
+    changes: dict[str, Callable[[], bytes]] = {
         "truncate": lambda: data[:at],
         "empty": lambda: b"",
         "zero": lambda: data[:at] + bytes(len(middle)) + after,
@@ -71,8 +71,8 @@ def damage_bytes(rng: Random, data: bytes, canary: Path) -> tuple[str, bytes]:
         "utf16": lambda: data.decode("utf-8", "replace").encode("utf-16"),
         "crlf": lambda: data.replace(b"\n", b"\r\n"),
         "swap": lambda: data[at:] + data[:at],
-    }[name]
-    return f"{name} at {at}", after_change()
+    }
+    return f"{name} at {at}", changes[name]()
 
 
 def damage_tree(rng: Random, tree: Any) -> tuple[str, Any]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-import bitsandbytes
 import peft
 import torch
 import transformers
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 # Whether heads may be of any size beside the hidden one, and settings of its own.
 FAMILIES: Mapping[str, tuple[type[PreTrainedConfig], bool, Mapping[str, tuple[Any, ...]]]] = {
@@ -81,7 +81,7 @@ def make_case(seed: int) -> Case:
     made = getattr(settings, "init_lora_weights", True) in ("pissa", "olora")
     loaded = quantization == "none" and rng.random() < 0.25
     zero = rng.choice(["none", "none", "weight", "both"])
-    if quantization != "none" or made or settings.target_modules == {"lm_head"}:
+    if quantization != "none" or made or set(settings.target_modules or ()) == {"lm_head"}:
         zero = "none"
     # Gemma 2's attention computes its probabilities in float32.
     exact = quantization == "none" and not made and not loaded and family != "gemma2"
@@ -99,7 +99,7 @@ def _config(rng: random.Random, family: str, quantization: str) -> PreTrainedCon
     # LLaMA's configuration wants whole heads even where head_dim says another size.
     own_size = free_heads and not whole and rng.random() < 0.7
     hidden = heads * (rng.randint(9, 61) // heads if own_size else head)
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": rng.choice([64, 128]) if whole else rng.randint(7, 90),
         "num_hidden_layers": rng.randint(1, 2),
@@ -109,10 +109,10 @@ def _config(rng: random.Random, family: str, quantization: str) -> PreTrainedCon
         "max_position_embeddings": 64,
         "tie_word_embeddings": rng.random() < 0.4,
     }
-    own = {key: rng.choice(values) for key, values in choices.items()}
+    sizes |= {key: rng.choice(values) for key, values in choices.items()}
     if free_heads:
-        own["head_dim"] = head
-    return kind(**sizes, **own, **SPECIAL)
+        sizes["head_dim"] = head
+    return kind(**sizes, **SPECIAL)
 
 
 def _linear_shapes(model: nn.Module, tied: bool) -> dict[str, tuple[int, int]]:
@@ -129,7 +129,7 @@ def _lora(
     targets = _targets(rng, layers)
     largest = min(min(shape) for name, shape in layers.items() if name.rsplit(".", 1)[-1] in targets)
     dense = ["pissa", "orthogonal"] if quantization == "none" else []  # PEFT makes no others
-    init = rng.choice([True, True, True, False, "gaussian", "olora", *dense])
+    init: Any = rng.choice([True, True, True, False, "gaussian", "olora", *dense])
     step = 2 if init == "orthogonal" else 1
 
     def rank() -> int:
@@ -171,7 +171,7 @@ def _targets(rng: random.Random, layers: Mapping[str, tuple[int, int]]) -> list[
     return sorted(rng.sample(ends, rng.randint(1, len(ends))))
 
 
-def make_model(case: Case, least: float = 0.0) -> nn.Module:
+def make_model(case: Case, least: float = 0.0) -> PreTrainedModel:
     """The case's model, the same at every call; `least` stands in the rows that are zero."""
     torch.manual_seed(case.seed)
     model = AutoModelForCausalLM.from_config(case.config).to(torch.float32)
@@ -191,11 +191,12 @@ def make_model(case: Case, least: float = 0.0) -> nn.Module:
         elif type(module).__name__.endswith("RMSNorm") and case.dtype == torch.float64:
             module.forward = MethodType(_rms_norm, module)  # the original computes in float32
     # bitsandbytes repacks its weights in evaluation, with 16-bit scales; there is no dropout.
-    return model.train()
+    made: PreTrainedModel = model.train()
+    return made
 
 
 def _four_bit(layer: nn.Linear) -> nn.Module:
-    new = bitsandbytes.nn.Linear4bit(
+    new: nn.Module = Linear4bit(  # type: ignore[no-untyped-call]
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
@@ -206,7 +207,8 @@ def _four_bit(layer: nn.Linear) -> nn.Module:
     return new.to("cpu")
 
 
-def _rms_norm(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     eps = getattr(self, "variance_epsilon", None) or self.eps
     scale = 1 + self.weight if type(self).__name__.startswith("Gemma") else self.weight
-    return scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    normed: torch.Tensor = scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return normed

