@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from qdora.adapters.base import Factors
 from qdora.adapters.magnitude import NormCache
 from qdora.adapters.product import Scaling, adapted_product
+from qdora.adapters.tiles import has_native_bfloat16
 from qdora.errors import InputError
 from qdora.quant.base import FrozenWeight
 from qdora.quant.dense import DenseWeight
@@ -247,8 +248,9 @@ def why_left(layer: Any, adapter: str, x: torch.Tensor | None = None) -> str | N
 def computes_in_float32(device: torch.device) -> bool:
     """Whether float32 adapters are computed in float32 also where PEFT multiplies W in 16 bits.
 
-    On a CPU: it is nearly as fast there, and nearly exact; in 16 bits their gradients would be no nearer to
-    float64 than PEFT's, which computes all but W x in float32.
+    On a CPU, whose products of float32 tensors can round their operands alone: W x and its sum with the
+    update stay unrounded, and it is as fast.  In 16 bits the gradients would be no nearer to float64 than
+    PEFT's, which computes all but W x in float32.
     """
     return device.type == "cpu"
 
@@ -258,8 +260,11 @@ def _forward(layer: Any, acceleration: Acceleration, adapter: str, x: torch.Tens
     m_O = magnitude.offset if isinstance(magnitude, OffsetMagnitude) else magnitude.weight
     a_RI, b_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dtype, out_dtype = _dtypes(base, x, m_O.dtype)
+    bf16_operands = False
     if computes_in_float32(x.device):
-        dtype = torch.promote_types(dtype, a_RI.dtype)
+        wide = torch.promote_types(dtype, a_RI.dtype)
+        bf16_operands = dtype == torch.bfloat16 != wide and has_native_bfloat16(x.device)
+        dtype = wide
     # The product casts by itself, and keeps its small sums in float32.
     with torch.autocast(x.device.type, enabled=False):
         weight = acceleration.weight(base)
@@ -287,10 +292,11 @@ def _forward(layer: Any, acceleration: Acceleration, adapter: str, x: torch.Tens
             scaling=Scaling(initial_O, m_O, norm_O),
             bias_O=base.bias,
             dropout=p,
+            bf16_operands=bf16_operands,
         )
         if rest_NI is not None:
             # W x + (s - 1) W drop(x) + s c B A drop(x)  =  s (W + c BA) drop(x) + W (x - drop(x))
-            y_NO = y_NO + adapted_product(rest_NI, weight)
+            y_NO = y_NO + adapted_product(rest_NI, weight, bf16_operands=bf16_operands)
         return y_NO.view(*x.shape[:-1], weight.out_features).to(out_dtype)
 
 

@@ -15,6 +15,7 @@ part of the tile or of what the product is added onto.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple
@@ -76,6 +77,7 @@ class ProductSettings:
         dropout: probability of dropping an input of the low-rank branch.
         initial_O: the frozen part of the magnitude; None where there is no magnitude.
         norm_of: makes the norm from W Aᵀ, (O, R), where it is not known before the product.
+        bf16_operands: whether float32 operands of the products with W are rounded to bfloat16 (on a CPU).
     """
 
     weight: FrozenWeight
@@ -83,6 +85,19 @@ class ProductSettings:
     dropout: float = 0.0
     initial_O: torch.Tensor | None = None
     norm_of: Callable[[torch.Tensor], torch.Tensor] | None = None
+    bf16_operands: bool = False
+
+
+@contextmanager
+def _bf16_operands() -> Iterator[None]:
+    """Products of float32 tensors on a CPU round these to bfloat16, and sum in float32."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _takes_update(settings: ProductSettings, given: Operands, dtype: torch.dtype) -> bool:
@@ -107,12 +122,13 @@ def _product(
     onto_NO: torch.Tensor | None,
     alpha: float,
     a_RI: torch.Tensor | None,
-    out_features: int,
+    settings: ProductSettings,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """alpha W x added onto a tensor, which becomes the result, and W Aᵀ where A is given, in one pass.
 
     Returns: (N, O) in the dtype of x_NI; (O, R) or None.
     """
+    out_features = settings.weight.out_features
     y_NO = x_NI.new_empty(x_NI.shape[0], out_features) if onto_NO is None else onto_NO
     beta = 0 if onto_NO is None else 1
     wa_OR = None if a_RI is None else x_NI.new_empty(out_features, a_RI.shape[0])
@@ -120,7 +136,8 @@ def _product(
         if a_RI is not None and wa_OR is not None:
             # First, while the fresh tile is still in the cores' own caches.
             torch.mm(w_tile, a_RI.T, out=wa_OR[rows])
-        y_NO[:, rows].addmm_(x_NI, w_tile.T, beta=beta, alpha=alpha)
+        with _bf16_operands() if settings.bf16_operands else nullcontext():
+            y_NO[:, rows].addmm_(x_NI, w_tile.T, beta=beta, alpha=alpha)
     return y_NO, wa_OR
 
 
@@ -178,9 +195,10 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         given, weight, dtype = Operands(*tensors), settings.weight, x_NI.dtype
         scales_after = scales_output(dtype, x_NI.device)
+        in_16_bits = dtype.itemsize < 4 or settings.bf16_operands
         in_tile = _takes_update(settings, given, dtype)
         has_scale = settings.initial_O is not None
-        factor = b_factor = OFF_GRID if dtype.itemsize < 4 and (in_tile or has_scale) else 1.0
+        factor = b_factor = OFF_GRID if in_16_bits and (in_tile or has_scale) else 1.0
         b_OR = None if given.b_OR is None else _outer_rows(given.b_OR, given.outer_O, dtype)
         m_O = s_O = b_scaled_OR = None
         if given.norm_O is not None:
@@ -205,9 +223,10 @@ class _AdaptedProduct(torch.autograd.Function):
                 small_NO = _mm(inner_NR, b_OR.to(dtype).T, settings.scale)
             else:
                 small_NO = _mm(inner_NR, b_scaled_OR.T, settings.scale / b_factor)
-        w_tiles = tiles.adapted_tiles(weight, dtype, None if scales_after else s_O, update, factor)
+        s_tile, tile_factor = (None, 1.0) if scales_after else (s_O, factor)
+        w_tiles = tiles.adapted_tiles(weight, dtype, s_tile, update, tile_factor)
         a_along = None if settings.norm_of is None else a_cast
-        y_NO, wa_OR = _product(x_NI, w_tiles, small_NO, 1 / factor, a_along, weight.out_features)
+        y_NO, wa_OR = _product(x_NI, w_tiles, small_NO, 1 / tile_factor, a_along, settings)
         if settings.norm_of is not None and wa_OR is not None:
             norm_O = settings.norm_of(wa_OR)
             m_O, s_O, b_scaled_OR = _row_scale(settings, given, norm_O, b_OR, factor, dtype)
@@ -290,7 +309,8 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[1]:
             w_tiles = tiles.adapted_tiles(settings.weight, dtype, s_O, update, ctx.factor)
-            grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1 / ctx.factor)
+            with _bf16_operands() if settings.bf16_operands else nullcontext():
+                grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1 / ctx.factor)
         if needs.w_OI:
             grads["w_OI"] = _wide(g_NO.T @ x_NI)
         if needs.bias_O:
@@ -346,6 +366,7 @@ def adapted_product(
     scaling: Scaling | None = None,
     bias_O: torch.Tensor | None = None,
     dropout: float = 0.0,
+    bf16_operands: bool = False,
 ) -> torch.Tensor:
     """A linear layer with a low-rank update and a magnitude.
 
@@ -362,6 +383,8 @@ def adapted_product(
         scaling: the magnitude; None where there is none.
         bias_O: (O,), added after s.
         dropout: probability of dropping an input of the low-rank branch.
+        bf16_operands: for float32 tensors on a CPU that multiplies bfloat16 in units of its own: round W, and
+            what it is multiplied with; products with A and B, the norm and all sums stay in float32.
     Returns: (N, O), dtype of x_NI.  Gradients of all but x are in at least float32.
     Source: LoRA, arXiv:2106.09685 §4.1; DoRA, arXiv:2402.09353 §4; VeRA, arXiv:2310.11454 §3.
     """
@@ -382,6 +405,7 @@ def adapted_product(
         dropout=dropout,
         initial_O=None if scaling is None else scaling.initial_O,
         norm_of=norm_of,
+        bf16_operands=bf16_operands,
     )
     result: torch.Tensor = _AdaptedProduct.apply(settings, x_NI, *operands)  # type: ignore[no-untyped-call]
     return result if bias_after_O is None else (result + bias_after_O).to(x_NI.dtype)

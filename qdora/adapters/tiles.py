@@ -28,6 +28,13 @@ def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype.itemsize <= 4 and kernels.available(device)
 
 
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in units of its own; elsewhere that is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def scales_output(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether s scales the finished product instead of the tile, so that it need not be known before.
 

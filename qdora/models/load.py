@@ -27,6 +27,7 @@ from qdora.adapters.layer import AdaptedLinear
 from qdora.adapters.magnitude import original_norms
 from qdora.adapters.peft_io import assign_saved, check_base, inject_saved
 from qdora.adapters.saved import CONFIG_FILE, SavedAdapter, read_saved
+from qdora.adapters.tiles import has_native_bfloat16
 from qdora.adapters.tokens import SETTING
 from qdora.config import DtypeName, ModelConfig, QuantizationName
 from qdora.data.chat_templates import use_chat_template, use_saved_template
@@ -262,13 +263,7 @@ def compute_dtype(dtype: DtypeName, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         named: torch.dtype = getattr(torch, dtype)
         return named
-    return torch.bfloat16 if _has_native_bfloat16(device) else torch.float32
-
-
-def _has_native_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
 
 
 class _WeightLoader:

@@ -73,7 +73,7 @@ def test_an_unknown_model_is_an_error_that_names_a_way_out(monkeypatch):
 
 def test_dtypes_and_quantization_are_those_of_the_run(tmp_path, monkeypatch):
     """Catches: an estimate in float32 because there is no GPU here, a base that stays 16-bit or does not."""
-    monkeypatch.setattr("qdora.models.load._has_native_bfloat16", lambda device: False)
+    monkeypatch.setattr("qdora.models.load.has_native_bfloat16", lambda device: False)
     folder = str(CONFIGS / "models" / "llama-3-8b")
 
     def of(device="cuda", **settings):
