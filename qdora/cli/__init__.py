@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from qdora.config_file import data_note
 from qdora.errors import InputError, InterruptedRunError, MissingDataError, suggest
 from qdora.resources import choose_threads
 from qdora.signals import StopSignal, end, leave, raise_on_signals
@@ -95,7 +94,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except InputError as error:
         config = getattr(parsed, "config", None) if isinstance(error, MissingDataError) else None
-        noted = "" if config is None else data_note(config)
+        noted = "" if config is None else _data_note(config)
         return _ended(name, f"error: {error}{noted}", 2)
     except InterruptedRunError as stop:
         return _ended(name, str(stop), stop.exit_code)
@@ -144,6 +143,12 @@ def _set_up(parsed: argparse.Namespace) -> None:
     cpu = getattr(parsed, "device", None) == "cpu" or read_flag(os.environ, "ACCELERATE_USE_CPU")
     if parsed.threads is None and (cpu or not torch.cuda.is_available()):
         choose_threads(None)
+
+
+def _data_note(config: str) -> str:
+    from qdora.config_file import data_note  # with the configuration's schema, which takes a while
+
+    return data_note(config)
 
 
 def _ended(name: str, sentence: str, code: int) -> int:
