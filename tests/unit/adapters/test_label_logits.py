@@ -23,9 +23,11 @@ from transformers import (
 
 import qdora
 from qdora import logits_at_labels
+from qdora.adapters.inject import adapted_layers
+from tests.tiny import write_tiny_model
 
 from .accelerated import off_the_identity
-from .oracle import relative
+from .oracle import move_off_the_identity, relative
 
 SIZES = {
     "hidden_size": 64,
@@ -139,6 +141,23 @@ def test_a_peft_model_with_an_adapted_output_layer():
         undo(model)
         assert model(**inputs).logits.shape == (3, 12, 128)
         qdora.accelerate(model, logits="labelled")
+
+
+def test_a_model_of_ours_with_an_adapted_output_layer(tmp_path):
+    """Catches: an output layer of ours that is not asked."""
+    folder = write_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    model, _ = qdora.load_base(str(folder), dtype="float32", device="cpu")
+    config = qdora.AdapterConfig(r=4, alpha=10, targets=["q_proj", "lm_head"], dtype="float32")
+    qdora.inject(model, config, seed=3)
+    for seed, layer in enumerate(adapted_layers(model).values()):
+        move_off_the_identity(layer, seed)
+    inputs = {name: tensor.clamp(max=90) for name, tensor in batch().items()}
+    theirs = losses_and_gradients(model.train(), **inputs)
+    logits_at_labels(model)
+    ours = losses_and_gradients(model, **inputs)
+    assert ours.pop("logits").shape[:-1] == (1, 12)
+    for name, tensor in ours.items():
+        assert relative(tensor, theirs[name]) < 1e-5, name
 
 
 BART = BartConfig(vocab_size=96, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64)
