@@ -263,7 +263,8 @@ def _forward(layer: Any, acceleration: Acceleration, adapter: str, x: torch.Tens
     bf16_operands = False
     if computes_in_float32(x.device):
         wide = torch.promote_types(dtype, a_RI.dtype)
-        bf16_operands = dtype == torch.bfloat16 != wide and has_native_bfloat16(x.device)
+        widened = dtype == torch.bfloat16 and wide == torch.float32
+        bf16_operands = widened and has_native_bfloat16(x.device)
         dtype = wide
     # The product casts by itself, and keeps its small sums in float32.
     with torch.autocast(x.device.type, enabled=False):
