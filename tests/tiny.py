@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -21,20 +22,22 @@ CHARACTERS = [chr(c) for c in range(32, 127)] + ["\n"]
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": len(CHARACTERS) + len(SPECIAL),
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""Of a tiny model of any family, by the names that LLaMA's configuration has."""
+
+
 def tiny_config(**changes: object) -> LlamaConfig:
-    settings: dict[str, object] = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": len(CHARACTERS) + len(SPECIAL),
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    settings = SIZES | {"max_position_embeddings": 512, "tie_word_embeddings": True}
     return LlamaConfig(**(settings | changes))
 
 

@@ -50,7 +50,9 @@ def logits_at_labels(model: nn.Module, on: bool = True) -> None:
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
-    Raises: InputError: it takes its loss in another way.
+    Raises: InputError: it takes its loss in another way; in a forward pass, labels that do not have the shape
+        of the hidden states.
+    Source: `ForCausalLMLoss` and its `shift_labels` in transformers.
     """
     causal = _causal_model(model)
     if causal is None:
@@ -88,7 +90,7 @@ def _causal_model(model: nn.Module) -> Any:
 
 
 def _choose(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before the model's forward pass."""
+    """Before the model's forward pass: the labelled positions, and the labels that they predict, (1, N)."""
     labels_BT = kwargs.get("labels")
     if labels_BT is None or not model.training or torch.compiler.is_compiling():
         return None
@@ -102,7 +104,7 @@ def _choose(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _select(head: nn.Module, args: tuple[Any, ...]) -> Any:
-    """Before its output layer."""
+    """Before its output layer: the hidden states of these positions, (B, T, I) to (1, N, I)."""
     positions = _positions.get()
     if positions is None:
         return None

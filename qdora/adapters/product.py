@@ -14,8 +14,7 @@ part of the tile or of what the product is added onto.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from qdora.adapters import kernels, tiles
 from qdora.adapters.base import Factors
 from qdora.adapters.dropout import draw_seed, keep_mask
-from qdora.adapters.tiles import OFF_GRID, has_kernels, scales_output
+from qdora.adapters.tiles import OFF_GRID, has_kernels, mm_scaled, scales_output
 from qdora.quant.base import FrozenWeight
 
 
@@ -88,18 +87,6 @@ class ProductSettings:
     bf16_operands: bool = False
 
 
-@contextmanager
-def _bf16_operands() -> Iterator[None]:
-    """Products of float32 tensors on a CPU round these to bfloat16, and sum in float32."""
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def _takes_update(settings: ProductSettings, given: Operands, dtype: torch.dtype) -> bool:
     """Whether the update is part of the tiles: two thin products less, where a kernel forms the tiles anyway.
 
@@ -114,59 +101,6 @@ def _takes_update(settings: ProductSettings, given: Operands, dtype: torch.dtype
     stored = weight.stored()
     as_it_is = settings.initial_O is None and stored is not None and stored.values.dtype == dtype
     return stored is not None and not as_it_is
-
-
-def _product(
-    x_NI: torch.Tensor,
-    w_tiles: Iterator[tuple[slice, torch.Tensor]],
-    onto_NO: torch.Tensor | None,
-    alpha: float,
-    a_RI: torch.Tensor | None,
-    settings: ProductSettings,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """alpha W x added onto a tensor, which becomes the result, and W Aᵀ where A is given, in one pass.
-
-    Returns: (N, O) in the dtype of x_NI; (O, R) or None.
-    """
-    out_features = settings.weight.out_features
-    y_NO = x_NI.new_empty(x_NI.shape[0], out_features) if onto_NO is None else onto_NO
-    beta = 0 if onto_NO is None else 1
-    wa_OR = None if a_RI is None else x_NI.new_empty(out_features, a_RI.shape[0])
-    for rows, w_tile in w_tiles:
-        if a_RI is not None and wa_OR is not None:
-            # First, while the fresh tile is still in the cores' own caches.
-            torch.mm(w_tile, a_RI.T, out=wa_OR[rows])
-        with _bf16_operands() if settings.bf16_operands else nullcontext():
-            y_NO[:, rows].addmm_(x_NI, w_tile.T, beta=beta, alpha=alpha)
-    return y_NO, wa_OR
-
-
-def _product_transposed(
-    g_NO: torch.Tensor,
-    w_tiles: Iterator[tuple[slice, torch.Tensor]],
-    onto_NI: torch.Tensor | None,
-    alpha: float,
-) -> torch.Tensor:
-    """alpha g W added onto a tensor: (N, I) in the dtype of g_NO, the sum over tiles in at least float32."""
-    wide = _wide_dtype(g_NO.dtype)
-    total_NI = onto_NI
-    for i, (rows, w_tile) in enumerate(w_tiles):
-        part_NO = g_NO[:, rows]
-        if total_NI is None:
-            total_NI = _mm(part_NO, w_tile, alpha)
-        elif i == 0 or g_NO.dtype == wide:
-            total_NI.addmm_(part_NO, w_tile, alpha=alpha)
-        else:
-            total_NI = total_NI.to(wide).add_(part_NO @ w_tile, alpha=alpha)
-    assert total_NI is not None
-    return total_NI.to(g_NO.dtype)
-
-
-def _mm(left: torch.Tensor, right: torch.Tensor, alpha: float) -> torch.Tensor:
-    """alpha times a product, rounded once."""
-    if alpha == 1:
-        return left @ right
-    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
 
 
 def _outside_autocast(backward: Any) -> Any:
@@ -220,13 +154,21 @@ class _AdaptedProduct(torch.autograd.Function):
             h_NR = kept_NI @ a_cast.T
             inner_NR = h_NR if given.inner_R is None else h_NR * given.inner_R.to(dtype)
             if scales_after or b_scaled_OR is None:
-                small_NO = _mm(inner_NR, b_OR.to(dtype).T, settings.scale)
+                small_NO = mm_scaled(inner_NR, b_OR.to(dtype).T, settings.scale)
             else:
-                small_NO = _mm(inner_NR, b_scaled_OR.T, settings.scale / b_factor)
+                small_NO = mm_scaled(inner_NR, b_scaled_OR.T, settings.scale / b_factor)
         s_tile, tile_factor = (None, 1.0) if scales_after else (s_O, factor)
         w_tiles = tiles.adapted_tiles(weight, dtype, s_tile, update, tile_factor)
         a_along = None if settings.norm_of is None else a_cast
-        y_NO, wa_OR = _product(x_NI, w_tiles, small_NO, 1 / tile_factor, a_along, settings)
+        y_NO, wa_OR = tiles.product(
+            x_NI,
+            w_tiles,
+            weight.out_features,
+            onto_NO=small_NO,
+            alpha=1 / tile_factor,
+            a_RI=a_along,
+            bf16_operands=settings.bf16_operands,
+        )
         if settings.norm_of is not None and wa_OR is not None:
             norm_O = settings.norm_of(wa_OR)
             m_O, s_O, b_scaled_OR = _row_scale(settings, given, norm_O, b_OR, factor, dtype)
@@ -276,9 +218,9 @@ class _AdaptedProduct(torch.autograd.Function):
             h_NR = x_NI @ a_cast.T if h_NR is None else h_NR
             # c diag(inner) Bᵀ diag(s outer) g, which flows on through A.
             if b_scaled_OR is None:
-                back_NR = _mm(g_NO, _outer_rows(b_OR, outer_O, dtype).to(dtype), settings.scale)
+                back_NR = mm_scaled(g_NO, _outer_rows(b_OR, outer_O, dtype).to(dtype), settings.scale)
             else:
-                back_NR = _mm(g_NO, b_scaled_OR, settings.scale / ctx.b_factor)
+                back_NR = mm_scaled(g_NO, b_scaled_OR, settings.scale / ctx.b_factor)
             inner_NR = h_NR
             if inner_R is not None:
                 if needs.inner_R:
@@ -309,8 +251,9 @@ class _AdaptedProduct(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[1]:
             w_tiles = tiles.adapted_tiles(settings.weight, dtype, s_O, update, ctx.factor)
-            with _bf16_operands() if settings.bf16_operands else nullcontext():
-                grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1 / ctx.factor)
+            grad_x = tiles.product_transposed(
+                g_NO, w_tiles, onto_NI=small_NI, alpha=1 / ctx.factor, bf16_operands=settings.bf16_operands
+            )
         if needs.w_OI:
             grads["w_OI"] = _wide(g_NO.T @ x_NI)
         if needs.bias_O:

@@ -1,8 +1,13 @@
-"""Row tiles of the adapted weight s ∘ (W + c B A), as the product sees them."""
+"""Row tiles of the adapted weight s ∘ (W + c B A), and the products that see W as nothing else.
+
+N tokens   I in_features   O out_features   R rank
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -90,3 +95,85 @@ def _tiles_without_kernels(
         rows = slice(start, min(start + step, weight.out_features))
         native.write_tile(tile[: rows.stop - start], stored, start, rows.stop, s_O, factor)
         yield rows, tile[: rows.stop - start]
+
+
+def product(
+    x_NI: torch.Tensor,
+    w_tiles: Iterator[tuple[slice, torch.Tensor]],
+    out_features: int,
+    *,
+    onto_NO: torch.Tensor | None,
+    alpha: float,
+    a_RI: torch.Tensor | None,
+    bf16_operands: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """alpha x Wᵀ added onto a tensor, which becomes the result, and W Aᵀ, in one pass over W.
+
+    Args:
+        x_NI: (N, I).
+        w_tiles: of W, (O, I), in the dtype of x.
+        onto_NO: (N, O), overwritten; None, meaning zeros.
+        a_RI: (R, I); None where W Aᵀ is not asked for.
+        bf16_operands: round float32 operands of x Wᵀ, on a CPU.
+    Returns: (N, O) in the dtype of x; (O, R), never of rounded operands, or None.
+    """
+    y_NO = x_NI.new_empty(x_NI.shape[0], out_features) if onto_NO is None else onto_NO
+    beta = 0 if onto_NO is None else 1
+    wa_OR = None if a_RI is None else x_NI.new_empty(out_features, a_RI.shape[0])
+    for rows, w_tile in w_tiles:
+        if a_RI is not None and wa_OR is not None:
+            # First, while the fresh tile is still in the cores' own caches.
+            torch.mm(w_tile, a_RI.T, out=wa_OR[rows])
+        with _bf16_operands() if bf16_operands else nullcontext():
+            y_NO[:, rows].addmm_(x_NI, w_tile.T, beta=beta, alpha=alpha)
+    return y_NO, wa_OR
+
+
+def product_transposed(
+    g_NO: torch.Tensor,
+    w_tiles: Iterator[tuple[slice, torch.Tensor]],
+    *,
+    onto_NI: torch.Tensor | None,
+    alpha: float,
+    bf16_operands: bool,
+) -> torch.Tensor:
+    """alpha g W added onto a tensor, the sum over tiles in at least float32.
+
+    Args:
+        g_NO: (N, O).
+        w_tiles, bf16_operands: as of `product`.
+        onto_NI: (N, I), overwritten; None, meaning zeros.
+    Returns: (N, I) in the dtype of g.
+    """
+    wide = torch.promote_types(g_NO.dtype, torch.float32)
+    total_NI = onto_NI
+    with _bf16_operands() if bf16_operands else nullcontext():
+        for i, (rows, w_tile) in enumerate(w_tiles):
+            part_NO = g_NO[:, rows]
+            if total_NI is None:
+                total_NI = mm_scaled(part_NO, w_tile, alpha)
+            elif i == 0 or g_NO.dtype == wide:
+                total_NI.addmm_(part_NO, w_tile, alpha=alpha)
+            else:
+                total_NI = total_NI.to(wide).add_(part_NO @ w_tile, alpha=alpha)
+    assert total_NI is not None
+    return total_NI.to(g_NO.dtype)
+
+
+def mm_scaled(left: torch.Tensor, right: torch.Tensor, alpha: float) -> torch.Tensor:
+    """alpha times a matrix product, rounded once."""
+    if alpha == 1:
+        return left @ right
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=alpha)
+
+
+@contextmanager
+def _bf16_operands() -> Iterator[None]:
+    """Products of float32 tensors on a CPU round these to bfloat16, and sum in float32."""
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

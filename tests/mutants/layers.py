@@ -54,7 +54,7 @@ MUTANTS = {
         "tests/unit/training/test_loop.py::test_the_norm_follows_the_update",
     ),
     "update added to what is rounded": Mutant(
-        "adapters/product.py",
+        "adapters/tiles.py",
         "y_NO[:, rows].addmm_(x_NI, w_tile.T, beta=beta, alpha=alpha)",
         "y_NO[:, rows].mul_(beta).add_(x_NI @ w_tile.T, alpha=alpha)",
         f"{SIXTEEN}::test_small_moves_come_through[torch-qlora-update-0.0-start]",
@@ -67,8 +67,8 @@ MUTANTS = {
     ),
     "factor not taken back": Mutant(
         "adapters/product.py",
-        "grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1 / ctx.factor)",
-        "grad_x = _product_transposed(g_NO, w_tiles, small_NI, 1.0)",
+        "onto_NI=small_NI, alpha=1 / ctx.factor",
+        "onto_NI=small_NI, alpha=1.0",
         f"{SIXTEEN}::test_small_moves_come_through[kernels-qdora-update-0.0-start]",
     ),
     "compiled norm of an earlier step": Mutant(

@@ -24,21 +24,13 @@ from transformers import (
 import qdora
 from qdora import logits_at_labels
 from qdora.adapters.inject import adapted_layers
+from tests import tiny
 from tests.tiny import write_tiny_model
 
 from .accelerated import off_the_identity
 from .oracle import move_off_the_identity, relative
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "pad_token_id": 0,
-}
+SIZES = tiny.SIZES | {"head_dim": 16, "vocab_size": 128}
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "gpt2": lambda: GPT2LMHeadModel(

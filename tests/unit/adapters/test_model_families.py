@@ -29,21 +29,12 @@ from qdora.adapters.inject import adapted_layers, inject
 from qdora.adapters.peft_io import load_adapter, save_adapter
 from qdora.errors import InputError
 from qdora.models.load import load_base
+from tests import tiny
 from tests.axes import adapter_config
 
 from .oracle import dense_weight, move_off_the_identity, relative
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = tiny.SIZES | {"intermediate_size": 128, "vocab_size": 96}
 IDS = torch.arange(4, 24).view(2, 10)
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -12,20 +12,10 @@ from qdora.models.build import build_architecture
 from qdora.models.load import load_base
 from qdora.models.norm import RMSNorm, fuse_norms
 from qdora.quant import Quantization
+from tests import tiny
 from tests.tiny import tiny_config
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 99,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = tiny.SIZES | {"head_dim": 16}
 EPS = 0.3
 """As large as a mean square: one that is left out is seen."""
 

@@ -24,23 +24,16 @@ from qdora.training.attention import (
     training_attention,
 )
 from qdora.training.loss import completion_loss
+from tests import tiny
 from tests.unit.adapters.oracle import move_off_the_identity, relative
 
 from .trainers import make_trainer, parameters, run
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+SIZES = tiny.SIZES | {
     "head_dim": 16,
     "vocab_size": 96,
     "max_position_embeddings": 64,
     "initializer_range": 0.1,  # what is normalized is not next to nothing
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 WINDOWS = {
     "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
