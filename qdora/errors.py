@@ -32,7 +32,11 @@ class MissingDataError(InputError):
     """
 
     def __init__(self, what: str, keys: Sequence[str], how: str | None = None) -> None:
-        """`how` the keys are set where a command has no `--set` for them."""
+        """
+        Args:
+            what, keys: as the attributes.
+            how: to set the keys, as a part of a sentence; None where the command takes them with `--set`.
+        """
         self.what, self.keys = what, keys
         how = how or "with " + " ".join(f"--set {key}=PATH" for key in keys)
         super().__init__(f"{what}; say where it is {how}")

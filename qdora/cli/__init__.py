@@ -92,10 +92,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
             _set_up(parsed)
         code = work()
         sys.stdout.flush()
+    except MissingDataError as error:
+        return _ended(name, f"error: {_missing_data(error, parsed)}", 2)
     except InputError as error:
-        config = getattr(parsed, "config", None) if isinstance(error, MissingDataError) else None
-        noted = "" if config is None else _data_note(config)
-        return _ended(name, f"error: {error}{noted}", 2)
+        return _ended(name, f"error: {error}", 2)
     except InterruptedRunError as stop:
         return _ended(name, str(stop), stop.exit_code)
     except OSError as error:
@@ -145,10 +145,15 @@ def _set_up(parsed: argparse.Namespace) -> None:
         choose_threads(None)
 
 
-def _data_note(config: str) -> str:
+def _missing_data(error: MissingDataError, parsed: argparse.Namespace) -> str:
+    """With what the configuration says of its data; without its keys where --data named the file."""
+    if getattr(parsed, "data", None):
+        return error.what
+    if getattr(parsed, "config", None) is None:
+        return str(error)
     from qdora.config_file import data_note  # with the configuration's schema, which takes a while
 
-    return data_note(config)
+    return f"{error}{data_note(parsed.config)}"
 
 
 def _ended(name: str, sentence: str, code: int) -> int:

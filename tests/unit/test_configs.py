@@ -327,6 +327,15 @@ def test_missing_data_are_said_with_where_they_are_from(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_data_names_is_missing_without_a_key(tmp_path, monkeypatch, tiny_model_folder, capsys):
+    """Catches: a key of the configuration advised to somebody who gave --data."""
+    monkeypatch.chdir(tmp_path)
+    assert run_command("evaluate", ["--model", str(tiny_model_folder), "--data", "mine.jsonl"]) == 2
+    said = capsys.readouterr().err
+    assert "mine.jsonl: no such file or folder" in said
+    assert "--set" not in said
+
+
 def test_an_overlay_names_the_data_of_a_comparison(tmp_path, monkeypatch, tiny_model_folder, capsys):
     """Catches: advice that `compare` does not take: its `--set` replaces the settings of the comparison."""
     monkeypatch.chdir(tmp_path)
