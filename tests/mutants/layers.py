@@ -13,8 +13,8 @@ ACCELERATED = "tests/unit/adapters/test_accelerate.py"
 MUTANTS = {
     "scale dropped": Mutant(
         "adapters/product.py",
-        "small_NO = _mm(inner_NR, b_OR.to(dtype).T, settings.scale)",
-        "small_NO = _mm(inner_NR, b_OR.to(dtype).T, 1.0)",
+        "small_NO = mm_scaled(inner_NR, b_OR.to(dtype).T, settings.scale)",
+        "small_NO = mm_scaled(inner_NR, b_OR.to(dtype).T, 1.0)",
         f"{CLOSED_FORM}::test_float32_matches_the_closed_form",
     ),
     "scale dropped from the norm": Mutant(
